@@ -1,0 +1,55 @@
+# HillInfer. `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-long lint format proto clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+NATIVE := $(shell find core/native -type f)
+
+# The first interpreter that is new enough; name another with `make setup PYTHON=/path/to/python3`.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+# PyTorch's own index has builds without CUDA, gigabytes smaller. `make setup TORCH_INDEX=` takes the usual one.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install everything into it (quick when nothing changed)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install python3 and python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --retries 1 -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: setup ## answer four questions about a 16K-token text through the daemon (more: make run ARGS=--help)
+	@$(BIN)/hillinfer demo $(ARGS)
+
+test: setup ## run the tests (one file: make test ARGS=tests/cli/test_tasks.py)
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: setup ## run the tests of hundreds of repetitions
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+lint: setup ## style, types and import rules; what CI checks before the tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+proto: setup ## generate core/hillinfer_core/v1 from proto/
+	$(BIN)/python -m grpc_tools.protoc -Ihillinfer_core/v1=proto/hillinfer/v1 \
+		--python_out=core --pyi_out=core --grpc_python_out=core \
+		hillinfer_core/v1/attach.proto hillinfer_core/v1/cold_pool.proto
+
+clean: ## remove .venv and everything generated that git ignores
+	git clean -fdXq
