@@ -1,0 +1,155 @@
+"""Plugging HKM into a transformers model."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
+from hillinfer.hkm.interface import ATTENTION_NAME, register
+from hillinfer.hkm.policy import SelectionPolicy
+from hillinfer.session import Session
+from hillinfer_core.errors import UnsupportedModel
+from hillinfer_core.layout import Precision
+from hillinfer_core.units import parse_budget, parse_bytes
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an attachment did and held. Bytes, of all its caches.
+
+    resident lists by kind what was held at the moment of the peak.
+    hot_hit_rate: share of the selected tokens found in slots or hot pool, or
+    None before anything was selected.
+    """
+
+    full_bytes: int
+    resident_peak_bytes: int
+    resident: dict[str, int]
+    cold_written_bytes: int
+    cold_read_bytes: int
+    evaluated_bytes: int
+    hot_hit_rate: float | None
+
+
+class Attachment:
+    """A model whose KV lives in the cold pool. Close it with `detach` or use it as a context manager."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        session: Session,
+        config: HkmConfig,
+        policy: SelectionPolicy | None,
+        owns_session: bool,
+    ) -> None:
+        _check(model)
+        register()
+        self.session = session
+        self._model = model
+        self._config = config
+        self._policy = policy
+        self._owns_session = owns_session
+        self._caches: list[weakref.ref[HierarchicalCache]] = []
+        self._last: HierarchicalCache | None = None
+        self._previous = model.config._attn_implementation
+        model.set_attn_implementation(ATTENTION_NAME)
+        self._hook = model.register_forward_pre_hook(self._swap_cache, with_kwargs=True)
+
+    def new_cache(self) -> HierarchicalCache:
+        """Return an empty cache for one batch of sequences, to pass as `past_key_values` over several turns."""
+        text = self._model.config.get_text_config(decoder=True)
+        self._last = HierarchicalCache(self.session, text, self._config, self._policy)
+        return self._last
+
+    def report(self) -> Report:
+        """Report on the latest cache and the session's traffic."""
+        cache, counters = self._last, self.session.counters
+        tally = cache.tally if cache else None
+        return Report(
+            full_bytes=cache.full_bytes() if cache else 0,
+            resident_peak_bytes=tally.resident_peak if tally else 0,
+            resident=dict(tally.resident_at_peak) if tally else {},
+            cold_written_bytes=counters.written_bytes,
+            cold_read_bytes=counters.read_bytes,
+            evaluated_bytes=counters.evaluated_bytes,
+            hot_hit_rate=1 - tally.brought / tally.selected if tally and tally.selected else None,
+        )
+
+    def detach(self) -> None:
+        """Give the model its own attention back and free what the caches hold; idempotent."""
+        self._hook.remove()
+        self._model.set_attn_implementation(self._previous)
+        if self._last is not None:
+            self._last.close()
+            self._last = None
+        if self._owns_session:
+            self.session.close()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _swap_cache(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put our cache in the place of the empty default one that `generate` makes."""
+        past = kwargs.get("past_key_values")
+        if kwargs.get("use_cache", True) is False or isinstance(past, HierarchicalCache):
+            return args, kwargs
+        if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
+            kwargs["past_key_values"] = self.new_cache()
+            return args, kwargs
+        raise UnsupportedModel(
+            f"a model under HillInfer cannot go on with a {type(past).__name__} that holds tokens: use new_cache()"
+        )
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    session: Session | None = None,
+    socket: Path | None = None,
+    budget: str | int = "2%",
+    resident: str | int = "64MiB",
+    precision: str = "int4",
+    sinks: int = 4,
+    recent: int = 32,
+    policy: SelectionPolicy | None = None,
+) -> Attachment:
+    """Keep the model's KV cache in the cold pool; `model.generate` then works unchanged.
+
+    budget: tokens attended per decode step (a count, or per cent of the past;
+    while a context is short, a per cent means at least sinks and recent
+    window). resident: bytes of DRAM and accelerator memory for KV, client and
+    daemon together. precision: of the evaluation keys, "int8" or "int4".
+    session: an open Session; else one is made on `socket` (default: the
+    system's daemon) and closed by `detach`.
+
+    Raises UnsupportedModel, BudgetTooSmall, InvalidInput, DaemonUnavailable.
+    """
+    try:
+        key_precision = Precision(precision)
+    except ValueError:
+        raise UnsupportedModel(f"precision {precision!r} is not known: int8 or int4") from None
+    config = HkmConfig(parse_budget(budget), parse_bytes(resident), key_precision, sinks, recent)
+    owns = session is None
+    return Attachment(model, session or Session.connect(socket), config, policy, owns)
+
+
+def _check(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModel(f"{name} does not use the transformers attention interface")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder model: only decoder-only models are supported")

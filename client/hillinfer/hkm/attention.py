@@ -1,0 +1,105 @@
+"""Exact attention over parts of the keys, and how parts become the whole.
+
+Softmax over a union of key sets follows from each set's output and its
+log-sum-exp (the online softmax of Milakov and Gimelshein, 2018), so a cold
+context is attended block by block in bounded memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_KEY_BLOCK = 512  # keys per score matrix where no fused kernel returns the log-sum-exp
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attention over one set of keys.
+
+    output: float32 [heads, queries, head_dim], normalised over this set.
+    lse: float32 [heads, queries], the log of the sum of exp(score).
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+
+
+def attend_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, *, causal: bool = False
+) -> Part:
+    """Attend `query` [H, q, D] to `key` and `value` [Hkv, n, D], H a multiple of Hkv, n at least 1.
+
+    With `causal`, n must equal q and query i sees keys 0..i; otherwise every
+    query sees every key.
+    """
+    heads, queries, dim = query.shape
+    kv_heads, tokens, _ = key.shape
+    group = heads // kv_heads
+    if causal:
+        key = key.repeat_interleave(group, 0)
+        value = value.repeat_interleave(group, 0)
+        folded = query
+    else:
+        # Without a mask the heads of a group are just more queries on the same keys.
+        folded = query.reshape(kv_heads, group * queries, dim)
+    if query.device.type == "cpu":
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            folded[None], key[None], value[None], 0.0, causal, scale=scaling
+        )
+        output, lse = output[0].float(), lse[0].float()
+    else:
+        output, lse = _attend_in_blocks(folded, key, value, scaling, causal)
+    return Part(output.reshape(heads, queries, dim), lse.reshape(heads, queries))
+
+
+def merge(parts: list[Part]) -> torch.Tensor:
+    """Combine parts over disjoint key sets: float32 [heads, queries, head_dim]."""
+    if len(parts) == 1:
+        return parts[0].output
+    lses = torch.stack([part.lse for part in parts])
+    weights = torch.exp(lses - torch.logsumexp(lses, 0))
+    output = torch.zeros_like(parts[0].output)
+    for part, weight in zip(parts, weights, strict=True):
+        output += part.output * weight[..., None]
+    return output
+
+
+def attend_slots(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    visible: torch.Tensor | None,
+) -> torch.Tensor:
+    """One decode step: `query` [B, H, 1, D] on `key` and `value` [B, Hkv, n, D].
+
+    `visible`: bool [B, Hkv, n], or None when every key is visible. Returns [B, H, 1, D].
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    folded = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    mask = None if visible is None else visible[:, :, None, :]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        folded, key, value, attn_mask=mask, scale=scaling
+    )
+    return output.reshape(batch, heads, 1, dim)
+
+
+def _attend_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = []
+    for start in range(0, key.shape[1], _KEY_BLOCK):
+        block = slice(start, start + _KEY_BLOCK)
+        scores = (query @ key[:, block].transpose(-1, -2)).float() * scaling
+        if causal:
+            rows = torch.arange(query.shape[1], device=query.device)[:, None]
+            columns = start + torch.arange(scores.shape[-1], device=query.device)[None]
+            scores = scores.masked_fill(columns > rows, float("-inf"))
+        lse = torch.logsumexp(scores, -1)
+        # A query that sees nothing of this block has lse -inf and must weigh nothing, not NaN.
+        weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
+        parts.append(Part((weights.to(value.dtype) @ value[:, block]).float(), lse))
+    return merge(parts), torch.logsumexp(torch.stack([part.lse for part in parts]), 0)

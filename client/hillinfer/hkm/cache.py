@@ -1,0 +1,170 @@
+"""The transformers cache of HKM: layers, contexts, and what they hold together."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from hillinfer.context import Context
+from hillinfer.hkm.layer import HierarchicalLayer
+from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
+from hillinfer.hkm.query import ExactQuery, QueryPredictor
+from hillinfer.hkm.resident import Division, divide
+from hillinfer.hkm.slots import Slots
+from hillinfer.hkm.tensors import row_dtype
+from hillinfer.session import Session
+from hillinfer_core.errors import BudgetTooSmall, InvalidInput, UnsupportedModel
+from hillinfer_core.layout import Precision, Shape
+from hillinfer_core.units import Budget
+
+_HOT_STEP = 16  # rows by which a hot pool grows or shrinks, so that it is not resized at every step
+
+
+@dataclass(frozen=True)
+class HkmConfig:
+    """What an application asks of HKM.
+
+    budget: tokens attended for each decode step and KV head, sinks and recent
+        window included; resident: bytes held in memory, client and daemon
+        together; sinks, recent: pinned tokens (recent is raised to the append
+        unit of the rows where that is larger).
+    """
+
+    budget: Budget
+    resident: int
+    precision: Precision
+    sinks: int = 4
+    recent: int = 32
+
+    def __post_init__(self) -> None:
+        if self.sinks < 1 or self.recent < 1:
+            raise InvalidInput("sinks and recent must be at least 1")
+        tokens = self.budget.tokens
+        if tokens is not None and tokens < self.sinks + self.recent:
+            raise BudgetTooSmall(
+                f"a budget of {tokens} tokens is below the {self.sinks} sinks and {self.recent} recent tokens that "
+                f"are always attended: ask for at least {self.sinks + self.recent}, or for fewer of those"
+            )
+
+
+@dataclass
+class Tally:
+    """What decode steps selected, and how much was held at most."""
+
+    selected: int = 0
+    brought: int = 0
+    resident_peak: int = 0
+    resident_at_peak: dict[str, int] = field(default_factory=dict)
+
+
+class HierarchicalCache(Cache):  # type: ignore[misc]  # transformers ships no types
+    """KV cache of one batch of sequences, one context of the daemon for each. Not thread-safe.
+
+    Freed by `close` or when garbage-collected.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model_config: PretrainedConfig,
+        config: HkmConfig,
+        policy: SelectionPolicy | None = None,
+        predictor: QueryPredictor | None = None,
+    ) -> None:
+        self.session = session
+        self.config = config
+        self.policy = policy or ColdPoolRanking()
+        self.predictor = predictor or ExactQuery()
+        self.contexts: list[Context] = []
+        self.tally = Tally()
+        self.block_tokens = 0
+        self.full_layers: list[HierarchicalLayer] = []
+        super().__init__(layers=[self._layer(layer) for layer in DynamicCache(config=model_config).layers])
+        if not self.full_layers:
+            raise UnsupportedModel("the model has no full-attention layer: there is nothing to keep in the cold pool")
+        self._finalizer = weakref.finalize(self, _close_all, self.contexts)
+
+    def _layer(self, layer: object) -> object:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            return layer  # bounded already: stays as it is
+        if type(layer) is not DynamicLayer:
+            raise UnsupportedModel(f"cache layers of type {type(layer).__name__} are not supported")
+        self.full_layers.append(HierarchicalLayer(self, len(self.full_layers)))
+        return self.full_layers[-1]
+
+    def open_contexts(
+        self, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> Sequence[Context]:
+        """Open one context for each sequence, once; later calls check that the layers are alike."""
+        shape = Shape(len(self.full_layers), kv_heads, head_dim, row_dtype(dtype), self.config.precision)
+        if self.contexts and (self.contexts[0].shape != shape or len(self.contexts) != batch):
+            raise UnsupportedModel(f"layers of different shapes are not supported: {self.contexts[0].shape}, {shape}")
+        while len(self.contexts) < batch:
+            self.contexts.append(self.session.open_context(shape))
+        per_token = kv_heads * shape.row_bytes
+        self.block_tokens = max(shape.append_unit, min(2048, self.session.arena_bytes // 2 // per_token))
+        return self.contexts
+
+    def selection_size(self, tokens: int, slots: Slots) -> int:
+        """Tokens to select by rank in a sequence of `tokens`, besides the pinned ones."""
+        return max(0, min(self.config.budget.of(tokens), tokens) - slots.pinned)
+
+    def divide(self, slots: Slots, selected: int) -> Division:
+        """Divide the resident budget for a step that selects `selected` tokens (see `resident.divide`)."""
+        kinds = self.resident()
+        shape = self.contexts[0].shape
+        streams = len(self.full_layers) * len(self.contexts) * shape.kv_heads
+        pinned = slots.pinned * shape.row_bytes * streams
+        fixed = kinds["evaluation_keys"] + kinds["checksums"] + kinds["buffers"] + pinned
+        hits = 2 * (int(slots.lengths.max()) * 9 // 8 + 64) * streams
+        row = shape.row_bytes + 4
+        room = divide(self.config.resident, fixed, selected * row * streams + hits, row, streams)
+        return Division(room.keep_slots, room.hot_rows // _HOT_STEP * _HOT_STEP)
+
+    def resident(self) -> dict[str, int]:
+        """Bytes held now, by kind, client and daemon together."""
+        layers = [layer for layer in self.full_layers if layer.slots is not None and layer.hot is not None]
+        return {
+            "slots": sum(layer.slots.nbytes for layer in layers if layer.slots),
+            "hot_pool": sum(layer.hot.nbytes for layer in layers if layer.hot),
+            "evaluation_keys": sum(context.evaluation_key_bytes for context in self.contexts),
+            "checksums": sum(context.checksum_bytes for context in self.contexts),
+            "buffers": self.session.arena_bytes + sum(context.tail_bytes for context in self.contexts),
+        }
+
+    def full_bytes(self) -> int:
+        """Bytes of the whole KV of the cold layers, had it been kept in memory."""
+        if not self.contexts:
+            return 0
+        shape = self.contexts[0].shape
+        per_token = shape.layers * shape.kv_heads * shape.row_bytes
+        return per_token * sum(context.length(0) for context in self.contexts)
+
+    def account(self) -> None:
+        """Note what is held now, if it is more than ever before."""
+        kinds = self.resident()
+        total = sum(kinds.values())
+        if total > self.tally.resident_peak:
+            self.tally.resident_peak, self.tally.resident_at_peak = total, kinds
+
+    def count_selected(self, selected: int, brought: int) -> None:
+        """Note that of `selected` tokens `brought` came from the cold pool."""
+        self.tally.selected += selected
+        self.tally.brought += brought
+
+    def close(self) -> None:
+        """Free the contexts and everything held; idempotent."""
+        self._finalizer()
+        for layer in self.full_layers:
+            layer.slots = layer.hot = None
+            layer.is_initialized = False
+
+
+def _close_all(contexts: list[Context]) -> None:
+    while contexts:
+        contexts.pop().close()

@@ -1,0 +1,240 @@
+"""One attention layer of a hierarchical cache: what `update` and attention do with its KV."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from hillinfer.context import Context
+from hillinfer.hkm.attention import Part, attend_part, attend_slots, merge
+from hillinfer.hkm.hot_pool import HotPool
+from hillinfer.hkm.slots import Slots
+from hillinfer.hkm.tensors import to_rows, to_storage
+from hillinfer.session import Brought, EvaluateItem
+from hillinfer_core.errors import CorruptData, UnsupportedModel
+
+if TYPE_CHECKING:
+    from hillinfer.hkm.cache import HierarchicalCache
+
+LAYER_ATTRIBUTE = "_hillinfer_layer"  # on the key tensor that `update` returns: attention finds the layer by it
+
+
+class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
+    """KV of one layer. `update` notes the new tokens; `attend`, which knows query and mask, does the work.
+
+    Blocking: `attend` waits for the daemon. Not thread-safe, like the model around it.
+    """
+
+    is_sliding = False
+
+    def __init__(self, cache: HierarchicalCache, index: int) -> None:
+        super().__init__()
+        self.index = index  # among the layers kept in the cold pool
+        self.slots: Slots | None = None
+        self.hot: HotPool | None = None
+        self._cache = cache
+        self._seen = 0  # columns so far, padding included
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Open the contexts of the batch and allocate the pinned slots."""
+        if key_states.shape != value_states.shape:
+            raise UnsupportedModel("keys and values of different head dimensions are not supported")
+        batch, kv_heads, _, head_dim = key_states.shape
+        config = self._cache.config
+        contexts = self._cache.open_contexts(batch, kv_heads, head_dim, key_states.dtype)
+        recent = max(config.recent, contexts[0].append_unit)
+        self.slots = Slots(batch, kv_heads, head_dim, config.sinks, recent, key_states)
+        self.hot = HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note the new KV [B, Hkv, n, D] and hand it on to attention unchanged."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._seen += key_states.shape[2]
+        setattr(key_states, LAYER_ATTRIBUTE, self)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, padding included."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical mask size: (columns, offset)."""
+        return self._seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search is not supported."""
+        raise UnsupportedModel("beam search needs to reorder the KV cache, which is not supported: use num_beams=1")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Rollback is not supported."""
+        raise UnsupportedModel("rolling back the KV cache is not supported: start a new cache instead")
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Store the new KV [B, Hkv, n, D] and attend the queries [B, H, n, D]; returns [B, H, n, D].
+
+        padding: bool [B, columns], False for padding, or None. A step of one
+        token attends within the budget; a step of several is exact.
+        """
+        new = key.shape[2]
+        visible = None if padding is None else padding[:, -new:].cpu().numpy()
+        if visible is not None and not visible[:, -1].all():
+            raise UnsupportedModel("the last token of a sequence is padding: pad on the left")
+        if new == 1:
+            output = self._decode(query, key, value, scaling)
+        else:
+            output = self._exact(query, key, value, visible, scaling)
+        self._cache.account()
+        return output
+
+    def _exact(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        visible: np.ndarray[Any, np.dtype[np.bool_]] | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        assert self.slots is not None
+        output = torch.zeros_like(query)
+        for row in range(key.shape[0]):
+            # Padding is never stored: nobody may attend to it, now or later.
+            real = np.arange(key.shape[2]) if visible is None else np.flatnonzero(visible[row])
+            columns = torch.from_numpy(real).to(key.device)
+            q, k, v = (t[row].index_select(1, columns) for t in (query, key, value))
+            parts = [attend_part(q, k, v, scaling, causal=True), *self._past_parts(row, q, scaling)]
+            output[row].index_copy_(1, columns, merge(parts).to(query.dtype))
+            self._store(row, k, v)
+        # The new tokens' evaluation keys and checksums may need room that the hot pool has.
+        self._shrink_hot()
+        return output
+
+    def _shrink_hot(self) -> None:
+        assert self.slots is not None and self.hot is not None
+        division = self._cache.divide(self.slots, self.slots.selected)
+        if not division.keep_slots:
+            self.slots.resize(0)
+        self.hot.resize(min(division.hot_rows, self.hot.capacity))
+
+    def _past_parts(self, row: int, query: torch.Tensor, scaling: float) -> list[Part]:
+        """Exact attention over everything stored: pinned slots, then the cold pool block by block."""
+        assert self.slots is not None
+        slots, context = self.slots, self._cache.contexts[row]
+        held = int(slots.lengths[row])
+        if not held:
+            return []
+        keys, values = slots.pinned_part(row)
+        parts = [attend_part(query, keys, values, scaling)]
+        first, end = slots.sinks, held - slots.recent
+        block = self._cache.block_tokens
+        for start in range(first, end, block):
+            rows = context.fetch_range(self.index, start, min(block, end - start))
+            kv = to_rows(rows, query)
+            parts.append(attend_part(query, kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous(), scaling))
+            parts = [Part(merge(parts), torch.logsumexp(torch.stack([p.lse for p in parts]), 0))]
+        return parts
+
+    def _store(self, row: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Append tokens [Hkv, n, D] to the cold pool (whole units; the rest waits in the tail) and the window."""
+        assert self.slots is not None
+        self._cache.contexts[row].append(self.index, to_storage(key), to_storage(value))
+        self.slots.append(row, key, value)
+
+    def _decode(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        assert self.slots is not None and self.hot is not None
+        slots, cache = self.slots, self._cache
+        for row in range(key.shape[0]):
+            self._store(row, key[row], value[row])
+        wanted = [cache.selection_size(int(n), slots) for n in slots.lengths]
+        division = cache.divide(slots, max(wanted))
+        candidates = [max(int(n) - slots.pinned, 0) for n in slots.lengths]
+        if not division.keep_slots and wanted == candidates and max(wanted) > 0:
+            # Everything is wanted and nothing may stay: no ranking, a block at a time.
+            return self._everything(query, scaling)
+        slots.resize(max(wanted))
+        self.hot.resize(division.hot_rows)
+        self._select(query, wanted)
+        output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible())
+        if not division.keep_slots:
+            slots.resize(0)
+        return output
+
+    def _everything(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        assert self.slots is not None and self.hot is not None
+        self.slots.resize(0)
+        self.hot.resize(0)
+        rows = [merge(self._past_parts(row, query[row], scaling)) for row in range(query.shape[0])]
+        self._cache.count_selected(0, 0)
+        return torch.stack(rows).to(query.dtype)
+
+    def _select(self, query: torch.Tensor, wanted: list[int]) -> None:
+        """Rank the past with this step's query and put the winners' rows into slots."""
+        assert self.slots is not None and self.hot is not None
+        if not max(wanted):
+            return
+        slots, cache = self.slots, self._cache
+        exact = query[:, :, 0].float().cpu().numpy()
+        ranking = cache.predictor.ranking_query(self.index, exact)
+        held = np.concatenate([slots.ids, self.hot.ids], axis=-1)
+        rows = [row for row, k in enumerate(wanted) if k]
+        items = [
+            EvaluateItem(
+                context=cache.contexts[row],
+                query=ranking[row],
+                k=wanted[row],
+                first=slots.sinks,
+                end=int(slots.lengths[row]) - slots.recent,
+                held=held[row],
+            )
+            for row in rows
+        ]
+        brought = cache.policy.select(cache.session, self.index, items)
+        for row, selection in zip(rows, brought or [], strict=False):
+            self._place(row, selection)
+
+    def _place(self, row: int, brought: Brought) -> None:
+        assert self.slots is not None and self.hot is not None
+        slots, hot = self.slots, self.hot
+        used = 0
+        for head, ids in enumerate(brought.ids):
+            absent = slots.absent(row, head, ids)
+            places = slots.place(row, head, ids)
+            found, at = hot.find(row, head, absent)
+            count = int(len(absent) - found.sum())
+            if count != brought.missing_per_head[head]:
+                raise CorruptData("the daemon's view of the held tokens differs from the client's")
+            cold = brought.rows[used : used + count]
+            used += count
+            hot.count(row, head, ids, int(slots.lengths[row]))
+            self._fill(row, head, places[found], hot.rows[row, head, at])
+            self._fill(row, head, places[~found], cold)
+            hot.offer(row, head, absent[~found], cold)
+            self._cache.count_selected(len(ids), count)
+
+    def _fill(self, row: int, head: int, places: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
+        assert self.slots is not None
+        if not len(places):
+            return
+        kv = to_rows(rows, self.slots.keys)
+        target = torch.from_numpy(places).to(kv.device)
+        self.slots.keys[row, head].index_copy_(0, target, kv[:, 0])
+        self.slots.values[row, head].index_copy_(0, target, kv[:, 1])

@@ -1,0 +1,109 @@
+"""Slots: the KV that a layer's decode step attends to, on the accelerator.
+
+One buffer a layer: [sinks | recent window (a ring) | selected tokens]. RoPE is
+applied before the cache, so order within the buffer does not matter, and a
+token once in a slot stays there for as long as it keeps being selected.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+EMPTY = np.uint32(0xFFFFFFFF)
+
+
+class Slots:
+    """The attended KV of one layer for a batch of sequences. Not thread-safe."""
+
+    def __init__(
+        self, batch: int, kv_heads: int, head_dim: int, sinks: int, recent: int, like: torch.Tensor
+    ) -> None:
+        self.sinks = sinks
+        self.recent = recent
+        self.keys = like.new_zeros((batch, kv_heads, sinks + recent, head_dim))
+        self.values = torch.zeros_like(self.keys)
+        self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
+        self.lengths = np.zeros(batch, np.int64)  # tokens of each sequence, pinned or not
+
+    @property
+    def pinned(self) -> int:
+        """Slots that sinks and recent window take."""
+        return self.sinks + self.recent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the token ids included."""
+        return self.keys.nbytes + self.values.nbytes + self.ids.nbytes
+
+    @property
+    def selected(self) -> int:
+        """Slots for selected tokens, for each sequence and KV head."""
+        return int(self.ids.shape[-1])
+
+    def append(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens [Hkv, n, D] at the end of sequence `row`; those out of the window drop out of the slots."""
+        count = keys.shape[1]
+        start = int(self.lengths[row])
+        positions = np.arange(start, start + count)
+        wanted = (positions < self.sinks) | (positions >= start + count - self.recent)
+        positions = positions[wanted]
+        places = np.where(
+            positions < self.sinks, positions, self.sinks + (positions - self.sinks) % self.recent
+        )
+        target = torch.from_numpy(places).to(self.keys.device)
+        source = torch.from_numpy(positions - start).to(self.keys.device)
+        self.keys[row].index_copy_(1, target, keys.index_select(1, source))
+        self.values[row].index_copy_(1, target, values.index_select(1, source))
+        self.lengths[row] = start + count
+
+    def pinned_part(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [Hkv, n, D] of the sinks and the recent window of sequence `row`, in no order."""
+        held = min(int(self.lengths[row]), self.pinned)
+        return self.keys[row, :, :held], self.values[row, :, :held]
+
+    def resize(self, selected: int) -> None:
+        """Make room for `selected` tokens besides the pinned ones, keeping what still fits."""
+        if selected == self.selected:
+            return
+        kept = min(selected, self.selected)
+        grown = self.ids[..., :kept]
+        pad = np.full((*self.ids.shape[:2], selected - kept), EMPTY, np.uint32)
+        self.ids = np.concatenate([grown, pad], axis=-1)
+        self.keys = _resized(self.keys, self.pinned + kept, self.pinned + selected)
+        self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
+
+    def place(self, row: int, head: int, wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """Give every id in `wanted` a slot; returns the slots, as buffer indices, of those that have no row yet.
+
+        `wanted` is ascending, at most `selected` long; the result follows the
+        order of the absent ids in `wanted` (see `absent`, to be called first).
+        """
+        ids = self.ids[row, head]
+        free = np.flatnonzero(~np.isin(ids, wanted))
+        ids[free] = EMPTY
+        missing = wanted[~np.isin(wanted, ids)]
+        taken = free[: len(missing)]
+        ids[taken] = missing
+        return taken + self.pinned
+
+    def absent(self, row: int, head: int, wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        """Ids in `wanted`, in their order, that no slot holds."""
+        return wanted[~np.isin(wanted, self.ids[row, head])]
+
+    def visible(self) -> torch.Tensor | None:
+        """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""
+        held = np.minimum(self.lengths, self.pinned)
+        if (held == self.pinned).all() and not (self.ids == EMPTY).any():
+            return None
+        pinned = np.arange(self.pinned)[None, None, :] < held[:, None, None]
+        pinned = np.broadcast_to(pinned, (*self.ids.shape[:2], self.pinned))
+        mask = np.concatenate([pinned, self.ids != EMPTY], axis=-1)
+        return torch.from_numpy(mask).to(self.keys.device)
+
+
+def _resized(buffer: torch.Tensor, kept: int, size: int) -> torch.Tensor:
+    resized = buffer.new_zeros((*buffer.shape[:2], size, buffer.shape[3]))
+    resized[:, :, :kept] = buffer[:, :, :kept]
+    return resized

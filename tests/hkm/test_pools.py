@@ -1,0 +1,93 @@
+"""Slots and hot pool against plain models of what they should hold."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hillinfer.hkm.hot_pool import HotPool
+from hillinfer.hkm.resident import divide
+from hillinfer.hkm.slots import EMPTY, Slots
+from hillinfer_core.errors import ResidentTooSmall
+
+SINKS, RECENT = 2, 5
+
+
+def kv(start, count):
+    """Keys whose every channel is the token's position."""
+    positions = torch.arange(start, start + count, dtype=torch.float32)
+    return positions[None, :, None].expand(1, count, 4).contiguous()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8))
+def test_pinned_slots_hold_sinks_and_the_recent_window(chunks):
+    slots = Slots(1, 1, 4, SINKS, RECENT, torch.zeros(1))
+    length = 0
+    for count in chunks:
+        slots.append(0, kv(length, count), -kv(length, count))
+        length += count
+        expected = {p for p in range(length) if p < SINKS or p >= length - RECENT}
+        keys, values = slots.pinned_part(0)
+        assert {int(x) for x in keys[0, :, 0]} == expected
+        assert torch.equal(values, -keys)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2**32 - 1)), min_size=1, max_size=12))
+def test_selected_tokens_are_in_their_slots(steps):
+    """Whatever is selected step after step, every slot holds its own token's row and each token is there once."""
+    slots = Slots(1, 1, 4, SINKS, RECENT, torch.zeros(1))
+    slots.append(0, kv(0, SINKS + RECENT), kv(0, SINKS + RECENT))
+    for count, seed in steps:
+        wanted = np.sort(np.random.default_rng(seed).choice(40, count, replace=False).astype(np.uint32))
+        slots.resize(count)
+        absent = slots.absent(0, 0, wanted)
+        places = slots.place(0, 0, wanted)
+        assert len(places) == len(absent)
+        for token, place in zip(absent, places, strict=True):
+            slots.keys[0, 0, place] = float(token)
+        held = slots.ids[0, 0][slots.ids[0, 0] != EMPTY]
+        assert sorted(held) == sorted(wanted)
+        for at, token in enumerate(slots.ids[0, 0]):
+            if token != EMPTY:
+                assert slots.keys[0, 0, slots.pinned + at, 0] == float(token)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 12), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20))
+def test_hot_pool_returns_only_what_it_was_given(capacity, seeds):
+    pool = HotPool(1, 1, 4, np.float32)
+    pool.resize(capacity)
+    for seed in seeds:
+        wanted = np.sort(np.random.default_rng(seed).choice(30, 6, replace=False).astype(np.uint32))
+        found, places = pool.find(0, 0, wanted)
+        assert (pool.rows[0, 0, places, 0, 0] == wanted[found]).all()
+        pool.count(0, 0, wanted, 30)
+        missing = wanted[~found]
+        rows = np.broadcast_to(missing[:, None, None].astype(np.float32), (len(missing), 2, 4))
+        pool.offer(0, 0, missing, rows)
+        held = pool.ids[0, 0][pool.ids[0, 0] != EMPTY]
+        assert len(set(held)) == len(held) <= capacity
+
+
+def test_hot_pool_does_not_thrash():
+    """Tokens selected equally often do not throw each other out."""
+    pool = HotPool(1, 1, 4, np.float32)
+    pool.resize(2)
+    rows = np.zeros((2, 2, 4), np.float32)
+    for pair in ([1, 2], [3, 4], [1, 2], [3, 4]):
+        ids = np.array(pair, np.uint32)
+        pool.count(0, 0, ids, 8)
+        found, _ = pool.find(0, 0, ids)
+        pool.offer(0, 0, ids[~found], rows[~found])
+    assert sorted(pool.ids[0, 0]) == [1, 2]
+
+
+def test_division_of_the_resident_budget():
+    assert divide(1000, 400, 200, 10, 4) == divide(1000, 400, 200, 10, 4)
+    assert divide(1000, 400, 200, 10, 4).hot_rows == 10
+    assert not divide(1000, 900, 200, 10, 4).keep_slots
+    with pytest.raises(ResidentTooSmall, match="raise resident"):
+        divide(1000, 1001, 0, 10, 4)
