@@ -1,0 +1,309 @@
+"""A context: the KV of one token sequence, kept in the daemon's cold pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from hillinfer_core.errors import HillInferError, InvalidInput
+from hillinfer_core.layout import PAGE, DType, Reduction, Shape
+from hillinfer_core.v1 import cold_pool_pb2
+
+from hillinfer.evaluation import check_query
+
+if TYPE_CHECKING:
+    from hillinfer.session import Session
+
+Array = npt.NDArray[Any]
+
+# IEEE exponent bits of a bfloat16: all ones is an infinity or a NaN.
+_BF16_EXPONENT = 0x7F80
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The highest-ranked tokens of each KV head."""
+
+    ids: npt.NDArray[np.uint32]
+    """uint32 [kv_heads, k], ascending in each head."""
+    scores: npt.NDArray[np.int32]
+    """int32 [kv_heads, k], of the same order; they compare within a head and generation only."""
+    evaluated_bytes: int
+    """Evaluation keys scanned."""
+
+
+class Context:
+    """Opened by `Session.open_context`; freed by `close` or with its session.
+
+    Rows reach the cold pool in whole append units. A shorter rest, the *tail*,
+    waits in memory; `fetch` serves it, `evaluate` does not rank it (attend to it
+    always: it is the most recent past). Thread-safe by the session's lock.
+    """
+
+    def __init__(self, session: Session, shape: Shape, context_id: int, append_unit: int) -> None:
+        self.session = session
+        self.shape = shape
+        self.context_id = context_id
+        self.append_unit = append_unit
+        self.evaluation_key_bytes = 0
+        """Evaluation keys of this context in the daemon's DRAM, as of the last append."""
+        self.checksum_bytes = 0
+        """Row checksums of this context in the daemon's DRAM, as of the last append."""
+        self._flushed = [0] * shape.layers
+        self._tail_tokens = [0] * shape.layers
+        self._tails = np.zeros(
+            (shape.layers, shape.kv_heads, append_unit, 2, shape.head_dim), shape.dtype.storage
+        )
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the tail buffers, in this process."""
+        return self._tails.nbytes
+
+    def length(self, layer: int) -> int:
+        """Tokens appended to the layer."""
+        return self.flushed(layer) + self._tail_tokens[layer]
+
+    def flushed(self, layer: int) -> int:
+        """Tokens of the layer that the cold pool holds; the rest is the tail."""
+        if not 0 <= layer < self.shape.layers:
+            raise InvalidInput(f"the context has layers 0 to {self.shape.layers - 1}, not {layer}")
+        return self._flushed[layer]
+
+    def append(self, layer: int, keys: Array, values: Array) -> None:
+        """Appends n tokens to one layer.
+
+        `keys` (after RoPE) and `values` are [kv_heads, n, head_dim] in the
+        shape's dtype; bfloat16 as uint16 bits or as a dtype of that name.
+        Blocks while whole units are written, in pieces as large as the arena.
+
+        Raises `InvalidInput` for another shape or dtype and for numbers that
+        are not finite, `PoolFull` and `MemoryLimit` when the daemon has no
+        room. Pieces written before an error stay: `length` tells how far it got.
+        """
+        self.flushed(layer)
+        keys, values = self._storage(keys, "keys"), self._storage(values, "values")
+        tokens = keys.shape[1]
+        if values.shape != keys.shape:
+            raise InvalidInput(f"keys are {list(keys.shape)} but values {list(values.shape)}")
+        with self.session.lock:
+            held = self._tail_tokens[layer]
+            rest = (held + tokens) % self.append_unit
+            new_in_tail = min(rest, tokens)
+            # The daemon checks what it is sent; what waits here would be refused only later, for ever.
+            for array in (keys, values):
+                self._check_finite(array[:, tokens - new_in_tail :])
+            taken = self._append_units(layer, keys, values) if held + tokens >= self.append_unit else 0
+            tail, held = self._tails[layer], self._tail_tokens[layer]
+            tail[:, held : held + tokens - taken, 0] = keys[:, taken:]
+            tail[:, held : held + tokens - taken, 1] = values[:, taken:]
+            self._tail_tokens[layer] = held + tokens - taken
+
+    def _append_units(self, layer: int, keys: Array, values: Array) -> int:
+        """Writes the tail and as many new tokens as make whole units; returns how many new ones that took."""
+        shape, unit = self.shape, self.append_unit
+        staging = self.session.staging()
+        piece = staging.nbytes // (shape.kv_heads * shape.row_bytes) // unit * unit
+        taken = 0
+        while (left := (self._tail_tokens[layer] + keys.shape[1] - taken) // unit * unit) > 0:
+            count, held = min(piece, left), self._tail_tokens[layer]
+            fresh = slice(taken, taken + count - held)
+            staging.reset()
+            region, rows = staging.take((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage, PAGE)
+            rows[:, :held] = self._tails[layer, :, :held]
+            rows[:, held:, 0] = keys[:, fresh]
+            rows[:, held:, 1] = values[:, fresh]
+            response = self.session.call(
+                "Append",
+                cold_pool_pb2.AppendRequest(
+                    context_id=self.context_id,
+                    layer=layer,
+                    first_token=self._flushed[layer],
+                    tokens=count,
+                    rows=region,
+                ),
+            )
+            taken = fresh.stop
+            self._tail_tokens[layer] = 0
+            self._flushed[layer] = response.layer_tokens
+            self.evaluation_key_bytes = response.evaluation_key_bytes
+            self.checksum_bytes = response.checksum_bytes
+            self.session.counters.written_bytes += region.length
+        return taken
+
+    def evaluate(
+        self,
+        layer: int,
+        query: npt.NDArray[np.float32],
+        k: int,
+        *,
+        first: int = 0,
+        end: int | None = None,
+        reduction: Reduction = Reduction.sum,
+    ) -> Selection:
+        """Ranks the flushed tokens first .. end-1 and returns the best k of each KV head.
+
+        `query` is float32 [query_heads, head_dim], after RoPE, not scaled;
+        `reduction` joins the scores of the query heads that share a KV head.
+        `end` is all that is flushed by default. Raises `InvalidInput` for
+        another shape, numbers that are not finite, a range beyond what is
+        flushed, and k outside 1 .. end - first.
+        """
+        shape = self.shape
+        check_query(query, shape.kv_heads, shape.head_dim)
+        flushed = self.flushed(layer)
+        end = flushed if end is None else end
+        if not 0 <= first <= end <= flushed:
+            raise InvalidInput(f"cannot rank tokens {first} to {end}: the layer has {flushed} flushed tokens")
+        if not 1 <= k <= end - first:
+            raise InvalidInput(f"k must be 1 to {end - first}, the number of tokens to rank, not {k}")
+        with self.session.lock:
+            staging = self.session.staging()
+            staging.reset()
+            query_region, staged = staging.take(query.shape, np.float32)
+            ids_region, ids = staging.take((shape.kv_heads, k), np.uint32)
+            scores_region, scores = staging.take((shape.kv_heads, k), np.int32)
+            staged[...] = query
+            request = cold_pool_pb2.EvaluateRequest(
+                layer=layer, query_heads=query.shape[0], reduction=reduction.to_proto()
+            )
+            request.evaluations.add(
+                context_id=self.context_id,
+                first_token=first,
+                end_token=end,
+                k=k,
+                query=query_region,
+                ids=ids_region,
+                scores=scores_region,
+            )
+            result = self.session.ask(request).results[0]
+            return Selection(ids.copy(), scores.copy(), result.evaluated_bytes)
+
+    def fetch(self, layer: int, ids: Array | Sequence[Array]) -> tuple[Any, Any]:
+        """Keys and values of the tokens `ids`, in the order asked, in the shape's storage dtype.
+
+        `ids` [kv_heads, m] gives two arrays [kv_heads, m, head_dim]. A list of
+        kv_heads arrays of any length gives two lists of arrays [m_h, head_dim].
+        Raises `InvalidInput` for an id of `length` or more, `CorruptData` for a
+        row that does not match its checksum.
+        """
+        rows = self.fetch_rows(layer, ids)
+        if isinstance(ids, np.ndarray):
+            rows = rows.reshape(*ids.shape, 2, self.shape.head_dim)
+            return rows[:, :, 0], rows[:, :, 1]
+        per_head = np.split(rows, np.cumsum([len(wanted) for wanted in ids])[:-1])
+        return [part[:, 0] for part in per_head], [part[:, 1] for part in per_head]
+
+    def fetch_rows(self, layer: int, ids: Array | Sequence[Array]) -> Array:
+        """As `fetch`, but K and V together and head after head: [sum of m_h, 2, head_dim]."""
+        if len(ids) != self.shape.kv_heads or any(np.ndim(wanted) != 1 for wanted in ids):
+            raise InvalidInput(f"ids must be a 1-d array for each of the {self.shape.kv_heads} KV heads")
+        counts = np.array([len(wanted) for wanted in ids])
+        flat = np.concatenate(list(ids)) if counts.sum() else np.empty(0, np.uint32)
+        if flat.dtype.kind not in "ui":
+            raise InvalidInput(f"ids must be integers, not {flat.dtype}")
+        with self.session.lock:
+            length, flushed = self.length(layer), self._flushed[layer]
+            if len(flat) and (flat.min() < 0 or flat.max() >= length):
+                raise InvalidInput(f"ids must be 0 to {length - 1}, the tokens appended; got {flat.min()} to {flat.max()}")
+            rows = np.empty((len(flat), 2, self.shape.head_dim), self.shape.dtype.storage)
+            heads = np.repeat(np.arange(len(counts)), counts)
+            cold = flat < flushed
+            if cold.all():
+                self._fetch_cold(layer, heads, flat, rows)
+            else:
+                brought = np.empty((int(cold.sum()), *rows.shape[1:]), rows.dtype)
+                self._fetch_cold(layer, heads[cold], flat[cold], brought)
+                rows[cold] = brought
+                rows[~cold] = self._tails[layer][heads[~cold], flat[~cold] - flushed]
+            return rows
+
+    def _fetch_cold(self, layer: int, heads: Array, ids: Array, out: Array) -> None:
+        """Fetches flushed rows, sorted by head, into `out`, as many at a time as the arena takes."""
+        staging = self.session.staging()
+        piece = (staging.nbytes - PAGE) // (self.shape.row_bytes + ids.itemsize)
+        for start in range(0, len(ids), piece):
+            part = slice(start, min(start + piece, len(ids)))
+            staging.reset()
+            rows_region, rows = staging.take(out[part].shape, out.dtype)
+            ids_region, staged = staging.take(ids[part].shape, np.uint32)
+            staged[...] = ids[part]
+            count_per_head = np.bincount(heads[part], minlength=self.shape.kv_heads)
+            which = cold_pool_pb2.Ids(count_per_head=count_per_head.tolist(), ids=ids_region)
+            self._fetch(layer, rows_region, by_ids=which)
+            out[part] = rows
+
+    def fetch_range(self, layer: int, first: int, count: int) -> Array:
+        """Rows of the tokens first .. first+count-1: a copy, [kv_heads, count, 2 (K, V), head_dim].
+
+        Raises `InvalidInput` for a range beyond `length`, `CorruptData` for a
+        row that does not match its checksum.
+        """
+        shape = self.shape
+        with self.session.lock:
+            length, flushed = self.length(layer), self._flushed[layer]
+            if first < 0 or count < 0 or first + count > length:
+                raise InvalidInput(
+                    f"cannot fetch {count} tokens from {first}: the layer has {length} tokens"
+                )
+            out = np.empty((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage)
+            staging = self.session.staging()
+            piece = staging.nbytes // (shape.kv_heads * shape.row_bytes)
+            cold = max(0, min(count, flushed - first))
+            for start in range(0, cold, piece):
+                part = out[:, start : min(start + piece, cold)]
+                staging.reset()
+                region, rows = staging.take(part.shape, part.dtype)
+                which = cold_pool_pb2.TokenRange(first_token=first + start, count=part.shape[1])
+                self._fetch(layer, region, range=which)
+                part[...] = rows
+            if cold < count:
+                in_tail = first + cold - flushed
+                out[:, cold:] = self._tails[layer, :, in_tail : in_tail + count - cold]
+            return out
+
+    def _fetch(self, layer: int, rows: cold_pool_pb2.Region, **which: Any) -> None:
+        request = cold_pool_pb2.FetchRequest(context_id=self.context_id, layer=layer, rows=rows, **which)
+        self.session.counters.read_bytes += self.session.call("Fetch", request).read_bytes
+
+    def close(self) -> None:
+        """Frees the context in the daemon. Raises `UnknownContext` when called again."""
+        self.session.call("CloseContext", cold_pool_pb2.CloseContextRequest(context_id=self.context_id))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except HillInferError:
+            # It would hide the error that is on its way.
+            if error is None:
+                raise
+
+    def _storage(self, array: Array, name: str) -> Array:
+        """Checks shape and dtype; bfloat16 becomes its bits."""
+        shape, dtype = self.shape, self.shape.dtype
+        if array.dtype.name == "bfloat16" and dtype is DType.bfloat16:
+            array = array.view(np.uint16)
+        if array.dtype != dtype.storage:
+            raise InvalidInput(f"{name} must be {dtype.value} (held as {dtype.storage}), not {array.dtype}")
+        if array.ndim != 3 or (array.shape[0], array.shape[2]) != (shape.kv_heads, shape.head_dim):
+            raise InvalidInput(
+                f"{name} must be [{shape.kv_heads}, n, {shape.head_dim}], not {list(array.shape)}"
+            )
+        return array
+
+    def _check_finite(self, array: Array) -> None:
+        if self.shape.dtype is DType.bfloat16:
+            finite = bool(np.all((array & _BF16_EXPONENT) != _BF16_EXPONENT))
+        else:
+            finite = bool(np.isfinite(array).all())
+        if not finite:
+            raise InvalidInput("keys and values must be finite; found a NaN or an infinity")

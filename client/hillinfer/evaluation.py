@@ -1,0 +1,150 @@
+"""Asking the daemon which tokens matter, and for the rows that the client lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.layout import Reduction
+from hillinfer_core.v1 import cold_pool_pb2
+
+from hillinfer.wire import ALIGNMENT, Staging
+
+if TYPE_CHECKING:
+    from hillinfer.context import Context
+
+EMPTY = 0xFFFFFFFF
+"""The id in `EvaluateItem.held` that stands for no token (proto/hillinfer/v1/cold_pool.proto)."""
+
+
+class EvaluateItem(NamedTuple):
+    """One context's part of an evaluation of one layer."""
+
+    context: Context
+    query: npt.NDArray[np.float32]
+    """float32 [query_heads, head_dim], after RoPE, not scaled; query_heads a multiple of kv_heads."""
+    k: int
+    """Winners per KV head; at most `end - first`."""
+    first: int
+    """First token to rank."""
+    end: int
+    """One past the last token to rank; at most the tokens flushed."""
+    held: npt.NDArray[np.uint32]
+    """uint32 [kv_heads, S]: ids whose rows the client holds; `EMPTY` for none."""
+
+
+@dataclass(slots=True)
+class Brought:
+    """The winners of an `EvaluateItem`, and the rows of those that were not held."""
+
+    ids: npt.NDArray[np.uint32]
+    """uint32 [kv_heads, k], ascending in each head."""
+    missing_per_head: list[int]
+    """Winners not in `held`, for each KV head."""
+    rows: npt.NDArray[Any]
+    """storage dtype [sum(missing_per_head), 2 (K, V), head_dim]: head by head, ascending by id."""
+    generation: int
+    """Of the layer's evaluation keys; scores of different generations do not compare."""
+    evaluated_bytes: int
+    """Evaluation keys scanned."""
+    read_bytes: int
+    """Read from the cold pool."""
+
+
+class _Buffers(NamedTuple):
+    query: npt.NDArray[Any]
+    held: npt.NDArray[Any]
+    ids: npt.NDArray[Any]
+    rows: npt.NDArray[Any]
+
+
+class Plan:
+    """A request and its arena regions, laid out once for every call with the same shapes.
+
+    Layers and tokens ask the same again and again with other contents. Building
+    messages and views costs more than filling them.
+    """
+
+    def __init__(
+        self, staging: Staging, items: Sequence[EvaluateItem], reduction: Reduction, shapes: tuple[Any, ...]
+    ) -> None:
+        self.shapes = shapes
+        self.request = cold_pool_pb2.EvaluateRequest(
+            query_heads=items[0].query.shape[0], reduction=reduction.to_proto()
+        )
+        staging.reset()
+        fixed = [self._add(staging, item) for item in items]
+        self.buffers: list[_Buffers] = []
+        share = staging.free // len(items)
+        for item, evaluation, (query, held, ids) in zip(items, self.request.evaluations, fixed, strict=True):
+            shape = item.context.shape
+            room = min(shape.kv_heads * item.k, (share - ALIGNMENT) // shape.row_bytes)
+            # At least one, so that an arena without room says so.
+            region, rows = staging.take((max(1, room), 2, shape.head_dim), shape.dtype.storage)
+            evaluation.rows.CopyFrom(region)
+            self.buffers.append(_Buffers(query, held, ids, rows))
+
+    def _add(self, staging: Staging, item: EvaluateItem) -> tuple[npt.NDArray[Any], ...]:
+        shape = item.context.shape
+        check_query(item.query, shape.kv_heads, shape.head_dim, self.request.query_heads)
+        if item.k < 1:
+            raise InvalidInput(f"k must be at least 1, not {item.k}")
+        if item.held.ndim != 2 or item.held.shape[0] != shape.kv_heads or item.held.dtype != np.uint32:
+            raise InvalidInput(
+                f"held must be uint32 [{shape.kv_heads}, S], not {item.held.dtype} {list(item.held.shape)}"
+            )
+        query_region, query = staging.take(item.query.shape, np.float32)
+        held_region, held = staging.take(item.held.shape, np.uint32)
+        ids_region, ids = staging.take((shape.kv_heads, item.k), np.uint32)
+        self.request.evaluations.add(
+            context_id=item.context.context_id, k=item.k, query=query_region, held=held_region, ids=ids_region
+        )
+        return query, held, ids
+
+    def fill(self, layer: int, items: Sequence[EvaluateItem]) -> cold_pool_pb2.EvaluateRequest:
+        """Puts this call's contents into the regions and returns the request."""
+        self.request.layer = layer
+        for item, evaluation, buffers in zip(items, self.request.evaluations, self.buffers, strict=True):
+            evaluation.first_token = item.first
+            evaluation.end_token = item.end
+            buffers.query[...] = item.query
+            buffers.held[...] = item.held
+        return self.request
+
+
+def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction) -> tuple[Any, ...]:
+    """What a `Plan` depends on."""
+    return (
+        reduction,
+        *((item.context, item.query.shape, item.query.dtype, item.k, item.held.shape) for item in items),
+    )
+
+
+def check_query(query: npt.NDArray[Any], kv_heads: int, head_dim: int, query_heads: int | None = None) -> None:
+    """Raises `InvalidInput` unless `query` is float32 [query_heads, head_dim]."""
+    if (
+        query.ndim != 2
+        or query.dtype != np.float32
+        or query.shape[1] != head_dim
+        or query.shape[0] % kv_heads
+        or query.shape[0] == 0
+        or query.shape[0] != (query_heads or query.shape[0])
+    ):
+        raise InvalidInput(
+            f"the query must be float32 [query_heads, {head_dim}] with query_heads a multiple of {kv_heads} "
+            f"and the same for every item, not {query.dtype} {list(query.shape)}"
+        )
+
+
+def rows_left_behind(item: EvaluateItem, ids: npt.NDArray[np.uint32], brought: int) -> list[npt.NDArray[np.uint32]]:
+    """The missing ids of each KV head, without the first `brought` rows, which did fit in the arena."""
+    left = []
+    for winners, held in zip(ids, item.held, strict=True):
+        missing = winners[~np.isin(winners, held)]
+        left.append(missing[brought:])
+        brought = max(0, brought - len(missing))
+    return left

@@ -1,0 +1,226 @@
+"""A session: one application attached to a daemon."""
+
+from __future__ import annotations
+
+import socket as sockets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from hillinfer_core import protocol
+from hillinfer_core.arena import Arena
+from hillinfer_core.errors import DaemonUnavailable, InvalidInput
+from hillinfer_core.layout import Reduction, Shape
+from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
+
+from hillinfer import evaluation, wire
+from hillinfer.context import Context
+from hillinfer.evaluation import Brought, EvaluateItem
+from hillinfer.stream import EvaluateStream
+
+DEFAULT_ARENA_BYTES = 8 << 20
+
+
+@dataclass
+class Counters:
+    """Bytes moved and scanned for a session since it connected."""
+
+    written_bytes: int = 0
+    """Rows appended to the cold pool."""
+    read_bytes: int = 0
+    """Read from the cold pool, whole pages where it reads whole pages."""
+    evaluated_bytes: int = 0
+    """Evaluation keys scanned."""
+
+
+class Session:
+    """An application's connection to a daemon; made by `connect`, ended by `close` or ``with``.
+
+    All contexts of the session, and everything they hold, are freed when it
+    ends, even by the death of the process. Thread-safe: one lock lets one call
+    at a time through. Not usable in a forked child.
+
+    Every call takes `timeout_s` seconds at most for each request it makes. It
+    raises `DaemonUnavailable` when the daemon is gone and `DeadlineExceeded`
+    when it does not answer.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        connection: sockets.socket,
+        accepted: attach_pb2.Accepted,
+        arena: Arena | None,
+        timeout_s: float,
+    ) -> None:
+        self.socket = path
+        self.timeout_s = timeout_s
+        self.session_id = accepted.session_id
+        self.server_version = accepted.server_version
+        self.counters = Counters()
+        self.lock = threading.RLock()
+        self._connection = connection
+        self._staging = None if arena is None else wire.Staging(arena, accepted.arena_generation)
+        self._metadata = ((protocol.TOKEN_KEY, accepted.token),)
+        # Own subchannels: another session's backoff after a dead daemon must not delay this one.
+        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
+        self._channel = grpc.insecure_channel(accepted.grpc_address, options)
+        self._stub = cold_pool_pb2_grpc.ColdPoolStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stream = EvaluateStream(self._stub, self._metadata, timeout_s)
+        self._plan: evaluation.Plan | None = None
+        self._closed = False
+
+    @classmethod
+    def connect(
+        cls,
+        socket: Path | None = None,
+        arena_bytes: int = DEFAULT_ARENA_BYTES,
+        name: str = "",
+        timeout_s: float = 30.0,
+    ) -> Self:
+        """Attaches to the daemon at the attach socket `socket`, by default the one of this machine or user.
+
+        `arena_bytes` is the memory shared with the daemon; larger transfers go
+        in pieces, and 0 gives a session that can only ask for `status`. `name`
+        shows in the daemon's status. Raises `DaemonUnavailable` when no daemon
+        is there, or the error with which it refused.
+        """
+        path = Path(socket) if socket is not None else protocol.attach_socket(protocol.default_runtime_dir())
+        connection, accepted, arena = wire.attach(path, arena_bytes, name, timeout_s)
+        return cls(path, connection, accepted, arena, timeout_s)
+
+    def open_context(self, shape: Shape) -> Context:
+        """Opens an empty context.
+
+        Raises `InvalidInput` for a shape out of range, and when the arena is
+        too small for one append unit of it.
+        """
+        shape.validate()
+        needed = shape.kv_heads * shape.append_unit * (shape.row_bytes + np.uint32().itemsize)
+        with self.lock:
+            if self.staging().nbytes < needed:
+                raise InvalidInput(
+                    f"the session's arena of {self.staging().nbytes} bytes is too small for {shape}: "
+                    f"connect with arena_bytes of {needed} or more"
+                )
+            response = self.call(
+                "OpenContext",
+                cold_pool_pb2.OpenContextRequest(
+                    layers=shape.layers,
+                    kv_heads=shape.kv_heads,
+                    head_dim=shape.head_dim,
+                    dtype=shape.dtype.to_proto(),
+                    precision=shape.precision.to_proto(),
+                ),
+            )
+        return Context(self, shape, response.context_id, response.append_unit)
+
+    def evaluate_and_bring(
+        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction = Reduction.sum
+    ) -> list[Brought]:
+        """Ranks tokens of one layer in each item's context and brings the winners' rows that are not held.
+
+        One turn of the stream, as a rule. Rows that the arena has no room for
+        are fetched after it, and items that it has no room for are asked in
+        turns of their own. The arrays returned are copies. Raises `InvalidInput`
+        for wrong shapes or a query that is not finite, `CorruptData` for a row
+        that does not match its checksum.
+        """
+        if not items:
+            return []
+        with self.lock:
+            shapes = evaluation.shapes_of(items, reduction)
+            plan = self._plan
+            if plan is None or plan.shapes != shapes:
+                try:
+                    plan = evaluation.Plan(self.staging(), items, reduction, shapes)
+                except wire.ArenaTooSmall:
+                    if len(items) == 1:
+                        raise
+                    half = len(items) // 2
+                    return self.evaluate_and_bring(layer, items[:half], reduction) + self.evaluate_and_bring(
+                        layer, items[half:], reduction
+                    )
+                self._plan = plan
+            results = self.ask(plan.fill(layer, items)).results
+            brought = [
+                Brought(
+                    buffers.ids.copy(),
+                    list(result.missing_per_head),
+                    buffers.rows[: result.rows_brought].copy(),
+                    result.generation,
+                    result.evaluated_bytes,
+                    result.read_bytes,
+                )
+                for buffers, result in zip(plan.buffers, results, strict=True)
+            ]
+            for item, answer in zip(items, brought, strict=True):
+                if len(answer.rows) < sum(answer.missing_per_head):
+                    self._complete(layer, item, answer)
+            return brought
+
+    def _complete(self, layer: int, item: EvaluateItem, answer: Brought) -> None:
+        before = self.counters.read_bytes
+        left = evaluation.rows_left_behind(item, answer.ids, len(answer.rows))
+        answer.rows = np.concatenate([answer.rows, item.context.fetch_rows(layer, left)])
+        answer.read_bytes += self.counters.read_bytes - before
+
+    def status(self) -> cold_pool_pb2.StatusResponse:
+        """The daemon's status; sizes in bytes."""
+        response: cold_pool_pb2.StatusResponse = self.call("Status", cold_pool_pb2.StatusRequest())
+        return response
+
+    def close(self) -> None:
+        """Ends the session; the daemon frees everything of it. Harmless when called again."""
+        with self.lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._stream.close()
+            self._channel.close()
+            self._connection.close()
+            self._staging = self._plan = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def staging(self) -> wire.Staging:
+        """For the library's own use, under `lock`: the arena's allocator."""
+        if self._staging is None:
+            raise self._no_arena()
+        return self._staging
+
+    def call(self, method: str, request: Any) -> Any:
+        """For the library's own use: a unary call with token, deadline and typed errors."""
+        with self.lock:
+            if self._closed:
+                raise self._no_arena()
+            try:
+                return getattr(self._stub, method)(request, timeout=self.timeout_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                raise wire.typed_error(error, method) from None
+
+    def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
+        """For the library's own use, under `lock`: a turn of the evaluation stream, counted."""
+        if self._closed:
+            raise self._no_arena()
+        response = self._stream.ask(request)
+        for result in response.results:
+            self.counters.evaluated_bytes += result.evaluated_bytes
+            self.counters.read_bytes += result.read_bytes
+        return response
+
+    def _no_arena(self) -> DaemonUnavailable | InvalidInput:
+        if self._closed:
+            return DaemonUnavailable("the session is closed; connect a new one")
+        return InvalidInput("the session has no arena; connect with arena_bytes above 0")

@@ -1,0 +1,156 @@
+"""What crosses the two sockets: the attach handshake, arena regions, errors."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from hillinfer_core import errors, protocol
+from hillinfer_core.arena import Arena
+from hillinfer_core.layout import PAGE
+from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
+
+# One cache line, one 512-bit load.
+ALIGNMENT = 64
+
+_REPLY_BUFFER = protocol.MAX_PACKET
+
+
+def attach(
+    path: Path, arena_bytes: int, name: str, timeout_s: float
+) -> tuple[socket.socket, attach_pb2.Accepted, Arena | None]:
+    """Attaches to the daemon whose attach socket is `path`.
+
+    Returns the connection (closing it ends the session), the daemon's answer
+    and the mapped arena (None when `arena_bytes` is 0). Blocks for at most
+    `timeout_s` seconds.
+
+    Raises `DaemonUnavailable` when nothing listens at `path`, `DeadlineExceeded`
+    when the daemon does not answer, else the error with which it refused.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.settimeout(timeout_s)
+        accepted, descriptors = _handshake(connection, path, arena_bytes, name)
+        try:
+            arena = Arena(descriptors[0], accepted.arena_bytes, verify=True) if descriptors else None
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        if arena_bytes and arena is None:
+            raise errors.DaemonUnavailable(f"the daemon at {path} sent no arena; is it of this version?")
+    except TimeoutError:
+        connection.close()
+        raise errors.DeadlineExceeded(
+            f"the daemon at {path} did not answer within {timeout_s:g} s; see its log, or raise timeout_s"
+        ) from None
+    except OSError as error:
+        connection.close()
+        raise errors.DaemonUnavailable(
+            f"no daemon answers at {path} ({error.strerror or error}); start hillinferd, or name another socket"
+        ) from None
+    except BaseException:
+        connection.close()
+        raise
+    return connection, accepted, arena
+
+
+def _handshake(
+    connection: socket.socket, path: Path, arena_bytes: int, name: str
+) -> tuple[attach_pb2.Accepted, list[int]]:
+    request = attach_pb2.AttachRequest(
+        protocol_version=protocol.PROTOCOL_VERSION,
+        layout_version=protocol.LAYOUT_VERSION,
+        client_name=name,
+        arena_bytes=arena_bytes,
+    )
+    connection.connect(str(path))
+    connection.sendall(request.SerializeToString())
+    packet, descriptors, _, _ = socket.recv_fds(connection, _REPLY_BUFFER, 1, socket.MSG_CMSG_CLOEXEC)
+    reply = attach_pb2.AttachReply.FromString(packet)
+    outcome = reply.WhichOneof("outcome")
+    if outcome == "accepted":
+        return reply.accepted, list(descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if outcome == "refused":
+        raise errors.by_name(reply.refused.error)(reply.refused.message)
+    raise errors.DaemonUnavailable(f"the daemon at {path} hung up during the attach; see its log")
+
+
+def typed_error(error: grpc.RpcError, doing: str) -> errors.HillInferError:
+    """The error of hillinfer_core.errors that a failed call stands for; `doing` names the call."""
+    if not isinstance(error, grpc.Call):
+        return errors.HillInferError(f"{doing}: {error}")
+    details = error.details() or ""
+    for key, value in error.trailing_metadata() or ():
+        if key == protocol.ERROR_KEY:
+            return errors.by_name(value if isinstance(value, str) else value.decode())(details)
+    code = error.code()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return errors.DaemonUnavailable(
+            f"{doing}: the daemon went away ({details}); its contexts are gone, connect a new session"
+        )
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return errors.DeadlineExceeded(f"{doing}: no answer within the deadline; see the daemon's log")
+    return errors.HillInferError(f"{doing}: {code.name}: {details}")
+
+
+class ArenaTooSmall(errors.InvalidInput):
+    """A call needs more arena than the session has."""
+
+
+class Staging:
+    """Hands out regions of the arena one after another; `reset` takes all of them back.
+
+    Not thread-safe: the session's lock covers a call from its `reset` to the
+    last look at what the daemon wrote.
+    """
+
+    def __init__(self, arena: Arena, generation: int) -> None:
+        self._arena = arena
+        self._generation = generation
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+        return self._arena.nbytes
+
+    @property
+    def free(self) -> int:
+        """Bytes left from the next page boundary on."""
+        return max(0, self._arena.nbytes - _round_up(self._used, PAGE))
+
+    def reset(self) -> None:
+        """Takes back every region."""
+        self._used = 0
+
+    def take(
+        self, shape: Sequence[int], dtype: Any, alignment: int = ALIGNMENT
+    ) -> tuple[cold_pool_pb2.Region, np.ndarray[Any, Any]]:
+        """A region for an array, and the array on it; the contents are whatever was there.
+
+        Raises `ArenaTooSmall` when the arena has no room for it.
+        """
+        length = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if length == 0:
+            return cold_pool_pb2.Region(), np.empty(shape, dtype)
+        offset = _round_up(self._used, alignment)
+        if offset + length > self._arena.nbytes:
+            raise ArenaTooSmall(
+                f"the session's arena of {self._arena.nbytes} bytes is too small for this call: "
+                f"connect with arena_bytes of {offset + length} or more"
+            )
+        self._used = offset + length
+        region = cold_pool_pb2.Region(offset=offset, length=length, generation=self._generation)
+        return region, self._arena.view(offset, tuple(shape), dtype)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
