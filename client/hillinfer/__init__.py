@@ -18,7 +18,7 @@ from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
 
 if TYPE_CHECKING:
-    from hillinfer.attach import attach
+    from hillinfer.attachment import attach
 
 __all__ = [
     "Brought",
@@ -39,7 +39,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import and the base install does not have it.
     if name == "attach":
-        from hillinfer.attach import attach
+        from hillinfer.attachment import attach
 
         return attach
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
