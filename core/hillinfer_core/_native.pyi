@@ -1,0 +1,41 @@
+"""The native extension; :mod:`hillinfer_core.kernel` checks arguments and is what to call."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+def supported(variant: int) -> bool: ...
+def widen_keys(
+    rows: npt.NDArray[np.uint8], format: int, tokens: int, dim: int, out: npt.NDArray[np.float32], /
+) -> None: ...
+def quantise_keys(
+    rows: npt.NDArray[np.uint8],
+    format: int,
+    tokens: int,
+    zero: npt.NDArray[np.float32],
+    inverse_scale: npt.NDArray[np.float32],
+    bits: int,
+    tiles: npt.NDArray[np.uint8],
+    /,
+) -> tuple[int, int]: ...
+def scores(
+    variant: int,
+    tiles: npt.NDArray[np.uint8],
+    q: npt.NDArray[np.int8],
+    bits: int,
+    out: npt.NDArray[np.int32],
+    /,
+) -> None: ...
+def top_k(
+    scores: npt.NDArray[np.int32],
+    first_id: int,
+    ids: npt.NDArray[np.uint32],
+    chosen: npt.NDArray[np.int32],
+    /,
+) -> None: ...
+def row_checksums(hardware: bool, rows: npt.NDArray[np.uint8], out: npt.NDArray[np.uint32], /) -> None: ...
+def gather(
+    fd: int, offsets: npt.NDArray[np.uint64], out: npt.NDArray[Any], direct: bool, /
+) -> int: ...
+def punch_hole(fd: int, offset: int, length: int, /) -> None: ...

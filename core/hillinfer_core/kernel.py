@@ -1,0 +1,174 @@
+"""The functions of :mod:`hillinfer_core.reference` in native code, bit for bit the same, and the gather of rows.
+
+Every call checks its arguments (:class:`InvalidInput`), releases the GIL while it works, blocks until done, and
+may be made from any thread. Scores are computed by the widest instructions that the processor has; the
+environment variable ``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from .errors import ConfigError, InvalidInput
+from .layout import MAX_HEAD_DIM, PAGE, TILE_TOKENS, Precision, tile_bytes
+from .reference import F32, I8, I32, U8, U32, Ranges, fit_ranges, quantise_query
+
+__all__ = [
+    "Ranges",
+    "fit_ranges",
+    "gather",
+    "punch_hole",
+    "quantise_keys",
+    "quantise_query",
+    "row_checksums",
+    "scores",
+    "top_k",
+    "variants",
+    "widen_keys",
+]
+
+# The number of each is that of `Variant` in native.h; the widest last.
+_VARIANTS = {"portable": 0, "avx2": 1, "avx512vnni": 2}
+_FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2}
+
+_MAX_ROW_BYTES = 16 * PAGE
+
+
+def variants() -> list[str]:
+    """Return the kinds of code that this processor can run, the widest last."""
+    return [name for name, number in _VARIANTS.items() if _native.supported(number)]
+
+
+_BEST = _VARIANTS[variants()[-1]]
+
+
+def _variant() -> int:
+    forced = os.environ.get("HILLINFER_KERNEL")
+    if not forced:
+        return _BEST
+    if forced not in variants():
+        raise ConfigError(
+            f"HILLINFER_KERNEL={forced} cannot run here; unset it or use one of {', '.join(variants())}"
+        )
+    return _VARIANTS[forced]
+
+
+def widen_keys(rows: npt.NDArray[Any]) -> F32:
+    """Return the keys, float32 [H, n, D], of ``rows`` [H, n, 2, D] in float16, uint16 (bfloat16) or float32."""
+    heads, tokens, dim = _rows_shape(rows)
+    keys = np.empty((heads, tokens, dim), np.float32)
+    _native.widen_keys(_flat_bytes(rows), _FORMATS[rows.dtype], heads * tokens, dim, keys.reshape(-1))
+    return keys
+
+
+def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) -> tuple[U8, int, int]:
+    """Quantise keys as :func:`hillinfer_core.reference.quantise_keys` defines; ``rows`` are C-contiguous."""
+    heads, tokens, dim = _rows_shape(rows)
+    _require(ranges.scale.shape == ranges.zero.shape == (heads, dim), "ranges do not fit the rows")
+    tiles = np.empty((heads, -(-tokens // TILE_TOKENS), tile_bytes(dim, precision)), np.uint8)
+    inverse_scale = np.float32(1) / np.ascontiguousarray(ranges.scale, np.float32)
+    zero = np.ascontiguousarray(ranges.zero, np.float32)
+    clipped, nonfinite = _native.quantise_keys(
+        _flat_bytes(rows), _FORMATS[rows.dtype], tokens, zero, inverse_scale, precision.bits, tiles
+    )
+    return tiles, clipped, nonfinite
+
+
+def scores(tiles: U8, q: I8, precision: Precision, out: I32) -> None:
+    """Score tokens as :func:`hillinfer_core.reference.scores` defines.
+
+    ``tiles`` and ``out`` may be slices of larger arrays, as long as only the first axis is strided.
+    """
+    _require(tiles.dtype == np.uint8 and tiles.ndim == 3, "tiles must be uint8 [H, T, tile bytes]")
+    _require(q.dtype == np.int8 and q.ndim == 3 and q.shape[1] >= 1, "q must be int8 [H, R, D]")
+    heads, count, size = tiles.shape
+    dim = q.shape[2]
+    _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
+    _require(size == tile_bytes(dim, precision), f"tiles of {size} bytes do not fit head dimension {dim}")
+    _require(out.dtype == np.int32 and out.ndim == 2 and out.flags.writeable, "out must be writable int32 [H, n]")
+    _require(q.shape[0] == out.shape[0] == heads, "tiles, q and out differ in KV heads")
+    _require(out.shape[1] >= count * TILE_TOKENS, f"out must have room for {count * TILE_TOKENS} scores")
+    if heads == 0 or count == 0:
+        return
+    _require(tiles[0].flags.c_contiguous and out[0].flags.c_contiguous, "only the first axis may be strided")
+    _native.scores(_variant(), tiles, np.ascontiguousarray(q), precision.bits, out)
+
+
+def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
+    """Select scores as :func:`hillinfer_core.reference.top_k` defines; only the first axis may be strided."""
+    _require(scores.dtype == np.int32 and scores.ndim == 2, "scores must be int32 [H, n]")
+    heads, tokens = scores.shape
+    _require(k >= 0, f"k cannot be negative: {k}")
+    _require(0 <= first_id and first_id + tokens <= 1 << 32, "ids must fit in 32 bits")
+    shape = (heads, min(k, tokens))
+    ids, chosen = np.empty(shape, np.uint32), np.empty(shape, np.int32)
+    if ids.size:
+        _require(scores[0].flags.c_contiguous, "only the first axis of scores may be strided")
+        _native.top_k(scores, first_id, ids, chosen)
+    return ids, chosen
+
+
+def row_checksums(rows: npt.NDArray[Any]) -> U32:
+    """Return the CRC-32C, uint32 [n], of each of ``rows`` [n, ...], C-contiguous and of any dtype."""
+    _require(rows.ndim >= 2 and rows.flags.c_contiguous, "rows must be C-contiguous [n, ...]")
+    out = np.empty(rows.shape[0], np.uint32)
+    if out.size:
+        data = _flat_bytes(rows).reshape(out.size, -1)
+        _native.row_checksums(_variant() != _VARIANTS["portable"], data, out)
+    return out
+
+
+def gather(
+    fd: int, offsets: npt.NDArray[np.uint64], row_bytes: int, out: npt.NDArray[Any], direct: bool
+) -> int:
+    """Read rows that lie scattered in a file; return the bytes read.
+
+    ``offsets`` uint64 [n] are byte offsets in any order, repeats allowed; row i goes to the i-th ``row_bytes``
+    of ``out``, which is C-contiguous, of any shape and dtype, and has at least n of them. With ``direct`` whole
+    pages are read, as a descriptor opened with O_DIRECT needs; pages and rows that touch are read together.
+
+    Up to 17 reads are in flight at once, from threads that stay for the next call and sleep between calls; they
+    hold a page-aligned buffer of 128 KiB each. Calls from several threads take turns. Raises :class:`OSError`
+    with the errno of a failed read (EIO when the file ends before a row does); ``out`` is then undefined.
+    """
+    _require(offsets.dtype == np.uint64 and offsets.ndim == 1, "offsets must be uint64 [n]")
+    _require(0 < row_bytes <= _MAX_ROW_BYTES, f"row_bytes must be 1 to {_MAX_ROW_BYTES}, not {row_bytes}")
+    count = offsets.size
+    _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
+    _require(out.nbytes >= count * row_bytes, f"out has {out.nbytes} bytes, not {count * row_bytes}")
+    if count == 0:
+        return 0
+    _require(int(offsets.max()) < 1 << 62, "offsets must be below 2**62")
+    rows = _flat_bytes(out)[: count * row_bytes].reshape(count, row_bytes)
+    return _native.gather(fd, np.ascontiguousarray(offsets), rows, direct)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the blocks of a byte range of a file back to the file system; the range then reads as zeros.
+
+    Raises :class:`OSError`; errno is EOPNOTSUPP where the file system cannot.
+    """
+    _native.punch_hole(fd, offset, length)
+
+
+def _rows_shape(rows: npt.NDArray[Any]) -> tuple[int, int, int]:
+    _require(rows.dtype in _FORMATS, f"rows must be float16, uint16 (bfloat16) or float32, not {rows.dtype}")
+    _require(rows.ndim == 4 and rows.shape[2] == 2, f"rows must be [H, n, 2, D], not {list(rows.shape)}")
+    _require(rows.flags.c_contiguous, "rows must be C-contiguous")
+    heads, tokens, _, dim = rows.shape
+    _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
+    return heads, tokens, dim
+
+
+def _flat_bytes(array: npt.NDArray[Any]) -> U8:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _require(held: bool, message: str) -> None:
+    if not held:
+        raise InvalidInput(message)

@@ -1,0 +1,170 @@
+"""The definition of the evaluation arithmetic, in numpy: slow and clear.
+
+:mod:`hillinfer_core.kernel` has the same functions, fast and held to these bit for bit. All arithmetic is
+float32 with every operation rounded on its own (no fused multiply-add), or exact integers. H is the number of
+KV heads, D the head dimension, n a number of tokens, R the query vectors for each KV head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidInput
+from .layout import TILE_TOKENS, Precision, Reduction, tile_bytes
+
+F32 = npt.NDArray[np.float32]
+I8 = npt.NDArray[np.int8]
+I32 = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+
+_TINY = np.finfo(np.float32).tiny
+_CRC_32C = 0x82F63B78  # Castagnoli polynomial, bits reflected: RFC 3720, appendix B.4
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What the levels of evaluation keys stand for: ``k ~ k' * scale + zero``; both are float32 [H, D]."""
+
+    scale: F32
+    zero: F32
+
+
+def widen_keys(rows: npt.NDArray[Any]) -> F32:
+    """Return the keys, float32 [H, n, D], of ``rows`` [H, n, 2, D] in float16, uint16 (bfloat16) or float32."""
+    return _widen(rows[:, :, 0, :])
+
+
+def fit_ranges(keys: F32, precision: Precision) -> Ranges:
+    """Fit one range for each channel of ``keys``, float32 [H, n, D], n >= 1.
+
+    zero is the least key, scale the range divided by the levels, and 1 for a channel that is constant (or
+    varies less than float32 can divide by). Raises :class:`InvalidInput` for a key that is not finite.
+    """
+    if not np.isfinite(keys).all():
+        raise InvalidInput("keys contain NaN or infinity")
+    low = keys.min(axis=1)
+    # In float64, as the range of finite float32 numbers need not be one.
+    span = keys.max(axis=1).astype(np.float64) - low.astype(np.float64)
+    scale = (span / precision.levels).astype(np.float32)
+    return Ranges(np.where(scale < _TINY, np.float32(1), scale), low)
+
+
+def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) -> tuple[U8, int, int]:
+    """Quantise the keys of ``rows`` [H, n, 2, D] in float16, uint16 (bfloat16) or float32.
+
+    Returns (tiles uint8 [H, ceil(n/16), tile bytes], clipped, nonfinite): how many keys lay outside their
+    range, and how many elements, keys and values, are not finite. ``k' = clip(rint((k - zero) * (1 / scale)))``
+    with halves to even; NaN becomes 0, and so do the tokens that fill the last tile.
+    """
+    heads, tokens, _, dim = rows.shape
+    inverse_scale = np.float32(1) / ranges.scale
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = (widen_keys(rows) - ranges.zero[:, None, :]) * inverse_scale[:, None, :]
+    level = np.rint(x)
+    clipped = int(np.count_nonzero((level < 0) | (level > precision.levels)))
+    level = np.clip(np.where(np.isnan(level), np.float32(0), level), 0, precision.levels)
+    nonfinite = int(np.count_nonzero(~np.isfinite(_widen(rows))))
+
+    tiles = -(-tokens // TILE_TOKENS)
+    padded = np.zeros((heads, tiles * TILE_TOKENS, dim), np.uint8)
+    padded[:, :tokens] = level.astype(np.uint8)
+    return _to_tiles(padded.reshape(heads, tiles, TILE_TOKENS, dim), precision), clipped, nonfinite
+
+
+def quantise_query(query: F32, ranges: Ranges, reduction: Reduction) -> tuple[I8, F32]:
+    """Quantise ``query``, float32 [Hq, D] where Hq is a multiple of H.
+
+    Returns (q int8 [H, R, D], sigma float32 [H]), with ``q * sigma ~ query * scale``: R is 1 for the sum over
+    the query heads of a KV head, added in ascending order, and Hq / H for their maximum. sigma is one for
+    each KV head, so that scores of its query heads compare. Raises :class:`InvalidInput` for a wrong shape,
+    or a query that is not finite once scaled.
+    """
+    heads, dim = ranges.scale.shape
+    if query.ndim != 2 or query.shape[1] != dim or query.shape[0] == 0 or query.shape[0] % heads:
+        raise InvalidInput(f"a query must be [a multiple of {heads}, {dim}], not {list(query.shape)}")
+    group = query.shape[0] // heads
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = query.reshape(heads, group, dim).astype(np.float32) * ranges.scale[:, None, :]
+        if reduction is Reduction.sum:
+            total = scaled[:, 0]
+            for member in range(1, group):
+                total = total + scaled[:, member]
+            scaled = total[:, None, :]
+    largest = np.abs(scaled).max(axis=(1, 2))
+    if not np.isfinite(largest).all():
+        raise InvalidInput("the query contains NaN or infinity, or overflows float32 when scaled")
+    sigma = largest / np.float32(127)
+    sigma = np.where(sigma > 0, sigma, np.float32(1))
+    levels = np.rint(scaled / sigma[:, None, None])
+    return np.clip(levels, -127, 127).astype(np.int8), sigma
+
+
+def scores(tiles: U8, q: I8, precision: Precision, out: I32) -> None:
+    """Write the scores of ``tiles`` uint8 [H, T, tile bytes] for ``q`` int8 [H, R, D] to ``out``.
+
+    ``out`` is int32 [H, at least T * 16]; columns from T * 16 on are left alone. A score is the dot product
+    of levels, exact, and the greatest of R when R > 1. Tokens that only fill a tile score 0.
+    """
+    levels = from_tiles(tiles, precision).astype(np.int32)
+    heads, tokens, _ = levels.shape
+    products = np.einsum("htd,hrd->htr", levels, q.astype(np.int32))
+    out[:, :tokens] = products.max(axis=2).reshape(heads, tokens)
+
+
+def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
+    """Return the ``k`` greatest of each row of ``scores`` int32 [H, n] as (ids uint32, scores int32), [H, min(k, n)].
+
+    A score's id is ``first_id`` plus its column. Exact; of equal scores the lowest id wins. Ids ascend.
+    """
+    order = np.argsort(-scores.astype(np.int64), axis=1, kind="stable")
+    columns = np.sort(order[:, :k], axis=1)
+    return (columns + first_id).astype(np.uint32), np.take_along_axis(scores, columns, axis=1)
+
+
+def row_checksums(rows: npt.NDArray[Any]) -> U32:
+    """Return the CRC-32C, uint32 [n], of each of ``rows`` [n, ...], C-contiguous and of any dtype."""
+    data = rows.reshape(rows.shape[0], -1).view(np.uint8)
+    crc = np.full(data.shape[0], 0xFFFFFFFF, np.uint32)
+    for column in data.T:
+        crc = (crc >> np.uint32(8)) ^ _TABLE[(crc ^ column) & np.uint32(0xFF)]
+    return ~crc
+
+
+def from_tiles(tiles: U8, precision: Precision) -> U8:
+    """Return the levels, uint8 [H, T * 16, D], that ``tiles`` uint8 [H, T, tile bytes] hold."""
+    heads, count, size = tiles.shape
+    beats = tiles.reshape(heads, count, size // 64, TILE_TOKENS, 4)
+    if precision is Precision.int4:
+        beats = np.concatenate((beats & 15, beats >> 4), axis=-1)
+    return np.swapaxes(beats, 2, 3).reshape(heads, count * TILE_TOKENS, size * 8 // precision.bits // TILE_TOKENS)
+
+
+def _to_tiles(levels: U8, precision: Precision) -> U8:
+    """Return the tiles of ``levels`` uint8 [H, T, 16, D]."""
+    heads, count, _, dim = levels.shape
+    step = 32 // precision.bits
+    beats = np.swapaxes(levels.reshape(heads, count, TILE_TOKENS, dim // step, step), 2, 3)
+    if precision is Precision.int4:
+        beats = beats[..., :4] | beats[..., 4:] << 4
+    return np.ascontiguousarray(beats).reshape(heads, count, tile_bytes(dim, precision))
+
+
+def _widen(numbers: npt.NDArray[Any]) -> F32:
+    if numbers.dtype == np.uint16:
+        return (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return numbers.astype(np.float32)
+
+
+def _crc_table() -> U32:
+    crc = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        crc = (crc >> np.uint32(1)) ^ np.where(crc & np.uint32(1), np.uint32(_CRC_32C), np.uint32(0))
+    return crc
+
+
+_TABLE = _crc_table()

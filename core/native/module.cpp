@@ -1,0 +1,109 @@
+// Python bindings. hillinfer_core/kernel.py checks every argument before it comes here.
+#include <errno.h>
+#include <fcntl.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/vector.h>
+#include <nanobind/stl/pair.h>
+
+#include "native.h"
+
+namespace nb = nanobind;
+using namespace hillinfer;
+
+namespace {
+
+template <class T, size_t kDims>
+using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+template <class T, size_t kDims>
+using Strided = nb::ndarray<T, nb::ndim<kDims>, nb::device::cpu>;
+using Bytes1 = Array<const uint8_t, 1>;
+
+[[noreturn]] void raise_os_error(int number) {
+    errno = number;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+}
+
+void py_widen_keys(Bytes1 rows, int format, size_t tokens, size_t dim, Array<float, 1> out) {
+    nb::gil_scoped_release released;
+    widen_keys(rows.data(), Format(format), tokens, dim, out.data());
+}
+
+std::pair<uint64_t, uint64_t> py_quantise_keys(Bytes1 rows, int format, size_t tokens,
+                                               Array<const float, 2> zero, Array<const float, 2> inverse_scale,
+                                               int bits, Array<uint8_t, 3> tiles) {
+    const size_t heads = zero.shape(0), dim = zero.shape(1);
+    const size_t head_row_bytes = heads ? rows.shape(0) / heads : 0;
+    const size_t head_tile_bytes = tiles.shape(1) * tiles.shape(2);
+    QuantiseCounts total;
+    nb::gil_scoped_release released;
+    for (size_t head = 0; head < heads; ++head) {
+        const QuantiseCounts counts = quantise_keys(
+            rows.data() + head * head_row_bytes, Format(format), tokens, dim, zero.data() + head * dim,
+            inverse_scale.data() + head * dim, bits, tiles.data() + head * head_tile_bytes);
+        total.clipped += counts.clipped;
+        total.nonfinite += counts.nonfinite;
+    }
+    return {total.clipped, total.nonfinite};
+}
+
+// Only the head axis of `tiles` and `out` may be strided.
+void py_scores(int variant, Strided<const uint8_t, 3> tiles, Array<const int8_t, 3> q, int bits,
+               Strided<int32_t, 2> out) {
+    const size_t heads = q.shape(0), queries = q.shape(1), dim = q.shape(2);
+    nb::gil_scoped_release released;
+    for (size_t head = 0; head < heads; ++head)
+        scores(Variant(variant), tiles.data() + int64_t(head) * tiles.stride(0), tiles.shape(1),
+               q.data() + head * queries * dim, queries, dim, bits, out.data() + int64_t(head) * out.stride(0));
+}
+
+void py_top_k(Strided<const int32_t, 2> scores, uint32_t first_id, Array<uint32_t, 2> ids,
+              Array<int32_t, 2> chosen) {
+    const size_t k = ids.shape(1);
+    nb::gil_scoped_release released;
+    for (size_t head = 0; head < ids.shape(0); ++head)
+        top_k(scores.data() + int64_t(head) * scores.stride(0), scores.shape(1), k, first_id,
+              ids.data() + head * k, chosen.data() + head * k);
+}
+
+void py_row_checksums(bool hardware, Array<const uint8_t, 2> rows, Array<uint32_t, 1> out) {
+    nb::gil_scoped_release released;
+    row_checksums(hardware, rows.data(), rows.shape(0), rows.shape(1), out.data());
+}
+
+uint64_t py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct) {
+    GatherResult result;
+    {
+        nb::gil_scoped_release released;
+        result = gather(fd, offsets.data(), offsets.shape(0), out.shape(1), out.data(), direct);
+    }
+    if (result.error) raise_os_error(result.error);
+    return result.read_bytes;
+}
+
+void py_punch_hole(int fd, int64_t offset, int64_t length) {
+    int failed;
+    {
+        nb::gil_scoped_release released;
+        failed = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) ? errno : 0;
+    }
+    if (failed) raise_os_error(failed);
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    module.def("supported", [](int variant) { return supported(Variant(variant)); });
+    module.def("widen_keys", &py_widen_keys, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(),
+               nb::arg().noconvert());
+    module.def("quantise_keys", &py_quantise_keys, nb::arg().noconvert(), nb::arg(), nb::arg(),
+               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
+    module.def("scores", &py_scores, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+               nb::arg().noconvert());
+    module.def("top_k", &py_top_k, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),
+               nb::arg().noconvert());
+    module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
+    module.def("punch_hole", &py_punch_hole);
+}
