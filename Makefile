@@ -11,8 +11,6 @@ NATIVE := $(shell find core/native -type f)
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
-# PyTorch's own index has builds without CUDA, gigabytes smaller. `make setup TORCH_INDEX=` takes the usual one.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## list the targets
@@ -23,7 +21,7 @@ setup: $(STAMP) ## create .venv and install everything into it (quick when nothi
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install python3 and python3-venv" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --retries 1 -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
+	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -51,5 +49,5 @@ proto: setup ## generate core/hillinfer_core/v1 from proto/
 		--python_out=core --pyi_out=core --grpc_python_out=core \
 		hillinfer_core/v1/attach.proto hillinfer_core/v1/cold_pool.proto
 
-clean: ## remove .venv and everything generated that git ignores
-	git clean -fdXq
+clean: ## remove .venv, build output and caches
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
