@@ -14,6 +14,7 @@ from hillinfer_core.layout import PAGE, DType, Reduction, Shape
 from hillinfer_core.v1 import cold_pool_pb2
 
 from hillinfer.evaluation import check_query
+from hillinfer.wire import number
 
 if TYPE_CHECKING:
     from hillinfer.session import Session
@@ -169,7 +170,7 @@ class Context:
             scores_region, scores = staging.take((shape.kv_heads, k), np.int32)
             staged[...] = query
             request = cold_pool_pb2.EvaluateRequest(
-                layer=layer, query_heads=query.shape[0], reduction=reduction.to_proto()
+                layer=layer, query_heads=query.shape[0], reduction=number(reduction)
             )
             request.evaluations.add(
                 context_id=self.context_id,
@@ -209,7 +210,9 @@ class Context:
         with self.session.lock:
             length, flushed = self.length(layer), self._flushed[layer]
             if len(flat) and (flat.min() < 0 or flat.max() >= length):
-                raise InvalidInput(f"ids must be 0 to {length - 1}, the tokens appended; got {flat.min()} to {flat.max()}")
+                raise InvalidInput(
+                    f"ids must be 0 to {length - 1}, the tokens appended; got {flat.min()} to {flat.max()}"
+                )
             rows = np.empty((len(flat), 2, self.shape.head_dim), self.shape.dtype.storage)
             heads = np.repeat(np.arange(len(counts)), counts)
             cold = flat < flushed
@@ -247,9 +250,7 @@ class Context:
         with self.session.lock:
             length, flushed = self.length(layer), self._flushed[layer]
             if first < 0 or count < 0 or first + count > length:
-                raise InvalidInput(
-                    f"cannot fetch {count} tokens from {first}: the layer has {length} tokens"
-                )
+                raise InvalidInput(f"cannot fetch {count} tokens from {first}: the layer has {length} tokens")
             out = np.empty((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage)
             staging = self.session.staging()
             piece = staging.nbytes // (shape.kv_heads * shape.row_bytes)

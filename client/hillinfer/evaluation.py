@@ -12,7 +12,7 @@ from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
 from hillinfer_core.v1 import cold_pool_pb2
 
-from hillinfer.wire import ALIGNMENT, Staging
+from hillinfer.wire import ALIGNMENT, Staging, number
 
 if TYPE_CHECKING:
     from hillinfer.context import Context
@@ -74,7 +74,7 @@ class Plan:
     ) -> None:
         self.shapes = shapes
         self.request = cold_pool_pb2.EvaluateRequest(
-            query_heads=items[0].query.shape[0], reduction=reduction.to_proto()
+            query_heads=items[0].query.shape[0], reduction=number(reduction)
         )
         staging.reset()
         fixed = [self._add(staging, item) for item in items]
@@ -124,7 +124,9 @@ def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction) -> tuple[Any,
     )
 
 
-def check_query(query: npt.NDArray[Any], kv_heads: int, head_dim: int, query_heads: int | None = None) -> None:
+def check_query(
+    query: npt.NDArray[Any], kv_heads: int, head_dim: int, query_heads: int | None = None
+) -> None:
     """Raises `InvalidInput` unless `query` is float32 [query_heads, head_dim]."""
     if (
         query.ndim != 2
@@ -140,7 +142,9 @@ def check_query(query: npt.NDArray[Any], kv_heads: int, head_dim: int, query_hea
         )
 
 
-def rows_left_behind(item: EvaluateItem, ids: npt.NDArray[np.uint32], brought: int) -> list[npt.NDArray[np.uint32]]:
+def rows_left_behind(
+    item: EvaluateItem, ids: npt.NDArray[np.uint32], brought: int
+) -> list[npt.NDArray[np.uint32]]:
     """The missing ids of each KV head, without the first `brought` rows, which did fit in the arena."""
     left = []
     for winners, held in zip(ids, item.held, strict=True):

@@ -61,7 +61,9 @@ class PrivateDaemon:
     def __enter__(self) -> Self:
         temporary = tempfile.gettempdir()
         self._runtime_dir = Path(
-            tempfile.mkdtemp(prefix="hillinfer-", dir=temporary if len(temporary) <= _LONGEST_TMPDIR else "/tmp")
+            tempfile.mkdtemp(
+                prefix="hillinfer-", dir=temporary if len(temporary) <= _LONGEST_TMPDIR else "/tmp"
+            )
         )
         try:
             with open(self._log, "wb") as log:

@@ -23,6 +23,8 @@ from hillinfer.context import Context
 from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.stream import EvaluateStream
 
+__all__ = ["Brought", "Counters", "EvaluateItem", "Session"]
+
 DEFAULT_ARENA_BYTES = 8 << 20
 
 
@@ -62,6 +64,8 @@ class Session:
         self.timeout_s = timeout_s
         self.session_id = accepted.session_id
         self.server_version = accepted.server_version
+        self.arena_bytes = 0 if arena is None else arena.nbytes
+        """Memory shared with the daemon; 0 in a session that can only ask for `status`."""
         self.counters = Counters()
         self.lock = threading.RLock()
         self._connection = connection
@@ -114,8 +118,8 @@ class Session:
                     layers=shape.layers,
                     kv_heads=shape.kv_heads,
                     head_dim=shape.head_dim,
-                    dtype=shape.dtype.to_proto(),
-                    precision=shape.precision.to_proto(),
+                    dtype=wire.number(shape.dtype),
+                    precision=wire.number(shape.precision),
                 ),
             )
         return Context(self, shape, response.context_id, response.append_unit)

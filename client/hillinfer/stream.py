@@ -87,7 +87,7 @@ class EvaluateStream:
 def _until_none(
     requests: queue.SimpleQueue[cold_pool_pb2.EvaluateRequest | None],
 ) -> Iterator[cold_pool_pb2.EvaluateRequest]:
-    return iter(requests.get, None)  # type: ignore[arg-type]
+    return iter(requests.get, None)
 
 
 class _Watchdog:

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 from hillinfer_core import errors, protocol
 from hillinfer_core.arena import Arena
-from hillinfer_core.layout import PAGE
+from hillinfer_core.layout import PAGE, DType, Precision, Reduction
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
 
 # One cache line, one 512-bit load.
@@ -52,7 +52,8 @@ def attach(
     except OSError as error:
         connection.close()
         raise errors.DaemonUnavailable(
-            f"no daemon answers at {path} ({error.strerror or error}); start hillinferd, or name another socket"
+            f"no daemon answers at {path} ({error.strerror or error}); "
+            "start hillinferd, or name another socket"
         ) from None
     except BaseException:
         connection.close()
@@ -99,6 +100,11 @@ def typed_error(error: grpc.RpcError, doing: str) -> errors.HillInferError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineExceeded(f"{doing}: no answer within the deadline; see the daemon's log")
     return errors.HillInferError(f"{doing}: {code.name}: {details}")
+
+
+def number(member: DType | Precision | Reduction) -> Any:
+    """The member's number for a message; Any, as the stubs type enum fields by classes that cannot be made."""
+    return member.to_proto()
 
 
 class ArenaTooSmall(errors.InvalidInput):
