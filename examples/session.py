@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import numpy as np
+
 from hillinfer import DType, Precision, PrivateDaemon, Session, Shape, errors
 
 SHAPE = Shape(layers=1, kv_heads=2, head_dim=64, dtype=DType.float32, precision=Precision.int4)

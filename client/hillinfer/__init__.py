@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hillinfer_core import errors
-from hillinfer_core.layout import DType, Precision, Reduction, Shape
-
 from hillinfer.context import Context, Selection
 from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
+from hillinfer_core import errors
+from hillinfer_core.layout import DType, Precision, Reduction, Shape
 
 if TYPE_CHECKING:
     from hillinfer.attachment import attach

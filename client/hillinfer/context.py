@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from hillinfer_core.errors import HillInferError, InvalidInput
-from hillinfer_core.layout import PAGE, DType, Reduction, Shape
-from hillinfer_core.v1 import cold_pool_pb2
 
 from hillinfer.evaluation import check_query
 from hillinfer.wire import number
+from hillinfer_core.errors import HillInferError, InvalidInput
+from hillinfer_core.layout import PAGE, DType, Reduction, Shape
+from hillinfer_core.v1 import cold_pool_pb2
 
 if TYPE_CHECKING:
     from hillinfer.session import Session

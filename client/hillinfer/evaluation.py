@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from hillinfer.wire import ALIGNMENT, Staging, number
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
 from hillinfer_core.v1 import cold_pool_pb2
-
-from hillinfer.wire import ALIGNMENT, Staging, number
 
 if TYPE_CHECKING:
     from hillinfer.context import Context

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from hillinfer import wire
 from hillinfer_core import protocol
 from hillinfer_core.errors import DaemonUnavailable, HillInferError
-
-from hillinfer import wire
 
 _START_S = 15.0
 _STOP_S = 10.0

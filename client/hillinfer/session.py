@@ -12,16 +12,16 @@ from typing import Any, Self
 
 import grpc
 import numpy as np
-from hillinfer_core import protocol
-from hillinfer_core.arena import Arena
-from hillinfer_core.errors import DaemonUnavailable, InvalidInput
-from hillinfer_core.layout import Reduction, Shape
-from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
 from hillinfer import evaluation, wire
 from hillinfer.context import Context
 from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.stream import EvaluateStream
+from hillinfer_core import protocol
+from hillinfer_core.arena import Arena
+from hillinfer_core.errors import DaemonUnavailable, InvalidInput
+from hillinfer_core.layout import Reduction, Shape
+from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
 __all__ = ["Brought", "Counters", "EvaluateItem", "Session"]
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-from hillinfer_core import errors
-from hillinfer_core.v1 import cold_pool_pb2, cold_pool_pb2_grpc
 
 from hillinfer import wire
+from hillinfer_core import errors
+from hillinfer_core.v1 import cold_pool_pb2, cold_pool_pb2_grpc
 
 
 class EvaluateStream:

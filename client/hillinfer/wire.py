@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+
 from hillinfer_core import errors, protocol
 from hillinfer_core.arena import Arena
 from hillinfer_core.layout import PAGE, DType, Precision, Reduction
@@ -103,7 +104,7 @@ def typed_error(error: grpc.RpcError, doing: str) -> errors.HillInferError:
 
 
 def number(member: DType | Precision | Reduction) -> Any:
-    """The member's number for a message; Any, as the stubs type enum fields by classes that cannot be made."""
+    """The member's number for a message; Any, as the stubs type enums by classes that nothing can make."""
     return member.to_proto()
 
 

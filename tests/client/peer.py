@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from hillinfer import DType, EvaluateItem, Precision, Session, Shape
 from kv_rows import expected_selection, random_kv, random_query
+
+from hillinfer import DType, EvaluateItem, Precision, Session, Shape
 
 SHAPE = Shape(layers=2, kv_heads=2, head_dim=64, dtype=DType.float16, precision=Precision.int4)
 TOKENS = 4096

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kv_rows import random_kv, random_query
+
 from hillinfer import (
     Context,
     DType,
@@ -19,7 +21,6 @@ from hillinfer import (
     Shape,
     errors,
 )
-from kv_rows import random_kv, random_query
 
 SHAPE = Shape(layers=2, kv_heads=2, head_dim=64, dtype=DType.float32, precision=Precision.int4)
 KEYS, VALUES = random_kv(SHAPE, 96)

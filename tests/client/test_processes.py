@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kv_rows import random_kv, random_query
+
 from hillinfer import DType, EvaluateItem, PrivateDaemon, Session, Shape, errors
 from hillinfer_core.v1 import cold_pool_pb2
-from kv_rows import random_kv, random_query
 
 SHAPE = Shape(layers=1, kv_heads=2, head_dim=64, dtype=DType.float16)
 PEER = Path(__file__).with_name("peer.py")

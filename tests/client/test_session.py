@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from kv_rows import expected_selection, random_kv, random_query
+
 from hillinfer import DType, EvaluateItem, Precision, PrivateDaemon, Reduction, Session, Shape
 from hillinfer.evaluation import EMPTY
-from kv_rows import expected_selection, random_kv, random_query
 
 SHAPE = Shape(layers=2, kv_heads=2, head_dim=64, dtype=DType.float16, precision=Precision.int8)
 TOKENS = 2048
