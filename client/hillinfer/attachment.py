@@ -63,7 +63,7 @@ class Attachment:
         self._hook = model.register_forward_pre_hook(self._swap_cache, with_kwargs=True)
 
     def new_cache(self) -> HierarchicalCache:
-        """Return an empty cache for one batch of sequences, to pass as `past_key_values` over several turns."""
+        """Return an empty cache for one batch, to pass as `past_key_values` over several turns."""
         text = self._model.config.get_text_config(decoder=True)
         self._last = HierarchicalCache(self.session, text, self._config, self._policy)
         return self._last
@@ -111,7 +111,7 @@ class Attachment:
             kwargs["past_key_values"] = self.new_cache()
             return args, kwargs
         raise UnsupportedModel(
-            f"a model under HillInfer cannot go on with a {type(past).__name__} that holds tokens: use new_cache()"
+            f"cannot go on with a {type(past).__name__} that holds tokens: begin with new_cache()"
         )
 
 

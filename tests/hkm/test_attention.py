@@ -12,13 +12,20 @@ from hillinfer.hkm.attention import attend_part, attend_slots, merge
 def whole(query, key, value, scaling, mask=None):
     group = query.shape[0] // key.shape[0]
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key.repeat_interleave(group, 0), value.repeat_interleave(group, 0), attn_mask=mask, scale=scaling
+        query,
+        key.repeat_interleave(group, 0),
+        value.repeat_interleave(group, 0),
+        attn_mask=mask,
+        scale=scaling,
     )
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 4), st.integers(1, 20), st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.lists(st.integers(1, 700), min_size=1, max_size=4),
     st.booleans(),
 )
 def test_parts_merge_to_the_whole(kv_heads, group, queries, sizes, fused):
@@ -44,7 +51,9 @@ def test_causal_part(tokens):
     query, key, value = torch.randn(4, tokens, 16), torch.randn(2, tokens, 16), torch.randn(2, tokens, 16)
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     expected = whole(query, key, value, 0.25, mask)
-    torch.testing.assert_close(attend_part(query, key, value, 0.25, causal=True).output, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        attend_part(query, key, value, 0.25, causal=True).output, expected, atol=1e-5, rtol=1e-5
+    )
     blocks, _ = attention._attend_in_blocks(
         query, key.repeat_interleave(2, 0), value.repeat_interleave(2, 0), 0.25, True
     )

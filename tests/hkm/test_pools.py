@@ -37,7 +37,7 @@ def test_pinned_slots_hold_sinks_and_the_recent_window(chunks):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2**32 - 1)), min_size=1, max_size=12))
 def test_selected_tokens_are_in_their_slots(steps):
-    """Whatever is selected step after step, every slot holds its own token's row and each token is there once."""
+    """Whatever is selected step after step, every slot holds its own token's row, each token once."""
     slots = Slots(1, 1, 4, SINKS, RECENT, torch.zeros(1))
     slots.append(0, kv(0, SINKS + RECENT), kv(0, SINKS + RECENT))
     for count, seed in steps:

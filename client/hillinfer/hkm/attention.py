@@ -35,7 +35,7 @@ def attend_part(
     query sees every key.
     """
     heads, queries, dim = query.shape
-    kv_heads, tokens, _ = key.shape
+    kv_heads = key.shape[0]
     group = heads // kv_heads
     if causal:
         key = key.repeat_interleave(group, 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from hillinfer.context import Context
 from hillinfer.hkm.layer import HierarchicalLayer
@@ -47,8 +47,8 @@ class HkmConfig:
         tokens = self.budget.tokens
         if tokens is not None and tokens < self.sinks + self.recent:
             raise BudgetTooSmall(
-                f"a budget of {tokens} tokens is below the {self.sinks} sinks and {self.recent} recent tokens that "
-                f"are always attended: ask for at least {self.sinks + self.recent}, or for fewer of those"
+                f"a budget of {tokens} tokens is below the {self.sinks} sinks and {self.recent} recent tokens "
+                f"that are always attended: ask for at least {self.sinks + self.recent}, or for fewer of those"
             )
 
 
@@ -62,7 +62,7 @@ class Tally:
     resident_at_peak: dict[str, int] = field(default_factory=dict)
 
 
-class HierarchicalCache(Cache):  # type: ignore[misc]  # transformers ships no types
+class HierarchicalCache(Cache):
     """KV cache of one batch of sequences, one context of the daemon for each. Not thread-safe.
 
     Freed by `close` or when garbage-collected.
@@ -86,10 +86,12 @@ class HierarchicalCache(Cache):  # type: ignore[misc]  # transformers ships no t
         self.full_layers: list[HierarchicalLayer] = []
         super().__init__(layers=[self._layer(layer) for layer in DynamicCache(config=model_config).layers])
         if not self.full_layers:
-            raise UnsupportedModel("the model has no full-attention layer: there is nothing to keep in the cold pool")
+            raise UnsupportedModel(
+                "the model has no full-attention layer: there is nothing to keep in the cold pool"
+            )
         self._finalizer = weakref.finalize(self, _close_all, self.contexts)
 
-    def _layer(self, layer: object) -> object:
+    def _layer(self, layer: object) -> CacheLayerMixin:
         if isinstance(layer, DynamicSlidingWindowLayer):
             return layer  # bounded already: stays as it is
         if type(layer) is not DynamicLayer:
@@ -103,7 +105,9 @@ class HierarchicalCache(Cache):  # type: ignore[misc]  # transformers ships no t
         """Open one context for each sequence, once; later calls check that the layers are alike."""
         shape = Shape(len(self.full_layers), kv_heads, head_dim, row_dtype(dtype), self.config.precision)
         if self.contexts and (self.contexts[0].shape != shape or len(self.contexts) != batch):
-            raise UnsupportedModel(f"layers of different shapes are not supported: {self.contexts[0].shape}, {shape}")
+            raise UnsupportedModel(
+                f"layers of different shapes are not supported: {self.contexts[0].shape}, {shape}"
+            )
         while len(self.contexts) < batch:
             self.contexts.append(self.session.open_context(shape))
         per_token = kv_heads * shape.row_bytes
@@ -121,17 +125,18 @@ class HierarchicalCache(Cache):  # type: ignore[misc]  # transformers ships no t
         streams = len(self.full_layers) * len(self.contexts) * shape.kv_heads
         pinned = slots.pinned * shape.row_bytes * streams
         fixed = kinds["evaluation_keys"] + kinds["checksums"] + kinds["buffers"] + pinned
-        hits = 2 * (int(slots.lengths.max()) * 9 // 8 + 64) * streams
+        tokens = int(slots.lengths.max())
+        hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
         room = divide(self.config.resident, fixed, selected * row * streams + hits, row, streams)
-        return Division(room.keep_slots, room.hot_rows // _HOT_STEP * _HOT_STEP)
+        return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
     def resident(self) -> dict[str, int]:
         """Bytes held now, by kind, client and daemon together."""
-        layers = [layer for layer in self.full_layers if layer.slots is not None and layer.hot is not None]
+        layers = [layer for layer in self.full_layers if layer.is_initialized]
         return {
-            "slots": sum(layer.slots.nbytes for layer in layers if layer.slots),
-            "hot_pool": sum(layer.hot.nbytes for layer in layers if layer.hot),
+            "slots": sum(layer.slots.nbytes for layer in layers),
+            "hot_pool": sum(layer.hot.nbytes for layer in layers),
             "evaluation_keys": sum(context.evaluation_key_bytes for context in self.contexts),
             "checksums": sum(context.checksum_bytes for context in self.contexts),
             "buffers": self.session.arena_bytes + sum(context.tail_bytes for context in self.contexts),
@@ -161,8 +166,7 @@ class HierarchicalCache(Cache):  # type: ignore[misc]  # transformers ships no t
         """Free the contexts and everything held; idempotent."""
         self._finalizer()
         for layer in self.full_layers:
-            layer.slots = layer.hot = None
-            layer.is_initialized = False
+            layer.release()
 
 
 def _close_all(contexts: list[Context]) -> None:

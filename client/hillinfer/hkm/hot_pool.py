@@ -73,9 +73,7 @@ class HotPool:
         found = ids[order[spot]] == wanted
         return found, order[spot[found]]
 
-    def offer(
-        self, row: int, head: int, ids: npt.NDArray[np.uint32], rows: npt.NDArray[np.generic]
-    ) -> None:
+    def offer(self, row: int, head: int, ids: npt.NDArray[np.uint32], rows: npt.NDArray[np.generic]) -> None:
         """Keep those of the fetched `rows` [n, 2, D] that were selected more often than what they replace."""
         if not self.capacity or not len(ids):
             return

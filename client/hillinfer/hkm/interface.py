@@ -47,9 +47,13 @@ def attention(
     if layer is None:
         return _plain(module, query, key, value, attention_mask, scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise UnsupportedModel(f"{type(module).__name__} uses soft-capped or sink attention, which is not supported")
+        raise UnsupportedModel(
+            f"{type(module).__name__} uses soft-capped or sink attention, which is not supported"
+        )
     if attention_mask is not None and attention_mask.ndim != 2:
-        raise UnsupportedModel(f"{type(module).__name__} uses a mask that is not causal, which is not supported")
+        raise UnsupportedModel(
+            f"{type(module).__name__} uses a mask that is not causal, which is not supported"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = layer.attend(query, key, value, attention_mask, scale)
     return output.transpose(1, 2).contiguous(), None
@@ -69,7 +73,9 @@ def _plain(
         queries, columns = query.shape[2], key.shape[2]
         rows = torch.arange(columns - queries, columns, device=query.device)[:, None]
         causal = (torch.arange(columns, device=query.device)[None] <= rows)[None, None]
-        attention_mask = causal if attention_mask is None else causal & attention_mask[:, None, None, :columns]
+        attention_mask = (
+            causal if attention_mask is None else causal & attention_mask[:, None, None, :columns]
+        )
     output: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )

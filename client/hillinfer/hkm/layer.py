@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from hillinfer.context import Context
 from hillinfer.hkm.attention import Part, attend_part, attend_slots, merge
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.slots import Slots
@@ -19,10 +18,12 @@ from hillinfer_core.errors import CorruptData, UnsupportedModel
 if TYPE_CHECKING:
     from hillinfer.hkm.cache import HierarchicalCache
 
-LAYER_ATTRIBUTE = "_hillinfer_layer"  # on the key tensor that `update` returns: attention finds the layer by it
+LAYER_ATTRIBUTE = (
+    "_hillinfer_layer"  # on the key tensor that `update` returns: attention finds the layer by it
+)
 
 
-class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
+class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """KV of one layer. `update` notes the new tokens; `attend`, which knows query and mask, does the work.
 
     Blocking: `attend` waits for the daemon. Not thread-safe, like the model around it.
@@ -31,10 +32,9 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
     is_sliding = False
 
     def __init__(self, cache: HierarchicalCache, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = index  # among the layers kept in the cold pool
-        self.slots: Slots | None = None
-        self.hot: HotPool | None = None
+        self._pools: tuple[Slots, HotPool] | None = None
         self._cache = cache
         self._seen = 0  # columns so far, padding included
 
@@ -46,9 +46,28 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         config = self._cache.config
         contexts = self._cache.open_contexts(batch, kv_heads, head_dim, key_states.dtype)
         recent = max(config.recent, contexts[0].append_unit)
-        self.slots = Slots(batch, kv_heads, head_dim, config.sinks, recent, key_states)
-        self.hot = HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype)
+        self._pools = (
+            Slots(batch, kv_heads, head_dim, config.sinks, recent, key_states),
+            HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype),
+        )
         self.is_initialized = True
+
+    @property
+    def slots(self) -> Slots:
+        """The attended KV; only once the layer has seen tokens."""
+        assert self._pools is not None
+        return self._pools[0]
+
+    @property
+    def hot(self) -> HotPool:
+        """The hot pool; only once the layer has seen tokens."""
+        assert self._pools is not None
+        return self._pools[1]
+
+    def release(self) -> None:
+        """Drop what the pools hold; the layer cannot be used again."""
+        self._pools = None
+        self.is_initialized = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -74,7 +93,9 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search is not supported."""
-        raise UnsupportedModel("beam search needs to reorder the KV cache, which is not supported: use num_beams=1")
+        raise UnsupportedModel(
+            "beam search needs to reorder the KV cache, which is not supported: use num_beams=1"
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Rollback is not supported."""
@@ -112,7 +133,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         visible: np.ndarray[Any, np.dtype[np.bool_]] | None,
         scaling: float,
     ) -> torch.Tensor:
-        assert self.slots is not None
         output = torch.zeros_like(query)
         for row in range(key.shape[0]):
             # Padding is never stored: nobody may attend to it, now or later.
@@ -127,7 +147,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         return output
 
     def _shrink_hot(self) -> None:
-        assert self.slots is not None and self.hot is not None
         division = self._cache.divide(self.slots, self.slots.selected)
         if not division.keep_slots:
             self.slots.resize(0)
@@ -135,7 +154,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
 
     def _past_parts(self, row: int, query: torch.Tensor, scaling: float) -> list[Part]:
         """Exact attention over everything stored: pinned slots, then the cold pool block by block."""
-        assert self.slots is not None
         slots, context = self.slots, self._cache.contexts[row]
         held = int(slots.lengths[row])
         if not held:
@@ -152,15 +170,13 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         return parts
 
     def _store(self, row: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Append tokens [Hkv, n, D] to the cold pool (whole units; the rest waits in the tail) and the window."""
-        assert self.slots is not None
+        """Append tokens [Hkv, n, D] to the context and to the recent window."""
         self._cache.contexts[row].append(self.index, to_storage(key), to_storage(value))
         self.slots.append(row, key, value)
 
     def _decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        assert self.slots is not None and self.hot is not None
         slots, cache = self.slots, self._cache
         for row in range(key.shape[0]):
             self._store(row, key[row], value[row])
@@ -179,7 +195,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
         return output
 
     def _everything(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        assert self.slots is not None and self.hot is not None
         self.slots.resize(0)
         self.hot.resize(0)
         rows = [merge(self._past_parts(row, query[row], scaling)) for row in range(query.shape[0])]
@@ -188,7 +203,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
 
     def _select(self, query: torch.Tensor, wanted: list[int]) -> None:
         """Rank the past with this step's query and put the winners' rows into slots."""
-        assert self.slots is not None and self.hot is not None
         if not max(wanted):
             return
         slots, cache = self.slots, self._cache
@@ -212,7 +226,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
             self._place(row, selection)
 
     def _place(self, row: int, brought: Brought) -> None:
-        assert self.slots is not None and self.hot is not None
         slots, hot = self.slots, self.hot
         used = 0
         for head, ids in enumerate(brought.ids):
@@ -231,7 +244,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers 
             self._cache.count_selected(len(ids), count)
 
     def _fill(self, row: int, head: int, places: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
-        assert self.slots is not None
         if not len(places):
             return
         kv = to_rows(rows, self.slots.keys)

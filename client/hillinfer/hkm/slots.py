@@ -43,7 +43,7 @@ class Slots:
         return int(self.ids.shape[-1])
 
     def append(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens [Hkv, n, D] at the end of sequence `row`; those out of the window drop out of the slots."""
+        """Add tokens [Hkv, n, D] at the end of sequence `row`; older ones leave the window."""
         count = keys.shape[1]
         start = int(self.lengths[row])
         positions = np.arange(start, start + count)
@@ -75,7 +75,7 @@ class Slots:
         self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
 
     def place(self, row: int, head: int, wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-        """Give every id in `wanted` a slot; returns the slots, as buffer indices, of those that have no row yet.
+        """Give every id in `wanted` a slot; returns those, as buffer indices, that have no row yet.
 
         `wanted` is ascending, at most `selected` long; the result follows the
         order of the absent ids in `wanted` (see `absent`, to be called first).

@@ -18,7 +18,9 @@ def row_dtype(dtype: torch.dtype) -> DType:
     try:
         return _DTYPES[dtype]
     except KeyError:
-        raise UnsupportedModel(f"KV of dtype {dtype} is not supported: use float16, bfloat16 or float32") from None
+        raise UnsupportedModel(
+            f"KV of dtype {dtype} is not supported: use float16, bfloat16 or float32"
+        ) from None
 
 
 def to_storage(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -1,0 +1,169 @@
+"""At 100 % of the past, all but the pinned tokens read back each step: the tokens of plain transformers."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import hillinfer
+from hillinfer_core.errors import BudgetTooSmall, ResidentTooSmall, UnsupportedModel
+
+LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
+PINNED, ROW_BYTES = 4 + 32, 2 * HEAD_DIM * 4
+ARENA = 1 << 20
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=None)),
+}
+
+
+@pytest.fixture(params=list(FAMILIES))
+def model(request):
+    torch.manual_seed(7)
+    return FAMILIES[request.param]().eval()
+
+
+@pytest.fixture
+def session(daemon):
+    with hillinfer.Session.connect(daemon.socket, arena_bytes=ARENA, name="exactness") as session:
+        yield session
+
+
+def prompt(batch, tokens, padded):
+    torch.manual_seed(batch + tokens)
+    ids = torch.randint(1, 97, (batch, tokens))
+    mask = torch.ones_like(ids)
+    for row in range(batch if padded else 0):
+        mask[row, : 11 * row] = 0
+    return ids * mask, mask
+
+
+def turns(model, ids, mask, cache, second_turn):
+    """Greedy: 64 new tokens, then with `second_turn` 20 more prompt tokens and 64 again."""
+    options = {"do_sample": False, "max_new_tokens": 64}
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    if second_turn:
+        more, _ = prompt(ids.shape[0], 20, False)
+        out = torch.cat([out, more], 1)
+        mask = torch.cat([mask, torch.ones(ids.shape[0], out.shape[1] - mask.shape[1], dtype=mask.dtype)], 1)
+        out = model.generate(out, attention_mask=mask, past_key_values=cache, **options)
+    return out
+
+
+def least_read(ids, mask, steps, start):
+    """Bytes of every row that is not pinned, in each of `steps` decode steps from `start` columns on."""
+    padding = (mask == 0).sum(1)
+    rows = sum(int((start + step + 1 - padding - PINNED).sum()) for step in range(steps))
+    return rows * LAYERS * KV_HEADS * ROW_BYTES
+
+
+@pytest.mark.parametrize("second_turn", [False, True], ids=["one turn", "two turns"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_same_tokens_as_plain_transformers(model, session, batch, second_turn):
+    ids, mask = prompt(batch, 333, padded=batch > 1)
+    with torch.inference_mode():
+        plain = copy.deepcopy(model)
+        expected = turns(plain, ids, mask, DynamicCache(config=plain.config), second_turn)
+        resident = ARENA + batch * 90 * 1024
+        with hillinfer.attach(
+            model, session=session, budget="100%", resident=resident, precision="int8"
+        ) as attachment:
+            cache = attachment.new_cache()
+            actual = turns(model, ids, mask, cache, second_turn)
+            report = attachment.report()
+    assert torch.equal(actual, expected)
+    # The first new token of a turn comes from the prompt's own step; 63 decode steps follow.
+    assert report.cold_read_bytes >= least_read(ids, mask, 63, 333)
+    assert report.resident["hot_pool"] == 0
+    assert report.resident_peak_bytes <= resident
+    assert report.evaluated_bytes == 0
+
+
+def test_generate_needs_no_cache_argument(model, session):
+    ids, mask = prompt(1, 200, False)
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12}
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).generate(ids, **options)
+        with hillinfer.attach(model, session=session, budget="100%", precision="int8"):
+            actual = model.generate(ids, **options)
+        again = model.generate(ids, **options)
+    assert torch.equal(actual, expected)
+    assert torch.equal(again, expected), "detach must give the model its own attention back"
+
+
+def test_kept_slots_give_the_same_tokens(model, session):
+    """With room for everything in slots, tokens are ranked, fetched once and kept."""
+    ids, mask = prompt(3, 333, True)
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 64}
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).generate(ids, **options)
+        with hillinfer.attach(model, session=session, budget="100%", resident="64MiB") as attachment:
+            actual = model.generate(ids, **options)
+            report = attachment.report()
+    assert torch.equal(actual, expected)
+    assert report.hot_hit_rate > 0.9
+    assert report.evaluated_bytes > 0
+
+
+def test_sparse_steps_stay_within_budget_and_resident(model, session):
+    ids, mask = prompt(1, 900, False)
+    limit = ARENA + 400 * 1024
+    with (
+        torch.inference_mode(),
+        hillinfer.attach(model, session=session, budget=80, resident=limit) as attachment,
+    ):
+        cache = attachment.new_cache()
+        model.generate(ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=40)
+        for layer in cache.full_layers:
+            assert layer.slots.selected + layer.slots.pinned == 80
+        report = attachment.report()
+    assert 0 < report.resident_peak_bytes <= limit
+    assert report.hot_hit_rate > 0
+
+
+def test_what_cannot_be_done_says_so(model, session):
+    with pytest.raises(BudgetTooSmall, match="at least 36"):
+        hillinfer.attach(model, session=session, budget=20)
+    ids, mask = prompt(1, 400, False)
+    with torch.inference_mode():
+        with (
+            hillinfer.attach(model, session=session, budget="50%", resident=ARENA) as attachment,
+            pytest.raises(ResidentTooSmall, match="raise resident"),
+        ):
+            model.generate(ids, past_key_values=attachment.new_cache(), max_new_tokens=4)
+        right_padded = mask.clone()
+        right_padded[:, -3:] = 0
+        with (
+            hillinfer.attach(model, session=session) as attachment,
+            pytest.raises(UnsupportedModel, match="pad on the left"),
+        ):
+            model(ids, attention_mask=right_padded, past_key_values=attachment.new_cache())
+        with (
+            hillinfer.attach(model, session=session) as attachment,
+            pytest.raises(UnsupportedModel, match="num_beams=1"),
+        ):
+            model.generate(ids, num_beams=2, max_new_tokens=4)
