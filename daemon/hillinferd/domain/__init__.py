@@ -1,0 +1,1 @@
+"""What the daemon keeps account of, without any input or output."""

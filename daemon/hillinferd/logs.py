@@ -1,0 +1,66 @@
+"""Log lines on standard error: time, level, message, then facts as key=value."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Logger:
+    """A logger whose keyword arguments are the facts of the line."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def debug(self, message: str, **facts: object) -> None:
+        """Log what only a developer wants to see."""
+        self._logger.debug(message, extra={"facts": facts})
+
+    def info(self, message: str, **facts: object) -> None:
+        """Log an ordinary event."""
+        self._logger.info(message, extra={"facts": facts})
+
+    def warning(self, message: str, **facts: object) -> None:
+        """Log what works, but not as well as it should."""
+        self._logger.warning(message, extra={"facts": facts})
+
+    def error(self, message: str, **facts: object) -> None:
+        """Log what failed."""
+        self._logger.error(message, extra={"facts": facts})
+
+    def exception(self, message: str, **facts: object) -> None:
+        """Log a failure that should not happen, with the traceback of the error being handled."""
+        self._logger.exception(message, extra={"facts": facts})
+
+
+def get_logger(name: str) -> Logger:
+    """Return the logger of a module."""
+    return Logger(logging.getLogger(name))
+
+
+def set_up(level: str) -> None:
+    """Send the lines of this process to standard error from ``level``, one of :data:`LEVELS`, upwards."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # It logs every event-loop start; nothing there is about this daemon.
+    logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLogger().level))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        facts: dict[str, object] = getattr(record, "facts", {})
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
+        line = f"{moment}.{int(record.msecs):03d} {record.levelname.lower():7} {record.getMessage()}"
+        for key, value in facts.items():
+            line += f" {key}={_quoted(str(value))}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def _quoted(text: str) -> str:
+    return text if text and text.isprintable() and not set(text) & set(' "=') else repr(text)

@@ -1,0 +1,69 @@
+"""What the daemon asks of Linux about its own process, its directory and its lock."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+from pathlib import Path
+
+from hillinfer_core.errors import AlreadyRunning, ConfigError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_LONGEST_SOCKET_PATH = 107  # sun_path in sys/un.h, less the final zero
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when the thread that started it ends; exits at once if it has."""
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent or parent == 1:
+        raise SystemExit(1)
+
+
+def make_runtime_dir(directory: Path) -> None:
+    """Make the directory of the sockets, mode 0700, unless it is there.
+
+    Raises :class:`ConfigError` if it cannot be made, belongs to another user while others may write in it, or is
+    too deep for a socket's path.
+    """
+    longest = len(os.fsencode(directory / "attach.sock"))
+    if longest > _LONGEST_SOCKET_PATH:
+        raise ConfigError(
+            f"runtime_dir: socket paths in {directory} have {longest} bytes, Linux allows {_LONGEST_SOCKET_PATH}; "
+            "choose a shorter directory"
+        )
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"runtime_dir: cannot make {directory}: {error.strerror}") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"runtime_dir: {directory} is not writable by this user")
+
+
+class RuntimeLock:
+    """The right to serve in a runtime directory, held from construction until the process ends.
+
+    Raises :class:`AlreadyRunning` if another process has it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "lock"
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ConfigError(f"runtime_dir: cannot open {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise AlreadyRunning(
+                f"another hillinferd (pid {holder}) serves in {directory}; stop it, or choose another --runtime-dir"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)

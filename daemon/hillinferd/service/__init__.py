@@ -1,0 +1,1 @@
+"""What the daemon does, whatever transport asked for it."""

@@ -1,0 +1,130 @@
+"""Turns what a client asked into what the worker may do: every number and region checked, nothing trusted."""
+
+from __future__ import annotations
+
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.layout import PAGE
+
+from ..domain.contexts import Catalogue, Context
+from ..domain.regions import Region
+from ..worker import messages
+from . import requests
+from .sessions import Session
+
+ID_BYTES = 4
+"""Bytes of a token id, of a score and of a query's number."""
+
+MAX_RESULTS = 16384
+"""Evaluations times KV heads in one request: keeps the worker's answer within one packet."""
+
+MAX_EVALUATIONS = 256
+"""Evaluations in one request: keeps the message to the worker within one packet."""
+
+NOT_WANTED = Region(0, 0)
+
+
+def append_rows(session: Session, context: Context, ask: requests.Append) -> Region:
+    """Check the region of an append; raises :class:`InvalidInput`."""
+    context.layer(ask.layer)
+    nbytes = context.shape.kv_heads * ask.tokens * context.shape.row_bytes
+    return _check(session, "rows", ask.rows, align=PAGE, exactly=nbytes)
+
+
+def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> messages.Evaluate:
+    """Check a whole request; raises :class:`InvalidInput` or what ``Catalogue.get`` raises."""
+    if not 1 <= len(ask.evaluations) <= MAX_EVALUATIONS:
+        raise InvalidInput(f"a request takes 1 to {MAX_EVALUATIONS} evaluations, not {len(ask.evaluations)}")
+    checked = [_evaluation(session, catalogue, ask, evaluation) for evaluation in ask.evaluations]
+    heads = sum(catalogue.get(session.session_id, item.context_id).shape.kv_heads for item in checked)
+    if heads > MAX_RESULTS:
+        raise InvalidInput(f"{heads} evaluations times KV heads in one request; at most {MAX_RESULTS} are allowed")
+    return messages.Evaluate(session.session_id, ask.layer, ask.query_heads, ask.reduction, checked)
+
+
+def fetch_ids(session: Session, context: Context, ask: requests.FetchIds) -> messages.FetchIds:
+    """Check a fetch by ids; raises :class:`InvalidInput`. The ids themselves are the worker's to check."""
+    context.layer(ask.layer)
+    shape = context.shape
+    if len(ask.count_per_head) != shape.kv_heads:
+        raise InvalidInput(f"count_per_head has {len(ask.count_per_head)} entries for {shape.kv_heads} KV heads")
+    count = sum(ask.count_per_head)
+    if count == 0:
+        return messages.FetchIds(session.session_id, 0, 0, [], NOT_WANTED, NOT_WANTED)
+    ids = _check(session, "ids", ask.ids, align=ID_BYTES, at_least=count * ID_BYTES)
+    rows = _check(session, "rows", ask.rows, align=shape.dtype.itemsize, at_least=count * shape.row_bytes)
+    return messages.FetchIds(session.session_id, ask.context_id, ask.layer, ask.count_per_head, ids, rows)
+
+
+def fetch_range(session: Session, context: Context, ask: requests.FetchRange) -> messages.FetchRange:
+    """Check a fetch of a run of tokens; raises :class:`InvalidInput`."""
+    layer, shape = context.layer(ask.layer), context.shape
+    if ask.count == 0 or ask.first_token + ask.count > layer.tokens:
+        raise InvalidInput(
+            f"tokens {ask.first_token} to {ask.first_token + ask.count} are not a range of the {layer.tokens} held"
+        )
+    nbytes = shape.kv_heads * ask.count * shape.row_bytes
+    rows = _check(session, "rows", ask.rows, align=shape.dtype.itemsize, at_least=nbytes)
+    return messages.FetchRange(
+        session.session_id, ask.context_id, ask.layer, ask.first_token, ask.count, rows
+    )
+
+
+def _evaluation(
+    session: Session, catalogue: Catalogue, ask: requests.Evaluate, item: requests.Evaluation
+) -> messages.Evaluation:
+    context = catalogue.get(session.session_id, item.context_id)
+    layer, shape = context.layer(ask.layer), context.shape
+    heads = shape.kv_heads
+    if ask.query_heads == 0 or ask.query_heads % heads:
+        raise InvalidInput(f"query_heads {ask.query_heads} is not a multiple of kv_heads {heads}")
+    if not item.first_token < item.end_token <= layer.tokens:
+        raise InvalidInput(
+            f"tokens {item.first_token} to {item.end_token} are not a range of the {layer.tokens} held by layer "
+            f"{ask.layer}"
+        )
+    if not 1 <= item.k <= item.end_token - item.first_token:
+        raise InvalidInput(f"k is {item.k}; it must be 1 to {item.end_token - item.first_token}, the tokens ranked")
+    query_bytes = ask.query_heads * shape.head_dim * ID_BYTES
+    id_bytes = heads * item.k * ID_BYTES
+    held = _optional(session, "held", item.held, align=ID_BYTES)
+    if held.length % (heads * ID_BYTES):
+        raise InvalidInput(f"held: {held.length} bytes are not the same number of ids for {heads} KV heads")
+    return messages.Evaluation(
+        context_id=item.context_id,
+        first_token=item.first_token,
+        end_token=item.end_token,
+        k=item.k,
+        query=_check(session, "query", item.query, align=ID_BYTES, exactly=query_bytes),
+        ids=_check(session, "ids", item.ids, align=ID_BYTES, at_least=id_bytes),
+        scores=_optional(session, "scores", item.scores, align=ID_BYTES, at_least=id_bytes),
+        held=held,
+        rows=_optional(session, "rows", item.rows, align=shape.dtype.itemsize),
+    )
+
+
+def _check(
+    session: Session,
+    name: str,
+    region: requests.RawRegion,
+    *,
+    align: int,
+    exactly: int | None = None,
+    at_least: int = 0,
+) -> Region:
+    return session.arena.check(
+        name,
+        region.offset,
+        region.length,
+        region.generation,
+        align=align,
+        exactly=exactly,
+        at_least=at_least,
+    )
+
+
+def _optional(
+    session: Session, name: str, region: requests.RawRegion, *, align: int, at_least: int = 0
+) -> Region:
+    if region.length == 0:
+        return NOT_WANTED
+    return _check(session, name, region, align=align, at_least=at_least)

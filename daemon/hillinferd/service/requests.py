@@ -1,0 +1,83 @@
+"""Work as a transport hands it in: plain values, regions not yet checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hillinfer_core.layout import Reduction
+
+
+@dataclass(frozen=True)
+class RawRegion:
+    """A byte range of the caller's arena, as the caller named it."""
+
+    offset: int = 0
+    length: int = 0
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Append:
+    """See ``AppendRequest`` in cold_pool.proto."""
+
+    context_id: int
+    layer: int
+    first_token: int
+    tokens: int
+    rows: RawRegion
+
+
+@dataclass(frozen=True)
+class Appended:
+    """See ``AppendResponse`` in cold_pool.proto."""
+
+    layer_tokens: int
+    evaluation_key_bytes: int
+    checksum_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """See ``Evaluation`` in cold_pool.proto."""
+
+    context_id: int
+    first_token: int
+    end_token: int
+    k: int
+    query: RawRegion
+    ids: RawRegion
+    scores: RawRegion
+    held: RawRegion
+    rows: RawRegion
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """See ``EvaluateRequest`` in cold_pool.proto."""
+
+    layer: int
+    query_heads: int
+    reduction: Reduction
+    evaluations: list[Evaluation]
+
+
+@dataclass(frozen=True)
+class FetchIds:
+    """See ``FetchRequest.by_ids`` in cold_pool.proto."""
+
+    context_id: int
+    layer: int
+    count_per_head: list[int]
+    ids: RawRegion
+    rows: RawRegion
+
+
+@dataclass(frozen=True)
+class FetchRange:
+    """See ``FetchRequest.range`` in cold_pool.proto."""
+
+    context_id: int
+    layer: int
+    first_token: int
+    count: int
+    rows: RawRegion

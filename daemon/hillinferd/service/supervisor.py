@@ -1,0 +1,204 @@
+"""Keeps one device worker alive, and carries requests to it one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from hillinfer_core.errors import DeviceUnavailable, by_name
+
+from ..driver.contract import Identity
+from ..logs import get_logger
+from ..worker import messages
+
+log = get_logger(__name__)
+
+REQUEST_TIMEOUT_S = 60.0
+"""Longest a request may take: minutes of work never enter the worker as one request, so it hangs. Our choice."""
+
+START_TIMEOUT_S = 30.0
+"""Longest a new worker may take to open its drive."""
+
+_LONGEST_PAUSE_S = 10.0
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker is started with: the pool file, its bytes, and whether the file keeps its name."""
+
+    path: str
+    capacity: int
+    keep_name: bool
+    log_level: str
+
+
+class Supervisor:
+    """Starts the worker, restarts it when it dies, and kills it when it hangs.
+
+    ``on_death`` is called, without blocking, as soon as a worker is gone; ``on_ready`` is awaited with each new
+    worker before requests are let through. All on one event loop.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        on_death: Callable[[], None],
+        on_ready: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._settings = settings
+        self._on_death = on_death
+        self._on_ready = on_ready
+        self._process: asyncio.subprocess.Process | None = None
+        self._sock: socket.socket | None = None
+        self._replies: asyncio.Queue[messages.Reply | None] = asyncio.Queue()
+        self._up = False
+        self.identity: Identity | None = None
+        self.restarts = 0
+        self.traffic = messages.Traffic()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the worker, 0 while there is none."""
+        return self._process.pid if self._process and self._process.returncode is None else 0
+
+    async def start(self) -> None:
+        """Start a worker and wait for its drive; raises the worker's typed error if that fails."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "hillinferd.worker", str(theirs.fileno())),
+                *(self._settings.path, str(self._settings.capacity)),
+                *(str(int(self._settings.keep_name)), self._settings.log_level),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                # A terminal's Ctrl-C is for the daemon, which then stops the worker in order.
+                start_new_session=True,
+            )
+        self._sock, self._replies = ours, asyncio.Queue()
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, ours, self._replies)
+        try:
+            reply = await asyncio.wait_for(self._replies.get(), START_TIMEOUT_S)
+        except TimeoutError:
+            await self._put_down()
+            raise DeviceUnavailable(f"the device worker did not open its drive in {START_TIMEOUT_S:g} s") from None
+        if not isinstance(reply, messages.Ready):
+            await self._put_down()
+            raise _error_of(reply)
+        self.identity = reply.identity
+        await self._on_ready()
+        self._up = True
+
+    async def call(self, request: messages.Request, fd: int | None = None) -> messages.Done:
+        """Carry out ``request``, passing ``fd`` along; one call at a time, as the work queue ensures.
+
+        Raises the worker's typed error, or :class:`DeviceUnavailable` if there is no worker, or it dies or
+        hangs meanwhile.
+        """
+        if not self._up:
+            raise DeviceUnavailable("the device worker is being restarted; try again in a moment")
+        return await self._exchange(request, fd)
+
+    async def prepare(self, request: messages.Request, fd: int | None = None) -> messages.Done:
+        """Like :meth:`call`, for ``on_ready``: before other requests are let through."""
+        return await self._exchange(request, fd)
+
+    async def watch(self) -> None:
+        """Restart the worker whenever it dies, until cancelled; pauses grow from 0.1 s to 10 s."""
+        pause = 0.1
+        while True:
+            if self._process is not None:
+                code = await self._process.wait()
+                log.error("device worker died", pid=self._process.pid, exit_code=code)
+                self._gone()
+            await asyncio.sleep(pause)
+            self.restarts += 1
+            try:
+                await self.start()
+            except Exception as error:
+                log.error("device worker did not restart", error=str(error))
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                log.info("device worker restarted", pid=self.pid, restarts=self.restarts)
+                pause = 0.1
+
+    async def stop(self) -> None:
+        """End the worker: by hang-up, and after 5 s by force."""
+        self._close_socket()
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), 5.0)
+            except TimeoutError:
+                await self._put_down()
+
+    async def _exchange(self, request: messages.Request, fd: int | None) -> messages.Done:
+        sock = self._sock
+        if sock is None:
+            raise DeviceUnavailable("the device worker is gone; it is being restarted")
+        try:
+            # Never blocks: with one request at a time the socket's buffer is empty.
+            socket.send_fds(sock, [messages.encode(request)], [fd] if fd is not None else [])
+            reply = await asyncio.wait_for(self._replies.get(), REQUEST_TIMEOUT_S)
+        except TimeoutError:
+            log.error("device worker hangs, killing it", request=type(request).__name__, pid=self.pid)
+            self._gone()
+            self._kill()
+            raise DeviceUnavailable(f"the device worker did not answer in {REQUEST_TIMEOUT_S:g} s") from None
+        except OSError as error:
+            self._gone()
+            self._kill()
+            raise DeviceUnavailable(f"the device worker is gone ({error}); it is being restarted") from None
+        if isinstance(reply, messages.Done | messages.Failed):
+            self.traffic.written += reply.traffic.written
+            self.traffic.read += reply.traffic.read
+            self.traffic.evaluated += reply.traffic.evaluated
+        if not isinstance(reply, messages.Done):
+            raise _error_of(reply)
+        return reply
+
+    def _readable(self, sock: socket.socket, replies: asyncio.Queue[messages.Reply | None]) -> None:
+        try:
+            packet = sock.recv(messages.MAX_MESSAGE)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        if packet:
+            replies.put_nowait(messages.decode_reply(packet))
+        else:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+            replies.put_nowait(None)
+            if sock is self._sock:
+                self._gone()
+
+    def _gone(self) -> None:
+        was_up, self._up = self._up, False
+        self._close_socket()
+        if was_up:
+            self._on_death()
+
+    def _close_socket(self) -> None:
+        if self._sock is not None:
+            asyncio.get_running_loop().remove_reader(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def _put_down(self) -> None:
+        self._close_socket()
+        self._kill()
+        if self._process is not None:
+            await self._process.wait()
+            self._process = None
+
+
+def _error_of(reply: messages.Reply | None) -> Exception:
+    if isinstance(reply, messages.Failed):
+        return by_name(reply.error)(reply.message)
+    return DeviceUnavailable("the device worker died; its contexts are lost, open and fill new ones")

@@ -1,0 +1,198 @@
+"""Messages between daemon and device worker: pickled dataclasses, one a packet, one reply to each.
+
+Both ends are the same installation and the socket is private to them, so pickle is safe here. The daemon has
+checked regions, ids of contexts and numbers of tokens; the worker checks what only the arena's bytes tell.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from hillinfer_core.layout import Reduction, Shape
+
+from ..domain.extents import Extent
+from ..domain.placement import Placed
+from ..domain.regions import Region
+from ..driver.contract import Identity
+
+MAX_MESSAGE = 192 * 1024
+"""Largest packet in bytes: what Linux takes on a local socket with its default buffer (212,992), less overhead."""
+
+MAX_EXTENTS = 1000
+"""Extents in one :class:`Discard`: about 40 KB."""
+
+
+@dataclass(frozen=True)
+class AttachArena:
+    """Map a session's arena of ``nbytes``; its descriptor comes with the packet."""
+
+    session_id: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class DetachArena:
+    """Unmap a session's arena."""
+
+    session_id: int
+
+
+@dataclass(frozen=True)
+class OpenContext:
+    """Begin a context with no tokens."""
+
+    context_id: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class DropContext:
+    """Forget a context, if it is known."""
+
+    context_id: int
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Discard extents, at most :data:`MAX_EXTENTS`, whose context was dropped."""
+
+    extents: list[Extent]
+
+
+@dataclass(frozen=True)
+class Append:
+    """Append ``tokens`` from ``rows`` [kv_heads][tokens][2][head_dim]; ``placed`` are the layer's new extents."""
+
+    session_id: int
+    context_id: int
+    layer: int
+    first_token: int
+    tokens: int
+    rows: Region
+    placed: list[Placed]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One ranking of tokens ``first_token .. end_token - 1``; regions as in cold_pool.proto."""
+
+    context_id: int
+    first_token: int
+    end_token: int
+    k: int
+    query: Region
+    ids: Region
+    scores: Region
+    held: Region
+    rows: Region
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Rank tokens of one layer for several contexts of one session."""
+
+    session_id: int
+    layer: int
+    query_heads: int
+    reduction: Reduction
+    evaluations: list[Evaluation]
+
+
+@dataclass(frozen=True)
+class FetchIds:
+    """Bring rows by id: ``ids`` holds ``sum(count_per_head)`` uint32, head by head."""
+
+    session_id: int
+    context_id: int
+    layer: int
+    count_per_head: list[int]
+    ids: Region
+    rows: Region
+
+
+@dataclass(frozen=True)
+class FetchRange:
+    """Bring a run of tokens of every head."""
+
+    session_id: int
+    context_id: int
+    layer: int
+    first_token: int
+    count: int
+    rows: Region
+
+
+Request: TypeAlias = (
+    AttachArena | DetachArena | OpenContext | DropContext | Discard | Append | Evaluate | FetchIds | FetchRange
+)
+
+
+@dataclass
+class Traffic:
+    """Bytes written to and read from the drive, and bytes of evaluation keys scanned."""
+
+    written: int = 0
+    read: int = 0
+    evaluated: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The result of one :class:`Evaluation`; see ``EvaluationResult`` in cold_pool.proto."""
+
+    generation: int
+    missing_per_head: list[int]
+    rows_brought: int
+    evaluated_bytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker's first packet: its drive is open."""
+
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Done:
+    """A request was carried out; ``evaluated`` answers :class:`Evaluate`."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+    evaluated: list[Evaluated] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request failed with the error class ``error`` of hillinfer_core.errors; nothing was changed."""
+
+    error: str
+    message: str
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+Reply: TypeAlias = Ready | Done | Failed
+
+
+def encode(message: Request | Reply) -> bytes:
+    """Return the packet for ``message``; raises ``ValueError`` above :data:`MAX_MESSAGE` bytes."""
+    packet = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    if len(packet) > MAX_MESSAGE:
+        raise ValueError(f"a message of {len(packet)} bytes exceeds {MAX_MESSAGE}")
+    return packet
+
+
+def receive_request(sock: socket.socket) -> tuple[Request | None, int | None]:
+    """Block for the next request and the descriptor that came with it; the request is None at hang-up."""
+    packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
+    request: Request | None = pickle.loads(packet) if packet else None
+    return request, (fds[0] if fds else None)
+
+
+def decode_reply(packet: bytes) -> Reply:
+    """Return the reply in ``packet``."""
+    reply: Reply = pickle.loads(packet)
+    return reply

@@ -1,0 +1,59 @@
+"""Reading rows back from the drive, every one held to its checksum."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hillinfer_core import kernel
+from hillinfer_core.errors import CorruptData
+
+from ..driver.contract import Driver
+from .store import LayerStore, Rows
+
+Heads = npt.NDArray[np.intp]
+Tokens = npt.NDArray[np.int64]
+
+
+def gather(driver: Driver, store: LayerStore, heads: Heads, tokens: Tokens, out: npt.NDArray[np.uint8]) -> int:
+    """Bring the rows of ``heads`` [n] and ``tokens`` [n] to ``out`` uint8 [n, row bytes]; return bytes read.
+
+    Raises :class:`CorruptData` if a row does not match its checksum.
+    """
+    if len(tokens) == 0:
+        return 0
+    read = driver.gather(store.offsets(heads, tokens), out)
+    _verify(store, heads, tokens, out)
+    return read
+
+
+def read_range(
+    driver: Driver, store: LayerStore, first: int, count: int, out: Rows | None = None
+) -> tuple[Rows, int]:
+    """Bring tokens ``first .. first + count - 1`` of every head; return (rows [H, count, 2, D], bytes read).
+
+    ``out`` receives them if given. Raises :class:`CorruptData` if a row does not match its checksum.
+    """
+    shape = store.shape
+    if out is None:
+        out = np.empty((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage)
+    flat = out.reshape(shape.kv_heads, count * shape.row_bytes // out.itemsize).view(np.uint8)
+    total = 0
+    for placed, low, high in store.runs(first, first + count):
+        part = slice((low - first) * shape.row_bytes, (high - first) * shape.row_bytes)
+        for head in range(shape.kv_heads):
+            offset = placed.row_offset(head, low, shape.row_bytes)
+            total += driver.read(offset, memoryview(flat[head, part]))  # type: ignore[arg-type]
+    heads = np.repeat(np.arange(shape.kv_heads), count)
+    tokens = np.tile(np.arange(first, first + count), shape.kv_heads)
+    _verify(store, heads, tokens, flat.reshape(-1, shape.row_bytes))
+    return out, total
+
+
+def _verify(store: LayerStore, heads: Heads, tokens: Tokens, out: npt.NDArray[np.uint8]) -> None:
+    wrong = np.flatnonzero(kernel.row_checksums(out) != store.checksums(heads, tokens))
+    if len(wrong):
+        raise CorruptData(
+            f"{len(wrong)} of {len(tokens)} rows read back are damaged, the first is token {tokens[wrong[0]]} of "
+            f"head {heads[wrong[0]]}; close the context, fill a new one, and check the drive"
+        )
