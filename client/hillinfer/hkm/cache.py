@@ -47,8 +47,8 @@ class HkmConfig:
         tokens = self.budget.tokens
         if tokens is not None and tokens < self.sinks + self.recent:
             raise BudgetTooSmall(
-                f"a budget of {tokens} tokens is below the {self.sinks} sinks and {self.recent} recent tokens "
-                f"that are always attended: ask for at least {self.sinks + self.recent}, or for fewer of those"
+                f"a budget of {tokens} tokens is below the {self.sinks} sinks and {self.recent} recent "
+                f"tokens that are always attended: ask for at least {self.sinks + self.recent}"
             )
 
 

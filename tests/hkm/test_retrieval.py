@@ -1,0 +1,58 @@
+"""Answers about notes hidden in real text, at 2 % of the past, beside full attention and recent tokens only."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import hillinfer
+from hillinfer.filler import filler_lines
+from hillinfer.hkm.policy import RecentOnly
+from hillinfer.model_directory import bundled_model
+from hillinfer.tasks import hide, make_tasks
+
+PROMPTS, TOKENS, SINKS = 20, 4096, 4
+BUDGET = TOKENS * 2 // 100
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    directory = bundled_model()
+    return AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+@torch.inference_mode()
+def right(tokenizer, model, make_cache):
+    """How many of the prompts, four notes each in real text, are answered rightly."""
+    count = 0
+    for seed in range(PROMPTS):
+        tasks = make_tasks(4, seed)
+        text = hide([task.note for task in tasks], filler_lines(tokenizer, TOKENS - 120, seed), seed)
+        task = tasks[seed % 4]
+        past = tokenizer(text).input_ids
+        asked = tokenizer("\n" + task.question, add_special_tokens=False).input_ids
+        cache = make_cache()
+        # The text first, with the question after it on a context that is cold by then.
+        model(torch.tensor([past]), past_key_values=cache, logits_to_keep=1)
+        ids = torch.tensor([past + asked])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=16
+        )
+        answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        count += task.is_right(answer.split("\n")[0])
+    return count
+
+
+@pytest.mark.timeout(400)
+def test_as_many_right_as_with_full_attention(daemon, bundled):
+    tokenizer, model = bundled
+    full = right(tokenizer, model, lambda: DynamicCache(config=model.config))
+    with hillinfer.attach(model, socket=daemon.socket, budget="2%") as attachment:
+        sparse = right(tokenizer, model, attachment.new_cache)
+    with hillinfer.attach(
+        model, socket=daemon.socket, budget=BUDGET, recent=BUDGET - SINKS, policy=RecentOnly()
+    ) as attachment:
+        recent = right(tokenizer, model, attachment.new_cache)
+    print(f"right of {PROMPTS}: full {full}, 2 % {sparse}, recent only {recent}")
+    assert full >= PROMPTS - 2
+    assert abs(sparse - full) <= 1
+    assert recent <= 2
