@@ -10,16 +10,24 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+# fmt: off
 ADJECTIVES = (
-    "amber azure brave bright calm clever copper coral crimson dusty eager emerald faint gentle golden hidden "
-    "icy ivory jolly lively lucky misty noble olive pale proud quiet rapid royal rusty scarlet silent silver "
-    "sleepy solar stormy swift tidy velvet violet wild young"
-).split()
+    "amber", "azure", "brave", "bright", "calm", "clever", "copper", "coral", "crimson", "dusty",
+    "eager", "emerald", "faint", "gentle", "golden", "hidden", "icy", "ivory", "jolly", "lively",
+    "lucky", "misty", "noble", "olive", "pale", "proud", "quiet", "rapid", "royal", "rusty", "scarlet",
+    "silent", "silver", "sleepy", "solar", "stormy", "swift", "tidy", "velvet", "violet", "wild",
+    "young",
+)
+# fmt: on
+# fmt: off
 NOUNS = (
-    "anchor badger beacon bridge canyon castle cedar comet condor dragon falcon forest garden glacier harbor "
-    "island jaguar kettle lantern lizard maple meadow meteor monkey mountain ocean orchid otter panther pepper "
-    "planet rabbit raven river rocket saddle tiger tunnel turtle valley walrus window"
-).split()
+    "anchor", "badger", "beacon", "bridge", "canyon", "castle", "cedar", "comet", "condor", "dragon",
+    "falcon", "forest", "garden", "glacier", "harbor", "island", "jaguar", "kettle", "lantern", "lizard",
+    "maple", "meadow", "meteor", "monkey", "mountain", "ocean", "orchid", "otter", "panther", "pepper",
+    "planet", "rabbit", "raven", "river", "rocket", "saddle", "tiger", "tunnel", "turtle", "valley",
+    "walrus", "window",
+)
+# fmt: on
 
 
 @dataclass(frozen=True)

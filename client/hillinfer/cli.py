@@ -1,0 +1,43 @@
+"""Entry point of `hillinfer`: errors become one line on standard error and an exit code.
+
+2: something in the command line cannot work. 1: the work failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from hillinfer_core.errors import HillInferError, ResidentTooSmall
+
+EXTRAS = {
+    "rich": "cli",
+    "typer": "cli",
+    "torch": "transformers",
+    "transformers": "transformers",
+    "tokenizers": "transformers",
+}
+
+
+def main() -> None:
+    """Run the command line; always exits."""
+    # OpenMP's spinning threads starve the daemon of a shared core; must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    try:
+        from hillinfer.commands import app
+
+        app(prog_name="hillinfer")
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"{error.name} is not installed: pip install 'hillinfer[{extra}]'", 2)
+    except HillInferError as error:
+        bad_input = error.status == "INVALID_ARGUMENT" or isinstance(error, ResidentTooSmall)
+        _fail(str(error), 2 if bad_input else 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"hillinfer: {message}", file=sys.stderr)
+    sys.exit(code)

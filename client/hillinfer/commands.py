@@ -1,0 +1,137 @@
+"""The commands of `hillinfer`. Only wiring: what takes long to import is imported when a command runs."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.layout import Precision
+from hillinfer_core.units import parse_budget, parse_bytes
+
+if TYPE_CHECKING:
+    from hillinfer.report import Answer
+
+app = typer.Typer(
+    help="Long-context inference with the KV cache in a daemon's cold pool.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(StrEnum):
+    """Of weights and KV rows."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+BudgetOption = Annotated[
+    str, typer.Option(help="Tokens attended in each step: a per cent of the past, or a count.")
+]
+ResidentOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for KV, client and daemon together, for example 64MiB. "
+        "[default: the larger of 64MiB and a quarter of the context's KV]",
+    ),
+]
+PrecisionOption = Annotated[Precision, typer.Option(help="Of the evaluation keys, which rank the tokens.")]
+SocketOption = Annotated[
+    Path | None,
+    typer.Option(help="Attach socket of a running daemon. [default: the usual one, or a private daemon]"),
+]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Of weights and KV. [default: the model's own]", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command("run")
+def run_command(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="A local transformers model directory.")],
+    context: Annotated[Path, typer.Option(metavar="FILE", help="The text, UTF-8.")],
+    ask: Annotated[list[str], typer.Option(metavar="TEXT", help="A question; repeat it for more.")],
+    budget: BudgetOption = "2%",
+    resident: ResidentOption = None,
+    precision: PrecisionOption = Precision.int4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    dtype: DtypeOption = None,
+    socket: SocketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a text once and answer questions about it, one after another, each answer one line."""
+    text = _read(context)
+    parsed_budget, parsed_resident = parse_budget(budget), parse_bytes(resident) if resident else None
+
+    from hillinfer.model_directory import ModelDirectory, dtype_named
+    from hillinfer.progress import progress_for_stderr
+    from hillinfer.run import Job, run
+
+    directory = ModelDirectory(model)
+    job = Job(text, ask, parsed_budget, parsed_resident, precision, max_new_tokens, socket)
+    chosen = dtype_named(dtype.value) if dtype else directory.dtype
+    report = run(job, directory, chosen, progress_for_stderr(), _say_nothing if as_json else _say)
+    print(json.dumps(report.as_json(), indent=2) if as_json else f"\n{report.summary()}")
+
+
+@app.command("demo")
+def demo_command(
+    context_tokens: Annotated[int, typer.Option(min=1, help="Least length of the text.")] = 16384,
+    budget: BudgetOption = "2%",
+    resident: ResidentOption = None,
+    precision: PrecisionOption = Precision.int4,
+    socket: SocketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hide notes in the Python standard library's sources and ask the bundled model for four of them."""
+    parsed_budget, parsed_resident = parse_budget(budget), parse_bytes(resident) if resident else None
+
+    from hillinfer.demo import LONGEST_ANSWER, make_demo
+    from hillinfer.model_directory import ModelDirectory, bundled_model, dtype_named
+    from hillinfer.progress import progress_for_stderr
+    from hillinfer.run import Job, run
+
+    directory = ModelDirectory(bundled_model())
+    demo = make_demo(directory.tokenizer, context_tokens)
+    if not as_json:
+        print(
+            f"{context_tokens:,} tokens of the standard library's sources, notes hidden in them\n", flush=True
+        )
+    job = Job(demo.context, demo.questions, parsed_budget, parsed_resident, precision, LONGEST_ANSWER, socket)
+    report = run(
+        job, directory, dtype_named("float32"), progress_for_stderr(), _say_nothing if as_json else _say
+    )
+    right = sum(task.is_right(answer.text) for task, answer in zip(demo.tasks, report.answers, strict=True))
+    if as_json:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        print(f"\n{right} of {len(demo.tasks)} right\n\n{report.summary()}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"cannot read the context {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"the context {path} is not UTF-8 text") from error
+
+
+def _say(answer: Answer) -> None:
+    speed = "" if answer.decode_tokens_per_s is None else f", then {answer.decode_tokens_per_s:.1f} tokens/s"
+    print(
+        f"Q  {answer.question}\nA  {answer.text}   [first token after {answer.ttft_s:.2f} s{speed}]",
+        flush=True,
+    )
+
+
+def _say_nothing(answer: Answer) -> None:
+    pass

@@ -1,0 +1,92 @@
+"""Reading a local transformers model directory, with errors that name what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from hillinfer_core.errors import UnreadableModel
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def bundled_model() -> Path:
+    """Return the directory of the model that ships with the package."""
+    return Path(str(importlib.resources.files("hillinfer"))) / "models" / "needle-8m"
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return torch's dtype of that name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class ModelDirectory:
+    """A local model; nothing is downloaded and no code from the directory runs.
+
+    Configuration and tokeniser are read when first used, the weights by
+    `load`. All raise UnreadableModel.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Its warnings and its progress bar are for notebooks; ours say what matters here.
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        self.path = path
+        if not path.is_dir():
+            raise UnreadableModel(f"{path} is not a directory")
+        if not (path / "config.json").is_file():
+            raise UnreadableModel(f"{path} has no config.json: name the directory of a transformers model")
+        if not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
+            raise UnreadableModel(f"{path} has no weights (*.safetensors or *.bin)")
+
+    @cached_property
+    def config(self) -> Any:
+        """The text part of the model's configuration."""
+        return self._read("configuration", AutoConfig.from_pretrained).get_text_config(decoder=True)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokeniser."""
+        return self._read("tokeniser", AutoTokenizer.from_pretrained)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model can tell apart, or None where its configuration has no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model was saved in; float32 where its configuration does not say."""
+        dtype = getattr(self.config, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    def row_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of K and V of one token in all layers."""
+        heads = self.config.num_key_value_heads
+        head_dim = getattr(self.config, "head_dim", None) or (
+            self.config.hidden_size // self.config.num_attention_heads
+        )
+        return int(2 * self.config.num_hidden_layers * heads * head_dim * dtype.itemsize)
+
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Return the model in evaluation mode on the CPU."""
+        model = self._read("weights", AutoModelForCausalLM.from_pretrained, dtype=dtype)
+        assert isinstance(model, PreTrainedModel)
+        model.eval()  # type: ignore[no-untyped-call]
+        return model
+
+    def _read(self, what: str, reader: Callable[..., Any], **options: Any) -> Any:
+        try:
+            return reader(self.path, local_files_only=True, **options)
+        except Exception as error:  # every format has errors of its own, all mean the same here
+            first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise UnreadableModel(f"cannot read the {what} of {self.path}: {first[0]}") from error

@@ -1,0 +1,73 @@
+"""What a run gives back, as JSON and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hillinfer_core.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question's answer. Times in seconds.
+
+    ttft_s: from asking to the first token. decode_tokens_per_s: of the tokens
+    after the first, None when there is none.
+    """
+
+    question: str
+    text: str
+    new_tokens: int
+    ttft_s: float
+    decode_tokens_per_s: float | None
+
+
+@dataclass(frozen=True)
+class KvUse:
+    """Bytes of KV held and moved. hot_hit_rate: 0 to 1, None before anything was selected."""
+
+    full_bytes: int
+    resident_peak_bytes: int
+    resident: Mapping[str, int]
+    cold_written_bytes: int
+    cold_read_bytes: int
+    evaluated_bytes: int
+    hot_hit_rate: float | None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A whole run: the context read once, the answers in the order of the questions."""
+
+    model: str
+    context_tokens: int
+    prefill_s: float
+    answers: tuple[Answer, ...]
+    kv: KvUse
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return the lines that follow the answers."""
+        kv = self.kv
+        rates = [answer.decode_tokens_per_s for answer in self.answers if answer.decode_tokens_per_s]
+        decode = f"{sum(rates) / len(rates):.1f} tokens/s" if rates else "-"
+        share = f" ({kv.resident_peak_bytes / kv.full_bytes:.0%} of it)" if kv.full_bytes else ""
+        hits = "-" if kv.hot_hit_rate is None else f"{kv.hot_hit_rate:.1%}"
+        rows = [
+            ("context", f"{self.context_tokens:,} tokens"),
+            ("prefill", f"{self.prefill_s:.1f} s ({self.context_tokens / self.prefill_s:,.0f} tokens/s)"),
+            ("decode", decode),
+            ("full KV", format_bytes(kv.full_bytes)),
+            ("resident, peak", format_bytes(kv.resident_peak_bytes) + share),
+            *((f"  {kind.replace('_', ' ')}", format_bytes(size)) for kind, size in kv.resident.items()),
+            ("cold pool written", format_bytes(kv.cold_written_bytes)),
+            ("cold pool read", format_bytes(kv.cold_read_bytes)),
+            ("keys evaluated", format_bytes(kv.evaluated_bytes)),
+            ("hot hit rate", hits),
+        ]
+        return "\n".join(f"{name:<20}{value}" for name, value in rows)

@@ -1,0 +1,212 @@
+"""Answering questions, one after another, about one context whose KV lives in the daemon's cold pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from hillinfer.attachment import attach
+from hillinfer.model_directory import ModelDirectory
+from hillinfer.private_daemon import PrivateDaemon
+from hillinfer.progress import Progress, silent
+from hillinfer.report import Answer, KvUse, RunReport
+from hillinfer.session import Session
+from hillinfer_core.errors import BudgetTooSmall, DaemonUnavailable, InvalidInput
+from hillinfer_core.layout import Precision
+from hillinfer_core.protocol import attach_socket, default_runtime_dir
+from hillinfer_core.units import Budget
+
+SINKS, RECENT = 4, 32
+PREFILL_CHUNK = 2048
+"""Tokens per forward pass over the context: bounds activations, and moves the progress bar."""
+LEAST_RESIDENT = 64 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to answer, and with how much.
+
+    resident: bytes, None for the larger of 64 MiB and a quarter of the
+    context's KV. socket: of a running daemon; None takes the one at the default
+    place or, where none answers, a private one for the run.
+    """
+
+    context: str
+    questions: Sequence[str]
+    budget: Budget = field(default_factory=lambda: Budget(alpha=0.02))
+    resident: int | None = None
+    precision: Precision = Precision.int4
+    max_new_tokens: int = 32
+    socket: Path | None = None
+
+
+def run(
+    job: Job,
+    directory: ModelDirectory,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+    answered: Callable[[Answer], None] = lambda answer: None,
+) -> RunReport:
+    """Read the context, then ask the questions in turn; each sees the ones before it and their answers.
+
+    An answer is one line: generation stops at the first line end after text,
+    at the model's end token, or after `max_new_tokens`. Decoding is greedy.
+    `answered` is called with each answer when it is complete. Blocks.
+    Raises InvalidInput, BudgetTooSmall, UnreadableModel, DaemonUnavailable and
+    what `attach` raises.
+    """
+    context = _encode(directory, job.context.rstrip("\n") + "\n", special=True)
+    questions = [_encode(directory, question, special=False) for question in job.questions]
+    _check(job, directory, context.shape[1], sum(question.shape[1] for question in questions))
+    resident = job.resident or max(LEAST_RESIDENT, directory.row_bytes(dtype) * context.shape[1] // 4)
+
+    with _session(job.socket) as session:
+        model = directory.load(dtype)
+        with (
+            attach(
+                model,
+                session=session,
+                budget=str(job.budget),
+                resident=resident,
+                precision=job.precision.value,
+                sinks=SINKS,
+                recent=RECENT,
+            ) as attachment,
+            torch.inference_mode(),
+        ):
+            cache = attachment.new_cache()
+            started = time.perf_counter()
+            with progress("reading", context.shape[1]) as advance:
+                for first in range(0, context.shape[1], PREFILL_CHUNK):
+                    chunk = context[:, first : first + PREFILL_CHUNK]
+                    model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
+                    advance(first + chunk.shape[1])
+            prefill_s = time.perf_counter() - started
+
+            answers: list[Answer] = []
+            past = context
+            for text, ids in zip(job.questions, questions, strict=True):
+                asked = torch.cat([past, ids], dim=1)
+                with progress("answering", job.max_new_tokens) as advance:
+                    answer, past = _answer(model, directory, cache, asked, text, job, advance)
+                answers.append(answer)
+                answered(answer)
+            held = attachment.report()
+    kv = KvUse(**{name: getattr(held, name) for name in KvUse.__dataclass_fields__})
+    return RunReport(directory.path.resolve().name, context.shape[1], prefill_s, tuple(answers), kv)
+
+
+def _answer(
+    model: Any,
+    directory: ModelDirectory,
+    cache: Any,
+    asked: torch.Tensor,
+    question: str,
+    job: Job,
+    advance: Callable[[int], None],
+) -> tuple[Answer, torch.Tensor]:
+    """Return the answer and all token ids so far [1, n], which end a line."""
+    tokenizer = directory.tokenizer
+    clock = _Clock(advance)
+    out = model.generate(
+        input_ids=asked,
+        attention_mask=torch.ones_like(asked),
+        past_key_values=cache,
+        max_new_tokens=job.max_new_tokens,
+        do_sample=False,
+        streamer=clock,
+        stopping_criteria=[_LineEnd(tokenizer, asked.shape[1])],
+    )
+    text = tokenizer.decode(out[0, asked.shape[1] :], skip_special_tokens=True)
+    new = len(clock.times) - 1
+    first, last = clock.times[1], clock.times[-1]
+    rate = (new - 1) / (last - first) if new > 1 else None
+    if not text.endswith("\n"):
+        out = torch.cat([out, _encode(directory, "\n", special=False)], dim=1)
+    return Answer(question, text.strip(), new, first - clock.times[0], rate), out
+
+
+class _Clock(BaseStreamer):
+    """Notes when generation began and when each token came."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.times = [time.perf_counter()]
+        self._advance = advance
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.times.append(time.perf_counter())
+        self._advance(len(self.times) - 1)
+
+    def end(self) -> None:
+        pass
+
+
+class _LineEnd(StoppingCriteria):
+    """Ends an answer with its line. Judged on text: a line end may be part of a longer token."""
+
+    def __init__(self, tokenizer: Any, prompt_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        text = self._tokenizer.decode(input_ids[0, self._prompt_tokens :])
+        return torch.tensor(["\n" in text.lstrip()], device=input_ids.device)
+
+
+def _encode(directory: ModelDirectory, text: str, *, special: bool) -> torch.Tensor:
+    ids = directory.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
+    assert isinstance(ids, torch.Tensor)
+    return ids
+
+
+def _check(job: Job, directory: ModelDirectory, context_tokens: int, question_tokens: int) -> None:
+    if not job.questions or not all(question.strip() for question in job.questions):
+        raise InvalidInput("ask at least one question, and none that is empty")
+    if not job.context.strip():
+        raise InvalidInput("the context is empty")
+    if job.max_new_tokens < 1:
+        raise InvalidInput(f"max-new-tokens must be at least 1, not {job.max_new_tokens}")
+    needed = context_tokens + question_tokens + len(job.questions) * (job.max_new_tokens + 1)
+    if directory.positions is not None and needed > directory.positions:
+        raise InvalidInput(
+            f"the context has {context_tokens} tokens and needs {needed} with questions and answers, but the "
+            f"model has {directory.positions} positions: shorten the context"
+        )
+    budget = job.budget.of(context_tokens)
+    if budget < min(SINKS + RECENT, context_tokens):
+        raise BudgetTooSmall(
+            f"a budget of {job.budget} is {budget} of {context_tokens} tokens, fewer than the first {SINKS} "
+            f"and the latest {RECENT} that every step attends to: give {SINKS + RECENT} tokens or more"
+        )
+
+
+@contextmanager
+def _session(socket: Path | None) -> Iterator[Session]:
+    if socket is not None:
+        try:
+            session = Session.connect(socket)
+        except DaemonUnavailable as error:
+            raise InvalidInput(str(error)) from error  # a mistake on the command line, not a failure
+        with session:
+            yield session
+        return
+    try:
+        session = Session.connect(attach_socket(default_runtime_dir()))
+    except DaemonUnavailable:
+        with PrivateDaemon() as daemon, Session.connect(daemon.socket) as session:
+            yield session
+        return
+    with session:
+        yield session
