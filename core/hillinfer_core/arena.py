@@ -1,6 +1,6 @@
-"""The arena: a memfd that a session's client and the daemon both map, so that bulk bytes never travel in messages.
+"""The arena: a memfd that client and daemon both map, so that bulk bytes never travel in messages.
 
-The daemon creates it with :func:`create_arena` and passes the descriptor; both sides map it as :class:`Arena`.
+The daemon creates it with :func:`create_arena` and passes the descriptor; both map it as :class:`Arena`.
 Its seals make a peer unable to shrink the file under a mapping, which would turn reads into SIGBUS.
 """
 
@@ -24,7 +24,7 @@ _SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
 
 
 def create_arena(nbytes: int, name: str) -> int:
-    """Create a sealed memfd of ``nbytes`` rounded up to whole pages; return its descriptor, owned by the caller.
+    """Create a sealed memfd of ``nbytes`` rounded up to whole pages; return its descriptor, to be closed.
 
     Seals: no shrinking, no growing, no further seals. ``name`` shows in /proc only. Raises
     :class:`InvalidInput` for a size below 1.
@@ -58,7 +58,7 @@ class Arena:
         self.nbytes = nbytes
 
     def buffer(self, offset: int, length: int) -> memoryview:
-        """Return ``length`` bytes at ``offset`` without copying; raises :class:`InvalidInput` out of bounds."""
+        """Return ``length`` bytes at ``offset``, not copied; raises :class:`InvalidInput` out of bounds."""
         if offset < 0 or length < 0 or offset + length > self.nbytes:
             raise InvalidInput(
                 f"region of {length} bytes at {offset} does not lie within the arena of {self.nbytes} bytes"
@@ -78,7 +78,9 @@ class Arena:
                 raise InvalidInput(f"a region cannot have the shape {shape}")
             count *= dim
         if offset % item.itemsize:
-            raise InvalidInput(f"region offset {offset} is not a multiple of {item.itemsize}, the size of {item}")
+            raise InvalidInput(
+                f"region offset {offset} is not a multiple of {item.itemsize}, the size of {item}"
+            )
         self.buffer(offset, count * item.itemsize).release()
         return np.ndarray(shape, item, buffer=self._map, offset=offset)
 

@@ -4,6 +4,7 @@ The daemon sends the class name in trailing metadata (:data:`hillinfer_core.prot
 gRPC status code named by ``status``; the client raises the same class again through :func:`by_name`.
 """
 
+# ruff: noqa: N818 -- the names are on the wire and say what happened
 from __future__ import annotations
 
 from typing import ClassVar
@@ -126,9 +127,8 @@ class UnreadableModel(HillInferError):
     status = "INVALID_ARGUMENT"
 
 
-_BY_NAME: dict[str, type[HillInferError]] = {
-    cls.__name__: cls for cls in (HillInferError, *HillInferError.__subclasses__())
-}
+_CLASSES: list[type[HillInferError]] = [HillInferError, *HillInferError.__subclasses__()]
+_BY_NAME = {cls.__name__: cls for cls in _CLASSES}
 
 
 def by_name(name: str) -> type[HillInferError]:

@@ -1,7 +1,7 @@
-"""The functions of :mod:`hillinfer_core.reference` in native code, bit for bit the same, and the gather of rows.
+"""The functions of :mod:`hillinfer_core.reference` in native code, the same bit for bit, and gather.
 
-Every call checks its arguments (:class:`InvalidInput`), releases the GIL while it works, blocks until done, and
-may be made from any thread. Scores are computed by the widest instructions that the processor has; the
+Every call checks its arguments (:class:`InvalidInput`), releases the GIL while it works, blocks until done,
+and may be made from any thread. Scores are computed by the widest instructions that the processor has; the
 environment variable ``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind.
 """
 
@@ -59,7 +59,7 @@ def _variant() -> int:
 
 
 def widen_keys(rows: npt.NDArray[Any]) -> F32:
-    """Return the keys, float32 [H, n, D], of ``rows`` [H, n, 2, D] in float16, uint16 (bfloat16) or float32."""
+    """Widen keys as :func:`hillinfer_core.reference.widen_keys` defines; ``rows`` are C-contiguous."""
     heads, tokens, dim = _rows_shape(rows)
     keys = np.empty((heads, tokens, dim), np.float32)
     _native.widen_keys(_flat_bytes(rows), _FORMATS[rows.dtype], heads * tokens, dim, keys.reshape(-1))
@@ -90,7 +90,9 @@ def scores(tiles: U8, q: I8, precision: Precision, out: I32) -> None:
     dim = q.shape[2]
     _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
     _require(size == tile_bytes(dim, precision), f"tiles of {size} bytes do not fit head dimension {dim}")
-    _require(out.dtype == np.int32 and out.ndim == 2 and out.flags.writeable, "out must be writable int32 [H, n]")
+    _require(
+        out.dtype == np.int32 and out.ndim == 2 and out.flags.writeable, "out must be writable int32 [H, n]"
+    )
     _require(q.shape[0] == out.shape[0] == heads, "tiles, q and out differ in KV heads")
     _require(out.shape[1] >= count * TILE_TOKENS, f"out must have room for {count * TILE_TOKENS} scores")
     if heads == 0 or count == 0:
@@ -104,7 +106,7 @@ def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
     _require(scores.dtype == np.int32 and scores.ndim == 2, "scores must be int32 [H, n]")
     heads, tokens = scores.shape
     _require(k >= 0, f"k cannot be negative: {k}")
-    _require(0 <= first_id and first_id + tokens <= 1 << 32, "ids must fit in 32 bits")
+    _require(first_id >= 0 and first_id + tokens <= 1 << 32, "ids must fit in 32 bits")
     shape = (heads, min(k, tokens))
     ids, chosen = np.empty(shape, np.uint32), np.empty(shape, np.int32)
     if ids.size:
@@ -128,13 +130,15 @@ def gather(
 ) -> int:
     """Read rows that lie scattered in a file; return the bytes read.
 
-    ``offsets`` uint64 [n] are byte offsets in any order, repeats allowed; row i goes to the i-th ``row_bytes``
-    of ``out``, which is C-contiguous, of any shape and dtype, and has at least n of them. With ``direct`` whole
-    pages are read, as a descriptor opened with O_DIRECT needs; pages and rows that touch are read together.
+    ``offsets`` uint64 [n] are byte offsets in any order, repeats allowed; row i goes to the i-th
+    ``row_bytes`` of ``out``, which is C-contiguous, of any shape and dtype, and has at least n of them. With
+    ``direct`` whole pages are read, as a descriptor opened with O_DIRECT needs; pages and rows that touch
+    are read together.
 
-    Up to 17 reads are in flight at once, from threads that stay for the next call and sleep between calls; they
-    hold a page-aligned buffer of 128 KiB each. Calls from several threads take turns. Raises :class:`OSError`
-    with the errno of a failed read (EIO when the file ends before a row does); ``out`` is then undefined.
+    Up to 17 reads are in flight at once, from threads that stay for the next call and sleep between calls;
+    each holds a page-aligned buffer of 128 KiB. Calls from several threads take turns. Raises
+    :class:`OSError` with the errno of a failed read (EIO when the file ends before a row does); ``out`` is
+    then undefined.
     """
     _require(offsets.dtype == np.uint64 and offsets.ndim == 1, "offsets must be uint64 [n]")
     _require(0 < row_bytes <= _MAX_ROW_BYTES, f"row_bytes must be 1 to {_MAX_ROW_BYTES}, not {row_bytes}")

@@ -11,7 +11,7 @@ The reasons are in docs/decisions/001-evaluation-arithmetic-and-layout.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from math import gcd, lcm
 from typing import TypeVar
 
@@ -31,7 +31,7 @@ MAX_HEAD_DIM = 256
 """Largest head dimension: keeps every INT32 score far from overflow (256 * 127 * 255 < 2**23)."""
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """Number format of rows."""
 
     float16 = "float16"
@@ -54,11 +54,11 @@ class DType(str, Enum):
 
     @classmethod
     def from_proto(cls, number: int) -> DType:
-        """Return the member for a ``hillinfer.v1.DType``; raises :class:`InvalidInput` if there is none."""
+        """Return the member for a ``hillinfer.v1.DType``, or raise :class:`InvalidInput`."""
         return _member(list(cls), number, "dtype")
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Number format of evaluation keys."""
 
     int8 = "int8"
@@ -80,11 +80,11 @@ class Precision(str, Enum):
 
     @classmethod
     def from_proto(cls, number: int) -> Precision:
-        """Return the member for a ``hillinfer.v1.Precision``; raises :class:`InvalidInput` if there is none."""
+        """Return the member for a ``hillinfer.v1.Precision``, or raise :class:`InvalidInput`."""
         return _member(list(cls), number, "precision")
 
 
-class Reduction(str, Enum):
+class Reduction(StrEnum):
     """How the scores of the query heads that share a KV head become one score."""
 
     sum = "sum"
@@ -96,7 +96,7 @@ class Reduction(str, Enum):
 
     @classmethod
     def from_proto(cls, number: int) -> Reduction:
-        """Return the member for a ``hillinfer.v1.Reduction``; raises :class:`InvalidInput` if there is none."""
+        """Return the member for a ``hillinfer.v1.Reduction``, or raise :class:`InvalidInput`."""
         return _member(list(cls), number, "reduction")
 
 
@@ -139,7 +139,9 @@ class Shape:
         if not 1 <= self.kv_heads <= 1024:
             raise InvalidInput(f"kv_heads must be 1 to 1024, not {self.kv_heads}")
         if not 8 <= self.head_dim <= MAX_HEAD_DIM or self.head_dim % 8:
-            raise InvalidInput(f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, not {self.head_dim}")
+            raise InvalidInput(
+                f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, not {self.head_dim}"
+            )
 
 
 def tile_bytes(head_dim: int, precision: Precision) -> int:

@@ -7,6 +7,7 @@ KV heads, D the head dimension, n a number of tokens, R the query vectors for ea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,10 @@ class Ranges:
 
 
 def widen_keys(rows: npt.NDArray[Any]) -> F32:
-    """Return the keys, float32 [H, n, D], of ``rows`` [H, n, 2, D] in float16, uint16 (bfloat16) or float32."""
+    """Return the keys, float32 [H, n, D], of ``rows`` [H, n, 2, D].
+
+    Rows are float16, uint16 (the bits of bfloat16) or float32.
+    """
     return _widen(rows[:, :, 0, :])
 
 
@@ -58,8 +62,8 @@ def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) 
     """Quantise the keys of ``rows`` [H, n, 2, D] in float16, uint16 (bfloat16) or float32.
 
     Returns (tiles uint8 [H, ceil(n/16), tile bytes], clipped, nonfinite): how many keys lay outside their
-    range, and how many elements, keys and values, are not finite. ``k' = clip(rint((k - zero) * (1 / scale)))``
-    with halves to even; NaN becomes 0, and so do the tokens that fill the last tile.
+    range, and how many elements, of keys and values, are not finite. A level is
+    clip(rint((k - zero) * (1 / scale))) with halves to even; NaN becomes 0, and so do the tokens that fill the last tile.
     """
     heads, tokens, _, dim = rows.shape
     inverse_scale = np.float32(1) / ranges.scale
@@ -117,7 +121,7 @@ def scores(tiles: U8, q: I8, precision: Precision, out: I32) -> None:
 
 
 def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
-    """Return the ``k`` greatest of each row of ``scores`` int32 [H, n] as (ids uint32, scores int32), [H, min(k, n)].
+    """Return (ids uint32, scores int32), each [H, min(k, n)]: the greatest of ``scores`` int32 [H, n].
 
     A score's id is ``first_id`` plus its column. Exact; of equal scores the lowest id wins. Ids ascend.
     """
@@ -128,7 +132,7 @@ def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
 
 def row_checksums(rows: npt.NDArray[Any]) -> U32:
     """Return the CRC-32C, uint32 [n], of each of ``rows`` [n, ...], C-contiguous and of any dtype."""
-    data = rows.reshape(rows.shape[0], -1).view(np.uint8)
+    data = rows.reshape(rows.shape[0], math.prod(rows.shape[1:])).view(np.uint8)
     crc = np.full(data.shape[0], 0xFFFFFFFF, np.uint32)
     for column in data.T:
         crc = (crc >> np.uint32(8)) ^ _TABLE[(crc ^ column) & np.uint32(0xFF)]
@@ -140,8 +144,10 @@ def from_tiles(tiles: U8, precision: Precision) -> U8:
     heads, count, size = tiles.shape
     beats = tiles.reshape(heads, count, size // 64, TILE_TOKENS, 4)
     if precision is Precision.int4:
-        beats = np.concatenate((beats & 15, beats >> 4), axis=-1)
-    return np.swapaxes(beats, 2, 3).reshape(heads, count * TILE_TOKENS, size * 8 // precision.bits // TILE_TOKENS)
+        beats = np.concatenate((beats & np.uint8(15), beats >> np.uint8(4)), axis=-1)
+    return np.swapaxes(beats, 2, 3).reshape(
+        heads, count * TILE_TOKENS, size * 8 // precision.bits // TILE_TOKENS
+    )
 
 
 def _to_tiles(levels: U8, precision: Precision) -> U8:
@@ -150,7 +156,7 @@ def _to_tiles(levels: U8, precision: Precision) -> U8:
     step = 32 // precision.bits
     beats = np.swapaxes(levels.reshape(heads, count, TILE_TOKENS, dim // step, step), 2, 3)
     if precision is Precision.int4:
-        beats = beats[..., :4] | beats[..., 4:] << 4
+        beats = beats[..., :4] | beats[..., 4:] << np.uint8(4)
     return np.ascontiguousarray(beats).reshape(heads, count, tile_bytes(dim, precision))
 
 

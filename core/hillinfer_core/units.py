@@ -49,7 +49,7 @@ def format_bytes(nbytes: int) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens attended in each step: a count (``tokens``) or a fraction of the past (``alpha``), never both."""
+    """Tokens attended in each step: a count (``tokens``) or a fraction of the past (``alpha``), not both."""
 
     tokens: int | None = None
     alpha: float | None = None
@@ -88,4 +88,6 @@ def parse_budget(value: str | int | Budget) -> Budget:
         return Budget(alpha=float(text[:-1]) / 100)
     if text.isdigit() and text.isascii():
         return Budget(tokens=int(text))
-    raise InvalidInput(f"not a budget: {value!r}; write a number of tokens (256) or a per cent of the past (2%)")
+    raise InvalidInput(
+        f"not a budget: {value!r}; write a number of tokens (256) or a per cent of the past (2%)"
+    )

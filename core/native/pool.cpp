@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <system_error>
 #include <thread>
 
 #include "native.h"
@@ -40,8 +41,8 @@ void ReadPool::run(size_t count, const std::function<void(size_t, uint8_t *)> &j
         job_ = &job;
         count_ = count;
         next_.store(0, std::memory_order_relaxed);
-        for (; threads_ < wanted; ++threads_) std::thread([this] { serve(); }).detach();
-        tickets_ = active_ = wanted;
+        start_threads(wanted);
+        tickets_ = active_ = std::min(wanted, threads_);
     }
     for (size_t i = 0; i < wanted; ++i) wake_.notify_one();
     work(caller_buffer_);
@@ -52,12 +53,25 @@ void ReadPool::run(size_t count, const std::function<void(size_t, uint8_t *)> &j
     done_.wait(lock, [this] { return active_ == 0; });
 }
 
+void ReadPool::start_threads(size_t wanted) {
+    while (threads_ < wanted) {
+        uint8_t *buffer = aligned_buffer();
+        try {
+            std::thread([this, buffer] { serve(buffer); }).detach();
+        } catch (const std::system_error &) {
+            // Under a thread limit fewer readers, at worst the caller alone, do the same work.
+            std::free(buffer);
+            return;
+        }
+        ++threads_;
+    }
+}
+
 void ReadPool::work(uint8_t *buffer) {
     for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*job_)(i, buffer);
 }
 
-void ReadPool::serve() {
-    uint8_t *buffer = aligned_buffer();
+void ReadPool::serve(uint8_t *buffer) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
         wake_.wait(lock, [this] { return tickets_ > 0; });

@@ -26,7 +26,8 @@ class ReadPool {
 
   private:
     ReadPool();
-    void serve();
+    void start_threads(size_t wanted);
+    void serve(uint8_t *buffer);
     void work(uint8_t *buffer);
 
     std::mutex turn_;  // held by the caller whose jobs are running

@@ -1,0 +1,178 @@
+"""Gathering rows from a real file, with O_DIRECT and without."""
+
+import errno
+import os
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hillinfer_core import kernel
+from hillinfer_core.errors import InvalidInput
+
+SIZE = 3 << 20
+
+
+@pytest.fixture(scope="module")
+def content():
+    return np.random.default_rng(0).integers(0, 256, SIZE + 1000, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def path(content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pool") / "rows"
+    path.write_bytes(content.tobytes())
+    return path
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["buffered", "direct"])
+def opened(request, path):
+    try:
+        fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if request.param else 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        pytest.skip("this file system has no O_DIRECT")
+    yield fd, request.param
+    os.close(fd)
+
+
+def rows_at(content, offsets, row_bytes):
+    return np.stack([content[o : o + row_bytes] for o in offsets.tolist()])
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 300),
+       row_bytes=st.sampled_from([32, 320, 512, 2048]),
+       span=st.sampled_from([8192, SIZE]))  # fmt: skip
+def test_rows_arrive_in_the_order_asked(opened, content, seed, count, row_bytes, span):
+    fd, direct = opened
+    offsets = np.random.default_rng(seed).integers(0, span - row_bytes, count).astype(np.uint64)
+    out = np.zeros((count, row_bytes), np.uint8)
+    read = kernel.gather(fd, offsets, row_bytes, out, direct)
+    np.testing.assert_array_equal(out, rows_at(content, offsets, row_bytes))
+    touched = {page for o in offsets.tolist() for page in range(o // 4096, (o + row_bytes - 1) // 4096 + 1)}
+    if direct:
+        # Runs are split at 128 KiB, and a page at a split may be read by both.
+        assert 4096 * len(touched) <= read <= 4096 * (len(touched) + span // 65536)
+    else:
+        assert read <= count * row_bytes
+
+
+def test_touching_pages_are_read_once(opened, content):
+    fd, direct = opened
+    offsets = np.arange(0, 16384, 512, dtype=np.uint64)
+    out = np.zeros((32, 512), np.uint8)
+    assert kernel.gather(fd, offsets, 512, out, direct) == 16384
+    np.testing.assert_array_equal(out.reshape(-1), content[:16384])
+
+
+def test_one_row_reads_one_page_when_direct(opened):
+    fd, direct = opened
+    out = np.zeros((1, 512), np.uint8)
+    assert kernel.gather(fd, np.array([4096 * 7 + 512], np.uint64), 512, out, direct) == (
+        4096 if direct else 512
+    )
+
+
+def test_typed_outputs_and_larger_outputs(opened, content):
+    fd, direct = opened
+    out = np.zeros((4, 2, 64), np.float32)
+    kernel.gather(fd, np.array([512, 0], np.uint64), 512, out, direct)
+    assert out.view(np.uint8).reshape(-1)[:512].tobytes() == content[512:1024].tobytes()
+    assert not out[2:].any()
+
+
+def test_a_file_may_end_inside_a_page_but_not_inside_a_row(opened, content):
+    fd, direct = opened
+    out = np.zeros((1, 512), np.uint8)
+    kernel.gather(fd, np.array([SIZE + 488], np.uint64), 512, out, direct)
+    np.testing.assert_array_equal(out[0], content[-512:])
+    for offset in (SIZE + 489, SIZE * 4):
+        with pytest.raises(OSError, match="error") as caught:
+            kernel.gather(fd, np.array([offset], np.uint64), 512, out, direct)
+        assert caught.value.errno == errno.EIO
+
+
+def test_errors_of_the_system_are_raised():
+    out = np.zeros((40, 512), np.uint8)
+    with pytest.raises(OSError, match="descriptor") as caught:
+        kernel.gather(-1, np.arange(0, 40 * 8192, 8192, dtype=np.uint64), 512, out, False)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_nothing_to_read():
+    assert kernel.gather(-1, np.empty(0, np.uint64), 512, np.empty((0, 512), np.uint8), True) == 0
+
+
+@pytest.mark.parametrize(
+    ("offsets", "row_bytes", "out"),
+    [
+        (np.zeros(2, np.int64), 512, np.zeros((2, 512), np.uint8)),
+        (np.zeros(2, np.uint64), 512, np.zeros((1, 512), np.uint8)),
+        (np.zeros(2, np.uint64), 0, np.zeros((2, 512), np.uint8)),
+        (np.zeros(2, np.uint64), 1 << 20, np.zeros((2, 1 << 20), np.uint8)),
+        (np.zeros(2, np.uint64), 512, np.zeros((4, 512), np.uint8)[::2]),
+        (np.full(2, 2**63, np.uint64), 512, np.zeros((2, 512), np.uint8)),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(offsets, row_bytes, out):
+    with pytest.raises(InvalidInput):
+        kernel.gather(0, offsets, row_bytes, out, False)
+
+
+def test_several_threads_gather_at_once(opened, content):
+    fd, direct = opened
+    wrong = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(20):
+            offsets = rng.integers(0, SIZE - 512, int(rng.integers(1, 80))).astype(np.uint64)
+            out = np.zeros((offsets.size, 512), np.uint8)
+            kernel.gather(fd, offsets, 512, out, direct)
+            if not np.array_equal(out, rows_at(content, offsets, 512)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_forked_child_gathers_too(path, content):
+    fd = os.open(path, os.O_RDONLY)
+    offsets = np.arange(0, 64 * 8192, 8192, dtype=np.uint64) % (SIZE - 512)
+    out = np.zeros((64, 512), np.uint8)
+    kernel.gather(fd, offsets, 512, out, False)
+    child = os.fork()
+    if child == 0:
+        try:
+            out[:] = 0
+            kernel.gather(fd, offsets, 512, out, False)
+            os._exit(0 if np.array_equal(out, rows_at(content, offsets, 512)) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(fd)
+
+
+def test_a_punched_range_reads_as_zeros(tmp_path):
+    path = tmp_path / "pool"
+    path.write_bytes(b"x" * 16384)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        kernel.punch_hole(fd, 4096, 8192)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        pytest.skip("this file system cannot punch holes")
+    finally:
+        os.close(fd)
+    assert path.read_bytes() == b"x" * 4096 + bytes(8192) + b"x" * 4096
+    with pytest.raises(OSError, match="descriptor"):
+        kernel.punch_hole(-1, 0, 4096)
