@@ -63,7 +63,8 @@ def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) 
 
     Returns (tiles uint8 [H, ceil(n/16), tile bytes], clipped, nonfinite): how many keys lay outside their
     range, and how many elements, of keys and values, are not finite. A level is
-    clip(rint((k - zero) * (1 / scale))) with halves to even; NaN becomes 0, and so do the tokens that fill the last tile.
+    clip(rint((k - zero) * (1 / scale))) with halves to even; NaN becomes 0, and so do the tokens that
+    fill the last tile.
     """
     heads, tokens, _, dim = rows.shape
     inverse_scale = np.float32(1) / ranges.scale
