@@ -11,7 +11,7 @@ from hillinfer_core.layout import Precision, Reduction
 
 HEADS, TOKENS, DIM, GROUP = 2, 48, 80, 3
 
-# CRC-32C of tiles, of q (sum), of scores (sum), of scores (max), of the ids of the 7 best (sum), little-endian.
+# CRC-32C, of little-endian bytes: tiles, q (sum), scores (sum), scores (max), ids of the 7 best (sum).
 EXPECTED = {
     Precision.int8: (0x136822B3, 0x23C4A833, 0x5319F112, 0x58E3D6C7, 0x891E495C),
     Precision.int4: (0x8FB66635, 0x23C4A833, 0xB1A82359, 0x4740C418, 0xBCE7F6C0),
