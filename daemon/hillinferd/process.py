@@ -21,15 +21,14 @@ def die_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != parent:
         raise SystemExit(1)
 
 
 def make_runtime_dir(directory: Path) -> None:
     """Make the directory of the sockets, mode 0700, unless it is there.
 
-    Raises :class:`ConfigError` if it cannot be made, belongs to another user while others may write in it, or is
-    too deep for a socket's path.
+    Raises :class:`ConfigError` if it cannot be made or written, or is too deep for a socket's path.
     """
     longest = len(os.fsencode(directory / "attach.sock"))
     if longest > _LONGEST_SOCKET_PATH:

@@ -121,7 +121,9 @@ class Catalogue:
         """
         layer, shape = context.layer(layer_index), context.shape
         if first_token != layer.tokens:
-            raise OutOfOrder(f"layer {layer_index} holds {layer.tokens} tokens; append cannot start at {first_token}")
+            raise OutOfOrder(
+                f"layer {layer_index} holds {layer.tokens} tokens; append cannot start at {first_token}"
+            )
         if tokens == 0 or tokens % shape.append_unit:
             raise InvalidInput(f"append takes multiples of {shape.append_unit} tokens, not {tokens}")
         keys = tokens // TILE_TOKENS * shape.kv_heads * shape.key_tile_bytes

@@ -149,7 +149,11 @@ def _claim(fd: int, path: Path) -> None:
         raise ConfigError(f"pool: {path} is in use by another daemon") from None
     if info.st_size == 0:
         return
-    with mmap.mmap(fd, len(MAGIC), prot=mmap.PROT_READ) if info.st_size >= len(MAGIC) else mmap.mmap(-1, 1) as head:
+    with (
+        mmap.mmap(fd, len(MAGIC), prot=mmap.PROT_READ)
+        if info.st_size >= len(MAGIC)
+        else mmap.mmap(-1, 1) as head
+    ):
         if head[:] != MAGIC:
             raise ConfigError(f"pool: {path} has content that is not a cold pool; name a new file")
 

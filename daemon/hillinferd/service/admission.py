@@ -37,7 +37,9 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     checked = [_evaluation(session, catalogue, ask, evaluation) for evaluation in ask.evaluations]
     heads = sum(catalogue.get(session.session_id, item.context_id).shape.kv_heads for item in checked)
     if heads > MAX_RESULTS:
-        raise InvalidInput(f"{heads} evaluations times KV heads in one request; at most {MAX_RESULTS} are allowed")
+        raise InvalidInput(
+            f"{heads} evaluations times KV heads in one request; at most {MAX_RESULTS} are allowed"
+        )
     return messages.Evaluate(session.session_id, ask.layer, ask.query_heads, ask.reduction, checked)
 
 
@@ -46,7 +48,9 @@ def fetch_ids(session: Session, context: Context, ask: requests.FetchIds) -> mes
     context.layer(ask.layer)
     shape = context.shape
     if len(ask.count_per_head) != shape.kv_heads:
-        raise InvalidInput(f"count_per_head has {len(ask.count_per_head)} entries for {shape.kv_heads} KV heads")
+        raise InvalidInput(
+            f"count_per_head has {len(ask.count_per_head)} entries for {shape.kv_heads} KV heads"
+        )
     count = sum(ask.count_per_head)
     if count == 0:
         return messages.FetchIds(session.session_id, 0, 0, [], NOT_WANTED, NOT_WANTED)
@@ -83,7 +87,9 @@ def _evaluation(
             f"{ask.layer}"
         )
     if not 1 <= item.k <= item.end_token - item.first_token:
-        raise InvalidInput(f"k is {item.k}; it must be 1 to {item.end_token - item.first_token}, the tokens ranked")
+        raise InvalidInput(
+            f"k is {item.k}; it must be 1 to {item.end_token - item.first_token}, the tokens ranked"
+        )
     query_bytes = ask.query_heads * shape.head_dim * ID_BYTES
     id_bytes = heads * item.k * ID_BYTES
     held = _optional(session, "held", item.held, align=ID_BYTES)

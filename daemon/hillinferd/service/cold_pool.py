@@ -89,7 +89,9 @@ class ColdPoolService:
 
     async def open_context(self, session: Session, shape: Shape, deadline: float | None) -> Context:
         """Open a volatile context."""
-        return await self._queue.submit(session.session_id, lambda: self._open_context(session, shape), deadline)
+        return await self._queue.submit(
+            session.session_id, lambda: self._open_context(session, shape), deadline
+        )
 
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free its extents."""
@@ -101,7 +103,9 @@ class ColdPoolService:
 
         await self._queue.submit(session.session_id, work, deadline)
 
-    async def append(self, session: Session, ask: requests.Append, deadline: float | None) -> requests.Appended:
+    async def append(
+        self, session: Session, ask: requests.Append, deadline: float | None
+    ) -> requests.Appended:
         """Append rows to a layer; all or nothing."""
         return await self._queue.submit(session.session_id, lambda: self._append(session, ask), deadline)
 
@@ -179,7 +183,9 @@ class ColdPoolService:
                 await self.worker.call(messages.DetachArena(session.session_id))
             except HillInferError as error:
                 log.debug("arena not detached from the worker", session=session.session_id, error=error)
-        log.info("session ended", session=session.session_id, pid=session.peer.pid, contexts_freed=len(contexts))
+        log.info(
+            "session ended", session=session.session_id, pid=session.peer.pid, contexts_freed=len(contexts)
+        )
 
     def _worker_died(self) -> None:
         lost = self.catalogue.mark_lost()

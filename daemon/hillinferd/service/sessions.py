@@ -63,7 +63,9 @@ class Sessions:
         Raises :class:`InvalidInput` for a long name and :class:`QuotaExceeded` above a limit.
         """
         if len(client_name) > MAX_NAME:
-            raise InvalidInput(f"client_name has {len(client_name)} characters; at most {MAX_NAME} are allowed")
+            raise InvalidInput(
+                f"client_name has {len(client_name)} characters; at most {MAX_NAME} are allowed"
+            )
         if arena_bytes > self._arena_limit:
             raise QuotaExceeded(
                 f"an arena of {format_bytes(arena_bytes)} exceeds arena_limit, {format_bytes(self._arena_limit)}"

@@ -84,7 +84,9 @@ class Supervisor:
             reply = await asyncio.wait_for(self._replies.get(), START_TIMEOUT_S)
         except TimeoutError:
             await self._put_down()
-            raise DeviceUnavailable(f"the device worker did not open its drive in {START_TIMEOUT_S:g} s") from None
+            raise DeviceUnavailable(
+                f"the device worker did not open its drive in {START_TIMEOUT_S:g} s"
+            ) from None
         if not isinstance(reply, messages.Ready):
             await self._put_down()
             raise _error_of(reply)

@@ -36,7 +36,9 @@ class WorkQueue:
         self._urgent: deque[_Entry] = deque()
         self._some = asyncio.Event()
 
-    async def submit(self, session_id: int, work: Callable[[], Awaitable[T]], deadline: float | None = None) -> T:
+    async def submit(
+        self, session_id: int, work: Callable[[], Awaitable[T]], deadline: float | None = None
+    ) -> T:
         """Wait for a turn, run ``work`` and return its result or raise its error.
 
         ``deadline`` is a ``time.monotonic()``. Raises :class:`DeadlineExceeded` if it passes before the turn

@@ -26,7 +26,9 @@ CLIPPED_LIMIT = 0.01
 _PIECE_TOKENS = 1024
 
 
-def append(driver: Driver, arena: Arena, store: LayerStore, ask: messages.Append, traffic: messages.Traffic) -> None:
+def append(
+    driver: Driver, arena: Arena, store: LayerStore, ask: messages.Append, traffic: messages.Traffic
+) -> None:
     """Carry out ``ask``; raises with nothing changed that a reader could see.
 
     :class:`InvalidInput` for rows with NaN or infinity, ``CorruptData`` if rows read back to fit ranges again
@@ -35,9 +37,7 @@ def append(driver: Driver, arena: Arena, store: LayerStore, ask: messages.Append
     shape = store.shape
     if ask.first_token != store.tokens:
         raise InvalidInput(f"the worker's layer holds {store.tokens} tokens, not {ask.first_token}")
-    new = arena.view(
-        ask.rows.offset, (shape.kv_heads, ask.tokens, 2, shape.head_dim), shape.dtype.storage
-    )
+    new = arena.view(ask.rows.offset, (shape.kv_heads, ask.tokens, 2, shape.head_dim), shape.dtype.storage)
     end = ask.first_token + ask.tokens
     ranges = store.keys.ranges if store.keys else kernel.fit_ranges(kernel.widen_keys(new), shape.precision)
     tiles, clipped, nonfinite = kernel.quantise_keys(new, ranges, shape.precision)
@@ -95,7 +95,10 @@ def _requantised(
         traffic.read += read
         return piece
 
-    extremes = [_extremes(kernel.widen_keys(new)), *(_extremes(kernel.widen_keys(old(first))) for first in pieces)]
+    extremes = [
+        _extremes(kernel.widen_keys(new)),
+        *(_extremes(kernel.widen_keys(old(first))) for first in pieces),
+    ]
     # The least and the greatest key of a channel are all that a fit looks at.
     ranges = kernel.fit_ranges(np.concatenate(extremes, axis=1), shape.precision)
     fresh = [Segment.empty(segment.placed, shape) for segment in segments]

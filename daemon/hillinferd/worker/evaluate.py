@@ -81,9 +81,7 @@ def _held(arena: Arena, item: messages.Evaluation, heads: int) -> npt.NDArray[np
     return arena.view(item.held.offset, (heads, per_head), np.uint32).copy()
 
 
-def _missing(
-    ids: npt.NDArray[np.uint32], held: npt.NDArray[np.uint32], end: int
-) -> npt.NDArray[np.uint32]:
+def _missing(ids: npt.NDArray[np.uint32], held: npt.NDArray[np.uint32], end: int) -> npt.NDArray[np.uint32]:
     if not len(held):
         return ids
     # A table is several times faster than np.isin at the thousands of ids there are here.

@@ -24,7 +24,9 @@ def serve(sock: socket.socket, pool: Path, capacity: int, *, keep_name: bool) ->
         sock.send(messages.encode(messages.Failed(type(error).__name__, str(error))))
         return
     except OSError as error:
-        failed = messages.Failed(DeviceUnavailable.__name__, f"cannot open the cold pool {pool}: {error.strerror}")
+        failed = messages.Failed(
+            DeviceUnavailable.__name__, f"cannot open the cold pool {pool}: {error.strerror}"
+        )
         sock.send(messages.encode(failed))
         return
     operations = Operations(driver)

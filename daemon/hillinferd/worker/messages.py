@@ -126,7 +126,15 @@ class FetchRange:
 
 
 Request: TypeAlias = (
-    AttachArena | DetachArena | OpenContext | DropContext | Discard | Append | Evaluate | FetchIds | FetchRange
+    AttachArena
+    | DetachArena
+    | OpenContext
+    | DropContext
+    | Discard
+    | Append
+    | Evaluate
+    | FetchIds
+    | FetchRange
 )
 
 

@@ -42,7 +42,9 @@ class Operations:
             return _drive_failed(error, traffic)
         except Exception as error:
             log.exception("unexpected error", request=type(request).__name__)
-            return messages.Failed(HillInferError.__name__, f"internal error in the worker: {error!r}", traffic)
+            return messages.Failed(
+                HillInferError.__name__, f"internal error in the worker: {error!r}", traffic
+            )
 
     def _carry_out(
         self, request: messages.Request, fd: int | None, traffic: messages.Traffic
@@ -87,7 +89,9 @@ class Operations:
         # A copy: the client can change its arena between the check and the use.
         ids = arena.view(request.ids.offset, (count,), np.uint32).astype(np.int64)
         if ids.max() >= store.tokens:
-            raise InvalidInput(f"token {ids.max()} does not exist; layer {request.layer} holds {store.tokens}")
+            raise InvalidInput(
+                f"token {ids.max()} does not exist; layer {request.layer} holds {store.tokens}"
+            )
         heads = np.repeat(np.arange(store.shape.kv_heads), request.count_per_head)
         out = arena.view(request.rows.offset, (count, store.shape.row_bytes), np.uint8)
         traffic.read += rows.gather(self._driver, store, heads, ids, out)
@@ -114,4 +118,6 @@ def _drive_failed(error: OSError, traffic: messages.Traffic) -> messages.Failed:
         message = "the disk under the cold pool is full; free space there or name another with pool"
         return messages.Failed(PoolFull.__name__, message, traffic)
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return messages.Failed(DeviceUnavailable.__name__, f"the drive failed: {reason}; check it, then reopen", traffic)
+    return messages.Failed(
+        DeviceUnavailable.__name__, f"the drive failed: {reason}; check it, then reopen", traffic
+    )

@@ -15,7 +15,9 @@ Heads = npt.NDArray[np.intp]
 Tokens = npt.NDArray[np.int64]
 
 
-def gather(driver: Driver, store: LayerStore, heads: Heads, tokens: Tokens, out: npt.NDArray[np.uint8]) -> int:
+def gather(
+    driver: Driver, store: LayerStore, heads: Heads, tokens: Tokens, out: npt.NDArray[np.uint8]
+) -> int:
     """Bring the rows of ``heads`` [n] and ``tokens`` [n] to ``out`` uint8 [n, row bytes]; return bytes read.
 
     Raises :class:`CorruptData` if a row does not match its checksum.

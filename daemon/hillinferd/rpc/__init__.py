@@ -1,0 +1,1 @@
+"""The transports: the attach socket and gRPC."""

@@ -1,0 +1,143 @@
+"""The attach socket: identity, token and arena for a session, and its end when the client hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from hillinfer_core.errors import HillInferError, InvalidInput, VersionMismatch
+from hillinfer_core.protocol import LAYOUT_VERSION, MAX_PACKET, PROTOCOL_VERSION
+from hillinfer_core.v1 import attach_pb2 as pb
+
+from .. import __version__
+from ..logs import get_logger
+from ..service.cold_pool import ColdPoolService
+from ..service.sessions import Peer, Session
+
+log = get_logger(__name__)
+
+REQUEST_TIMEOUT_S = 5.0
+"""How long a connection may stay silent before it is dropped; a client sends its request at once. Our choice."""
+
+_BACKLOG = 64
+
+_UCRED = struct.Struct("iII")  # struct ucred in socket(7): pid, uid, gid
+
+
+class AttachServer:
+    """Serves the attach socket at ``path``, which must not be in use. One event loop."""
+
+    def __init__(self, service: ColdPoolService, path: Path, grpc_address: str) -> None:
+        self._service = service
+        self._grpc_address = grpc_address
+        self._connections: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            self._sock.bind(str(path))
+            self._sock.listen(_BACKLOG)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._accepting = asyncio.create_task(self._accept())
+
+    async def stop(self) -> None:
+        """Stop accepting, end every session and wait until all are freed."""
+        tasks = [*self._connections, *([self._accepting] if self._accepting else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._sock.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._sock)
+            except OSError as error:
+                log.warning("cannot accept a client", error=error)
+                await asyncio.sleep(0.1)
+                continue
+            task = asyncio.create_task(self._serve(connection))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        session = None
+        with connection:
+            try:
+                packet = await asyncio.wait_for(loop.sock_recv(connection, MAX_PACKET), REQUEST_TIMEOUT_S)
+                if not packet:
+                    return
+                session = await self._attach(connection, packet)
+                # Nothing more is ever sent: this returns when the client hangs up, or breaks the protocol.
+                if session and await loop.sock_recv(connection, 1):
+                    log.warning("client sent more than its request", session=session.session_id)
+            except (OSError, TimeoutError) as error:
+                log.debug("attach connection ended", error=repr(error))
+            except Exception:
+                log.exception("unexpected error on an attach connection")
+            finally:
+                if session:
+                    await self._service.detach(session)
+
+    async def _attach(self, connection: socket.socket, packet: bytes) -> Session | None:
+        peer = _peer(connection)
+        try:
+            request = _parse(packet)
+            session = await self._service.attach(request.client_name, request.arena_bytes, peer)
+        except HillInferError as error:
+            log.info("attach refused", pid=peer.pid, uid=peer.uid, reason=error)
+            refused = pb.Refused(error=type(error).__name__, message=str(error))
+            connection.send(pb.AttachReply(refused=refused).SerializeToString())
+            return None
+        accepted = pb.Accepted(
+            session_id=session.session_id,
+            token=session.token,
+            grpc_address=self._grpc_address,
+            arena_bytes=session.arena.nbytes,
+            arena_generation=session.arena.generation,
+            server_version=__version__,
+        )
+        log.info(
+            "session attached",
+            session=session.session_id,
+            client=session.client_name,
+            pid=peer.pid,
+            uid=peer.uid,
+            arena_bytes=session.arena.nbytes,
+        )
+        fds = [session.arena_fd] if session.arena_fd is not None else []
+        try:
+            socket.send_fds(connection, [pb.AttachReply(accepted=accepted).SerializeToString()], fds)
+        except OSError:
+            log.debug("client left while attaching", session=session.session_id)
+        return session
+
+
+def _parse(packet: bytes) -> pb.AttachRequest:
+    try:
+        request = pb.AttachRequest.FromString(packet)
+    except DecodeError:
+        raise InvalidInput("the packet is not an AttachRequest") from None
+    theirs = (request.protocol_version, request.layout_version)
+    if theirs != (PROTOCOL_VERSION, LAYOUT_VERSION):
+        raise VersionMismatch(
+            f"the client speaks protocol {theirs[0]} and layout {theirs[1]}, this daemon {PROTOCOL_VERSION} and "
+            f"{LAYOUT_VERSION}; install the same hillinfer version on both sides"
+        )
+    return request
+
+
+def _peer(connection: socket.socket) -> Peer:
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(data)
+    return Peer(pid, uid)

@@ -1,0 +1,83 @@
+"""Maps typed errors to gRPC status codes and the error's name in trailing metadata."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from hillinfer_core.errors import HillInferError
+from hillinfer_core.protocol import ERROR_KEY
+
+from ..logs import get_logger
+
+log = get_logger(__name__)
+
+_OURS = "/hillinfer."
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of the hillinfer services; others pass unchanged."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Return the handler with its errors mapped."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_OURS):
+            return handler
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                _stream(handler.stream_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+        )
+
+
+def _unary(method: Any) -> Any:
+    async def call(request: Any, context: Context) -> Any:
+        try:
+            return await method(request, context)
+        except HillInferError as error:
+            await _abort(context, error)
+        except Exception as error:
+            await _abort_unexpected(context, error)
+
+    return call
+
+
+def _stream(method: Any) -> Any:
+    async def call(requests: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async for response in method(requests, context):
+                yield response
+        except HillInferError as error:
+            await _abort(context, error)
+        except Exception as error:
+            await _abort_unexpected(context, error)
+
+    return call
+
+
+async def _abort(context: Context, error: HillInferError) -> None:
+    name = type(error).__name__
+    log.debug("call refused", error=name, reason=error)
+    await context.abort(grpc.StatusCode[error.status], str(error), ((ERROR_KEY, name),))
+
+
+async def _abort_unexpected(context: Context, error: Exception) -> None:
+    # gRPC's own way to end a call is an exception too.
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    log.exception("unexpected error in a call")
+    name = HillInferError.__name__
+    await context.abort(
+        grpc.StatusCode.INTERNAL, "internal error; see the daemon's log", ((ERROR_KEY, name),)
+    )

@@ -1,0 +1,77 @@
+"""Brings the two sockets up and down in the right order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from hillinfer_core.protocol import attach_socket, grpc_socket
+from hillinfer_core.v1 import cold_pool_pb2, cold_pool_pb2_grpc
+
+from ..logs import get_logger
+from ..service.cold_pool import ColdPoolService
+from .attach import AttachServer
+from .interceptor import ErrorInterceptor
+from .servicer import ColdPoolServicer
+
+log = get_logger(__name__)
+
+STOP_GRACE_S = 0.5
+"""How long calls in flight may go on after a stop was asked for; streams never end by themselves."""
+
+_SERVICE = cold_pool_pb2.DESCRIPTOR.services_by_name["ColdPool"].full_name
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+class Transports:
+    """The attach socket and the gRPC server in ``runtime_dir``, which the caller has locked."""
+
+    def __init__(self, service: ColdPoolService, runtime_dir: Path) -> None:
+        self._attach_path = attach_socket(runtime_dir)
+        self._grpc_path = grpc_socket(runtime_dir)
+        # The lock is ours: what lies there was left by a daemon that was killed.
+        self._unlink()
+        address = f"unix:{self._grpc_path}"
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+        self._health = health.aio.HealthServicer()
+        cold_pool_pb2_grpc.add_ColdPoolServicer_to_server(ColdPoolServicer(service), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        with _owner_and_group_only():
+            self._server.add_insecure_port(address)
+            self._attach = AttachServer(service, self._attach_path, address)
+
+    async def start(self) -> None:
+        """Begin to serve: gRPC first, as a client is sent there by the attach socket."""
+        await self._server.start()
+        for name in ("", _SERVICE):
+            await self._health.set(name, _SERVING)
+        self._attach.start()
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, end calls and sessions, and remove the sockets."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(STOP_GRACE_S)
+        await self._attach.stop()
+        self._unlink()
+
+    def _unlink(self) -> None:
+        for path in (self._attach_path, self._grpc_path):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _owner_and_group_only() -> Iterator[None]:
+    # A socket's mode decides who may connect; bind takes it from the umask.
+    before = os.umask(0o117)
+    try:
+        yield
+    finally:
+        os.umask(before)

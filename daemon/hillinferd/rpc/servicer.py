@@ -1,0 +1,146 @@
+"""The ColdPool service of cold_pool.proto: messages in, messages out, nothing decided here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.layout import DType, Precision, Reduction, Shape
+from hillinfer_core.protocol import TOKEN_KEY
+from hillinfer_core.v1 import cold_pool_pb2 as pb
+from hillinfer_core.v1 import cold_pool_pb2_grpc
+
+from .. import __version__
+from ..service import requests
+from ..service.cold_pool import ColdPoolService
+from ..service.sessions import Session
+from .status import status_response
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
+    """Finds the session by its token, and hands the work to the service with the call's deadline."""
+
+    def __init__(self, service: ColdPoolService) -> None:
+        self._service = service
+
+    async def OpenContext(self, request: pb.OpenContextRequest, context: Context) -> pb.OpenContextResponse:  # noqa: N802
+        """Open a volatile context."""
+        shape = Shape(
+            request.layers,
+            request.kv_heads,
+            request.head_dim,
+            DType.from_proto(request.dtype),
+            Precision.from_proto(request.precision),
+        )
+        opened = await self._service.open_context(self._session(context), shape, _deadline(context))
+        return pb.OpenContextResponse(context_id=opened.context_id, append_unit=shape.append_unit)
+
+    async def CloseContext(
+        self, request: pb.CloseContextRequest, context: Context
+    ) -> pb.CloseContextResponse:  # noqa: N802
+        """Close a context."""
+        await self._service.close_context(self._session(context), request.context_id, _deadline(context))
+        return pb.CloseContextResponse()
+
+    async def Append(self, request: pb.AppendRequest, context: Context) -> pb.AppendResponse:  # noqa: N802
+        """Append rows to a layer."""
+        ask = requests.Append(
+            request.context_id, request.layer, request.first_token, request.tokens, _region(request.rows)
+        )
+        done = await self._service.append(self._session(context), ask, _deadline(context))
+        return pb.AppendResponse(
+            layer_tokens=done.layer_tokens,
+            evaluation_key_bytes=done.evaluation_key_bytes,
+            checksum_bytes=done.checksum_bytes,
+        )
+
+    async def Evaluate(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.EvaluateRequest], context: Context
+    ) -> AsyncIterator[pb.EvaluateResponse]:
+        """Answer evaluations in order, until the client ends the stream or one of them fails."""
+        async for request in request_iterator:
+            ask = requests.Evaluate(
+                request.layer,
+                request.query_heads,
+                Reduction.from_proto(request.reduction),
+                [_evaluation(item) for item in request.evaluations],
+            )
+            results = await self._service.evaluate(self._session(context), ask, _deadline(context))
+            yield pb.EvaluateResponse(
+                results=[
+                    pb.EvaluationResult(
+                        generation=result.generation,
+                        missing_per_head=result.missing_per_head,
+                        rows_brought=result.rows_brought,
+                        evaluated_bytes=result.evaluated_bytes,
+                        read_bytes=result.read_bytes,
+                    )
+                    for result in results
+                ]
+            )
+
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:  # noqa: N802
+        """Bring rows by id or by range."""
+        ask: requests.FetchIds | requests.FetchRange
+        which = request.WhichOneof("which")
+        if which == "by_ids":
+            ask = requests.FetchIds(
+                request.context_id,
+                request.layer,
+                list(request.by_ids.count_per_head),
+                _region(request.by_ids.ids),
+                _region(request.rows),
+            )
+        elif which == "range":
+            ask = requests.FetchRange(
+                request.context_id,
+                request.layer,
+                request.range.first_token,
+                request.range.count,
+                _region(request.rows),
+            )
+        else:
+            raise InvalidInput("fetch needs by_ids or range")
+        read = await self._service.fetch(self._session(context), ask, _deadline(context))
+        return pb.FetchResponse(read_bytes=read)
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:  # noqa: N802
+        """Describe device, pool and sessions; waits for nothing."""
+        self._session(context)
+        return status_response(self._service, __version__)
+
+    def _session(self, context: Context) -> Session:
+        token = None
+        for key, value in context.invocation_metadata() or ():
+            if key == TOKEN_KEY and isinstance(value, str):
+                token = value
+        return self._service.sessions.by_token(token)
+
+
+def _deadline(context: Context) -> float | None:
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def _region(region: pb.Region) -> requests.RawRegion:
+    return requests.RawRegion(region.offset, region.length, region.generation)
+
+
+def _evaluation(item: pb.Evaluation) -> requests.Evaluation:
+    return requests.Evaluation(
+        context_id=item.context_id,
+        first_token=item.first_token,
+        end_token=item.end_token,
+        k=item.k,
+        query=_region(item.query),
+        ids=_region(item.ids),
+        scores=_region(item.scores),
+        held=_region(item.held),
+        rows=_region(item.rows),
+    )
