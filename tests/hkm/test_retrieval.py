@@ -1,4 +1,4 @@
-"""Answers about notes hidden in real text, at 2 % of the past, beside full attention and recent tokens only."""
+"""Answers about notes hidden in real text: 2 % of the past, full attention, recent tokens only."""
 
 import pytest
 import torch
