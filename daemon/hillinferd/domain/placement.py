@@ -15,7 +15,7 @@ from hillinfer_core.layout import Shape
 from .extents import Extent, ExtentAllocator
 
 FIRST_TOKENS = 256
-"""Tokens of the first extent of a layer, and of the smallest: a multiple of every append unit (at most 128)."""
+"""Tokens of the first extent of a layer, and of the smallest. A multiple of every append unit, 16 to 128."""
 
 LARGEST_TOKENS = 4096
 """Tokens of the largest extent: 16 MiB for 8 heads of 512-byte rows."""
@@ -61,7 +61,8 @@ def extend(allocator: ExtentAllocator, shape: Shape, covered: int, needed: int) 
                 except PoolFull:
                     if tokens == FIRST_TOKENS:
                         raise
-                    tokens //= 2
+                    # Whole steps: a layer that had to make do before has no power of two to halve.
+                    tokens = max(FIRST_TOKENS, tokens // 2 // FIRST_TOKENS * FIRST_TOKENS)
             placed.append(Placed(covered, tokens, extent))
             covered += tokens
     except PoolFull:
