@@ -50,7 +50,7 @@ class Key:
 
 
 def load(file: Path | None, overrides: Mapping[str, Any]) -> Config:
-    """Return the configuration; ``overrides`` maps keys to values from the command line, None where not given.
+    """Return the configuration; ``overrides`` maps keys to values from the command line, None for not given.
 
     Raises :class:`ConfigError` that names the key, the value and what is allowed.
     """
@@ -148,7 +148,7 @@ KEYS = (
         _path,
         lambda _: None,
         "a file",
-        "file of the cold pool (default: one without a name in ~/.cache/hillinfer, gone when the daemon ends)",
+        "file of the cold pool (default: one without a name in ~/.cache/hillinfer, gone with the daemon)",
     ),
     Key(
         "pool_capacity",

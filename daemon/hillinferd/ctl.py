@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import grpc
 import typer
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
@@ -46,9 +45,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object; sizes are bytes")] = False,
     socket_path: Annotated[
         Path | None,
-        typer.Option(
-            "--socket", help="the daemon's attach socket (default: attach.sock in its runtime directory)"
-        ),
+        typer.Option("--socket", help="attach socket (default: in the runtime directory)"),
     ] = None,
 ) -> None:
     """Print the status as JSON or as tables."""
@@ -84,8 +81,8 @@ def fetch_status(path: Path) -> cold_pool_pb2.StatusResponse:
             reply = attach_pb2.AttachReply.FromString(connection.recv(MAX_PACKET))
         except OSError as error:
             raise DaemonUnavailable(
-                f"no daemon answers at {path} ({error.strerror or error}); start hillinferd, or name its socket "
-                "with --socket"
+                f"no daemon answers at {path} ({error.strerror or error}); "
+                "start hillinferd, or name its socket with --socket"
             ) from None
         if not reply.HasField("accepted"):
             raise by_name(reply.refused.error)(reply.refused.message or f"the daemon at {path} hung up")
@@ -94,16 +91,22 @@ def fetch_status(path: Path) -> cold_pool_pb2.StatusResponse:
 
 def _ask(accepted: attach_pb2.Accepted) -> cold_pool_pb2.StatusResponse:
     with grpc.insecure_channel(accepted.grpc_address) as channel:
-        stub = cold_pool_pb2_grpc.ColdPoolStub(channel)
+        stub = cold_pool_pb2_grpc.ColdPoolStub(channel)  # type: ignore[no-untyped-call]
         try:
-            return stub.Status(
+            response: cold_pool_pb2.StatusResponse = stub.Status(
                 cold_pool_pb2.StatusRequest(), timeout=TIMEOUT_S, metadata=((TOKEN_KEY, accepted.token),)
             )
+            return response
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)
-            name = next((value for key, value in error.trailing_metadata() or () if key == ERROR_KEY), None)
-            kind = by_name(str(name)) if name else DaemonUnavailable
-            raise kind(error.details() or "the daemon does not answer") from None
+            raise _typed(error) from None
+
+
+def _typed(error: grpc.RpcError) -> HillInferError:
+    if not isinstance(error, grpc.Call):
+        return DaemonUnavailable(str(error))
+    name = next((value for key, value in error.trailing_metadata() or () if key == ERROR_KEY), None)
+    kind = by_name(str(name)) if name else DaemonUnavailable
+    return kind(error.details() or "the daemon does not answer")
 
 
 def to_plain(message: Message) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def to_plain(message: Message) -> dict[str, Any]:
     return plain
 
 
-def _value(field: FieldDescriptor, value: Any) -> Any:
+def _value(field: Any, value: Any) -> Any:
     if isinstance(value, Message):
         return to_plain(value)
     if field.enum_type is not None:
@@ -128,22 +131,17 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
 
 
 def _show(response: cold_pool_pb2.StatusResponse, console: Console) -> None:
-    device, pool = response.device, response.pool
+    device, pool, size = response.device, response.pool, format_bytes
+    keys, limit = device.evaluation_key_bytes, device.evaluation_key_limit_bytes
+    direct = "yes" if device.direct_io else "no"
     facts = Table(show_header=False, box=None)
     for name, value in (
         ("daemon", f"{response.version}, up {response.uptime_s:.0f} s"),
-        ("device", f"{device.driver}, {device.path}, direct I/O {'yes' if device.direct_io else 'no'}"),
+        ("device", f"{device.driver}, {device.path}, direct I/O {direct}"),
         ("worker", f"pid {device.worker_pid}, restarted {device.worker_restarts} times"),
-        (
-            "cold pool",
-            f"{format_bytes(pool.used_bytes)} of {format_bytes(pool.capacity_bytes)} in {pool.extents} extents",
-        ),
-        ("written, read", f"{format_bytes(device.written_bytes)}, {format_bytes(device.read_bytes)}"),
-        (
-            "evaluation keys",
-            f"{format_bytes(device.evaluation_key_bytes)} of {format_bytes(device.evaluation_key_limit_bytes)}, "
-            f"{format_bytes(device.evaluated_bytes)} scanned",
-        ),
+        ("cold pool", f"{size(pool.used_bytes)} of {size(pool.capacity_bytes)} in {pool.extents} extents"),
+        ("written, read", f"{size(device.written_bytes)}, {size(device.read_bytes)}"),
+        ("evaluation keys", f"{size(keys)} of {size(limit)}, {size(device.evaluated_bytes)} scanned"),
     ):
         facts.add_row(name, value)
     console.print(facts)

@@ -33,8 +33,8 @@ def make_runtime_dir(directory: Path) -> None:
     longest = len(os.fsencode(directory / "attach.sock"))
     if longest > _LONGEST_SOCKET_PATH:
         raise ConfigError(
-            f"runtime_dir: socket paths in {directory} have {longest} bytes, Linux allows {_LONGEST_SOCKET_PATH}; "
-            "choose a shorter directory"
+            f"runtime_dir: socket paths in {directory} have {longest} bytes, "
+            f"Linux allows {_LONGEST_SOCKET_PATH}; choose a shorter directory"
         )
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,7 +62,8 @@ class RuntimeLock:
             holder = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
             raise AlreadyRunning(
-                f"another hillinferd (pid {holder}) serves in {directory}; stop it, or choose another --runtime-dir"
+                f"another hillinferd (pid {holder}) serves in {directory}; "
+                "stop it, or choose another --runtime-dir"
             ) from None
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)

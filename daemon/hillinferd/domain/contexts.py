@@ -86,7 +86,8 @@ class Catalogue:
     def get(self, session_id: int, context_id: int) -> Context:
         """Return the session's context.
 
-        Raises :class:`UnknownContext` (also for another session's), and :class:`DeviceUnavailable` if it is lost.
+        Raises :class:`UnknownContext`, also for another session's, and :class:`DeviceUnavailable` for a
+        lost one.
         """
         context = self.find(session_id, context_id)
         if context.lost:
@@ -130,7 +131,8 @@ class Catalogue:
         if self.evaluation_key_bytes + keys > self.evaluation_key_limit:
             raise MemoryLimit(
                 f"evaluation keys hold {format_bytes(self.evaluation_key_bytes)} of "
-                f"{format_bytes(self.evaluation_key_limit)}; close contexts, use int4, or raise evaluation_keys_dram"
+                f"{format_bytes(self.evaluation_key_limit)}; close contexts, use int4, "
+                "or raise evaluation_keys_dram"
             )
         return extend(self.allocator, shape, layer.covered, first_token + tokens)
 

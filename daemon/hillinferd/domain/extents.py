@@ -54,14 +54,13 @@ class ExtentAllocator:
         if nbytes < 1:
             raise ValueError(f"cannot allocate {nbytes} bytes")
         length = -(-nbytes // GRANULE) * GRANULE
-        for index, hole in enumerate(self._free):
-            if hole.length >= length:
-                break
-        else:
+        index = next((i for i, hole in enumerate(self._free) if hole.length >= length), None)
+        if index is None:
             raise PoolFull(
                 f"the cold pool has no room for {format_bytes(length)}: {format_bytes(self.free_bytes)} of "
                 f"{format_bytes(self.capacity)} are free; close contexts or raise pool_capacity"
             )
+        hole = self._free[index]
         if hole.length == length:
             del self._free[index]
         else:
@@ -72,7 +71,7 @@ class ExtentAllocator:
         return extent
 
     def free(self, extent: Extent) -> None:
-        """Give ``extent`` back, joining it with free neighbours; raises ``ValueError`` if it is not in use."""
+        """Give ``extent`` back, joined with free neighbours; raises ``ValueError`` if it is not in use."""
         if self._used.get(extent.offset) != extent:
             raise ValueError(f"{extent} is not in use")
         del self._used[extent.offset]

@@ -21,7 +21,7 @@ from ..service.sessions import Peer, Session
 log = get_logger(__name__)
 
 REQUEST_TIMEOUT_S = 5.0
-"""How long a connection may stay silent before it is dropped; a client sends its request at once. Our choice."""
+"""How long a connection may stay silent before it is dropped; a client writes at once. Our choice."""
 
 _BACKLOG = 64
 
@@ -131,8 +131,8 @@ def _parse(packet: bytes) -> pb.AttachRequest:
     theirs = (request.protocol_version, request.layout_version)
     if theirs != (PROTOCOL_VERSION, LAYOUT_VERSION):
         raise VersionMismatch(
-            f"the client speaks protocol {theirs[0]} and layout {theirs[1]}, this daemon {PROTOCOL_VERSION} and "
-            f"{LAYOUT_VERSION}; install the same hillinfer version on both sides"
+            f"the client speaks protocol {theirs[0]} and layout {theirs[1]}, "
+            f"this daemon {PROTOCOL_VERSION} and {LAYOUT_VERSION}; install the same hillinfer on both sides"
         )
     return request
 

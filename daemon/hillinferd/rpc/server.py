@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from hillinfer_core.protocol import attach_socket, grpc_socket
 from hillinfer_core.v1 import cold_pool_pb2, cold_pool_pb2_grpc
@@ -40,7 +40,8 @@ class Transports:
         address = f"unix:{self._grpc_path}"
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()])
         self._health = health.aio.HealthServicer()
-        cold_pool_pb2_grpc.add_ColdPoolServicer_to_server(ColdPoolServicer(service), self._server)
+        servicer = ColdPoolServicer(service)
+        cold_pool_pb2_grpc.add_ColdPoolServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

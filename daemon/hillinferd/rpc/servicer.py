@@ -1,5 +1,7 @@
 """The ColdPool service of cold_pool.proto: messages in, messages out, nothing decided here."""
 
+# ruff: noqa: N802 (gRPC takes the method names from the .proto)
+
 from __future__ import annotations
 
 import time
@@ -29,7 +31,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
     def __init__(self, service: ColdPoolService) -> None:
         self._service = service
 
-    async def OpenContext(self, request: pb.OpenContextRequest, context: Context) -> pb.OpenContextResponse:  # noqa: N802
+    async def OpenContext(self, request: pb.OpenContextRequest, context: Context) -> pb.OpenContextResponse:
         """Open a volatile context."""
         shape = Shape(
             request.layers,
@@ -43,12 +45,12 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
 
     async def CloseContext(
         self, request: pb.CloseContextRequest, context: Context
-    ) -> pb.CloseContextResponse:  # noqa: N802
+    ) -> pb.CloseContextResponse:
         """Close a context."""
         await self._service.close_context(self._session(context), request.context_id, _deadline(context))
         return pb.CloseContextResponse()
 
-    async def Append(self, request: pb.AppendRequest, context: Context) -> pb.AppendResponse:  # noqa: N802
+    async def Append(self, request: pb.AppendRequest, context: Context) -> pb.AppendResponse:
         """Append rows to a layer."""
         ask = requests.Append(
             request.context_id, request.layer, request.first_token, request.tokens, _region(request.rows)
@@ -60,7 +62,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             checksum_bytes=done.checksum_bytes,
         )
 
-    async def Evaluate(  # noqa: N802
+    async def Evaluate(
         self, request_iterator: AsyncIterator[pb.EvaluateRequest], context: Context
     ) -> AsyncIterator[pb.EvaluateResponse]:
         """Answer evaluations in order, until the client ends the stream or one of them fails."""
@@ -85,7 +87,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
                 ]
             )
 
-    async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:  # noqa: N802
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
         """Bring rows by id or by range."""
         ask: requests.FetchIds | requests.FetchRange
         which = request.WhichOneof("which")
@@ -110,7 +112,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
         read = await self._service.fetch(self._session(context), ask, _deadline(context))
         return pb.FetchResponse(read_bytes=read)
 
-    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:  # noqa: N802
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Describe device, pool and sessions; waits for nothing."""
         self._session(context)
         return status_response(self._service, __version__)

@@ -59,6 +59,6 @@ def _context(context: Context) -> pb.ContextStatus:
         layers=shape.layers,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        dtype=pb.DType.Name(shape.dtype.to_proto()),  # type: ignore[arg-type]
-        precision=pb.Precision.Name(shape.precision.to_proto()),  # type: ignore[arg-type]
+        dtype=pb.DType.Name(shape.dtype.to_proto()),
+        precision=pb.Precision.Name(shape.precision.to_proto()),
     )

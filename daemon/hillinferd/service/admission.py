@@ -64,7 +64,8 @@ def fetch_range(session: Session, context: Context, ask: requests.FetchRange) ->
     layer, shape = context.layer(ask.layer), context.shape
     if ask.count == 0 or ask.first_token + ask.count > layer.tokens:
         raise InvalidInput(
-            f"tokens {ask.first_token} to {ask.first_token + ask.count} are not a range of the {layer.tokens} held"
+            f"tokens {ask.first_token} to {ask.first_token + ask.count} are not a range of the "
+            f"{layer.tokens} held by layer {ask.layer}"
         )
     nbytes = shape.kv_heads * ask.count * shape.row_bytes
     rows = _check(session, "rows", ask.rows, align=shape.dtype.itemsize, at_least=nbytes)
@@ -83,8 +84,8 @@ def _evaluation(
         raise InvalidInput(f"query_heads {ask.query_heads} is not a multiple of kv_heads {heads}")
     if not item.first_token < item.end_token <= layer.tokens:
         raise InvalidInput(
-            f"tokens {item.first_token} to {item.end_token} are not a range of the {layer.tokens} held by layer "
-            f"{ask.layer}"
+            f"tokens {item.first_token} to {item.end_token} are not a range of the "
+            f"{layer.tokens} held by layer {ask.layer}"
         )
     if not 1 <= item.k <= item.end_token - item.first_token:
         raise InvalidInput(

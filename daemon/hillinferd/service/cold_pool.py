@@ -33,8 +33,8 @@ class Limits:
 class ColdPoolService:
     """Everything a transport can ask for. All methods belong to one event loop.
 
-    Work for the device waits in one :class:`WorkQueue` and is carried out strictly one piece at a time, so that
-    the books (:class:`Catalogue`) are changed by one piece of work at a time too.
+    Work for the device waits in one :class:`WorkQueue` and is carried out one piece at a time, so that the
+    books (:class:`Catalogue`) are changed by one piece of work at a time too.
     """
 
     def __init__(self, worker: WorkerSettings, limits: Limits) -> None:

@@ -68,7 +68,8 @@ class Sessions:
             )
         if arena_bytes > self._arena_limit:
             raise QuotaExceeded(
-                f"an arena of {format_bytes(arena_bytes)} exceeds arena_limit, {format_bytes(self._arena_limit)}"
+                f"an arena of {format_bytes(arena_bytes)} exceeds arena_limit, "
+                f"{format_bytes(self._arena_limit)}"
             )
         if len(self._by_token) >= self._session_limit:
             raise QuotaExceeded(f"{self._session_limit} sessions are attached already (session_limit)")

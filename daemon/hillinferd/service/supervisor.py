@@ -17,7 +17,7 @@ from ..worker import messages
 log = get_logger(__name__)
 
 REQUEST_TIMEOUT_S = 60.0
-"""Longest a request may take: minutes of work never enter the worker as one request, so it hangs. Our choice."""
+"""Longest a request may take before the worker counts as hung; real ones take at most seconds. Our choice."""
 
 START_TIMEOUT_S = 30.0
 """Longest a new worker may take to open its drive."""
@@ -38,8 +38,8 @@ class WorkerSettings:
 class Supervisor:
     """Starts the worker, restarts it when it dies, and kills it when it hangs.
 
-    ``on_death`` is called, without blocking, as soon as a worker is gone; ``on_ready`` is awaited with each new
-    worker before requests are let through. All on one event loop.
+    ``on_death`` is called, without blocking, as soon as a worker is gone; ``on_ready`` is awaited with each
+    new worker before requests are let through. All on one event loop.
     """
 
     def __init__(

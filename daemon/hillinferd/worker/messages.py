@@ -19,7 +19,7 @@ from ..domain.regions import Region
 from ..driver.contract import Identity
 
 MAX_MESSAGE = 192 * 1024
-"""Largest packet in bytes: what Linux takes on a local socket with its default buffer (212,992), less overhead."""
+"""Largest packet in bytes: what a local socket takes with Linux's default buffer of 212,992, less slack."""
 
 MAX_EXTENTS = 1000
 """Extents in one :class:`Discard`: about 40 KB."""
@@ -64,7 +64,7 @@ class Discard:
 
 @dataclass(frozen=True)
 class Append:
-    """Append ``tokens`` from ``rows`` [kv_heads][tokens][2][head_dim]; ``placed`` are the layer's new extents."""
+    """Append ``tokens`` from ``rows`` [kv_heads][tokens][2][head_dim]; ``placed`` are new extents."""
 
     session_id: int
     context_id: int

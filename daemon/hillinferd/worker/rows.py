@@ -56,6 +56,6 @@ def _verify(store: LayerStore, heads: Heads, tokens: Tokens, out: npt.NDArray[np
     wrong = np.flatnonzero(kernel.row_checksums(out) != store.checksums(heads, tokens))
     if len(wrong):
         raise CorruptData(
-            f"{len(wrong)} of {len(tokens)} rows read back are damaged, the first is token {tokens[wrong[0]]} of "
-            f"head {heads[wrong[0]]}; close the context, fill a new one, and check the drive"
+            f"{len(wrong)} of {len(tokens)} rows read back are damaged, the first is token "
+            f"{tokens[wrong[0]]} of head {heads[wrong[0]]}; close the context, fill a new one, and check the drive"
         )

@@ -21,7 +21,7 @@ U64 = npt.NDArray[np.uint64]
 
 @dataclass
 class Segment:
-    """The evaluation keys of one placed extent: ``tiles`` [kv_heads, tokens / 16, tile bytes], filled from 0."""
+    """The evaluation keys of one placed extent: ``tiles`` [kv_heads, tokens / 16, tile bytes]."""
 
     placed: Placed
     tiles: U8
