@@ -1,0 +1,93 @@
+"""Whole runs with a private daemon, their output caught in a pipe."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from hillinfer.demo import make_demo
+from hillinfer.model_directory import bundled_model
+from hillinfer.private_daemon import PrivateDaemon
+
+KV_KEYS = {
+    "full_bytes",
+    "resident_peak_bytes",
+    "resident",
+    "cold_written_bytes",
+    "cold_read_bytes",
+    "evaluated_bytes",
+    "hot_hit_rate",
+}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model(), local_files_only=True)
+    return make_demo(tokenizer, 4096)
+
+
+def test_demo_answers_through_the_cold_pool(hillinfer, demo):
+    done = hillinfer("demo", "--context-tokens", 4096, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert set(report) == {"model", "context_tokens", "prefill_s", "answers", "kv"}
+    assert report["model"] == "needle-8m"
+    assert report["context_tokens"] >= 4096
+    assert [answer["question"] for answer in report["answers"]] == demo.questions
+    for task, answer in zip(demo.tasks, report["answers"], strict=True):
+        assert set(answer) == {"question", "text", "new_tokens", "ttft_s", "decode_tokens_per_s"}
+        assert task.is_right(answer["text"]), (task, answer)
+    kv = report["kv"]
+    assert set(kv) == KV_KEYS
+    assert kv["full_bytes"] >= report["context_tokens"] * 8 * 2 * 2 * 64 * 4
+    assert sum(kv["resident"].values()) == kv["resident_peak_bytes"]
+    assert kv["cold_written_bytes"] >= 0.95 * kv["full_bytes"]
+    assert kv["evaluated_bytes"] > 0
+    assert 0 <= kv["hot_hit_rate"] <= 1
+
+
+def test_run_on_a_daemon_that_is_there_speaks_plainly(hillinfer, demo, tmp_path):
+    context = tmp_path / "context.txt"
+    context.write_text(demo.context)
+    ask = [part for task in demo.tasks[:2] for part in ("--ask", task.question)]
+    with PrivateDaemon() as daemon:
+        done = hillinfer(
+            *("run", "--model", bundled_model(), "--context", context, *ask),
+            *("--budget", "128", "--resident", "24MiB", "--precision", "int8", "--dtype", "float32"),
+            *("--socket", daemon.socket),
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\r" not in done.stdout, "a progress bar in a pipe"
+    assert "\x1b" not in done.stdout, "colours in a pipe"
+    for task in demo.tasks[:2]:
+        assert f"Q  {task.question}\nA  {task.answer}." in done.stdout
+    for line in ("prefill", "decode", "full KV", "resident, peak", "cold pool written", "hot hit rate"):
+        assert line in done.stdout
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    check = (
+        "import sys; sys.argv = ['hillinfer', '--help']\n"
+        "from hillinfer.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
+
+
+def test_a_missing_extra_is_named():
+    # None in sys.modules is how Python itself records that a module cannot be imported.
+    check = (
+        "import sys; sys.modules['transformers'] = None; sys.argv = ['hillinfer', 'demo']\n"
+        "from hillinfer.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", check], check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'hillinfer[transformers]'" in done.stderr
