@@ -31,13 +31,14 @@ class HostDriver:
 
     With ``keep_name`` false the file loses its name at once, so that its space comes back whatever happens to
     the process. A file with content that is no cold pool is refused with :class:`ConfigError`, as is one that
-    another process drives. What the file held is discarded.
+    another process drives. What the file held is discarded. With ``direct`` false, or where the file system
+    does not offer it, bytes go through the page cache.
     """
 
-    def __init__(self, path: Path, capacity: int, *, keep_name: bool) -> None:
+    def __init__(self, path: Path, capacity: int, *, keep_name: bool, direct: bool = True) -> None:
         self._path = path
         self._capacity = capacity
-        self._fd, self._direct = _open(path)
+        self._fd, self._direct = _open(path, direct)
         try:
             _claim(self._fd, path)
             os.ftruncate(self._fd, 0)
@@ -129,10 +130,11 @@ class HostDriver:
             out, offset = out[done:], offset + done
 
 
-def _open(path: Path) -> tuple[int, bool]:
+def _open(path: Path, direct: bool) -> tuple[int, bool]:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, flags | os.O_DIRECT, 0o600), True
+        if direct:
+            return os.open(path, flags | os.O_DIRECT, 0o600), True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

@@ -74,7 +74,9 @@ class AttachServer:
         session = None
         with connection:
             try:
-                packet = await asyncio.wait_for(loop.sock_recv(connection, MAX_PACKET), REQUEST_TIMEOUT_S)
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the packet.
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    packet = await loop.sock_recv(connection, MAX_PACKET)
                 if not packet:
                     return
                 session = await self._attach(connection, packet)

@@ -143,7 +143,9 @@ class Supervisor:
         try:
             # Never blocks: with one request at a time the socket's buffer is empty.
             socket.send_fds(sock, [messages.encode(request)], [fd] if fd is not None else [])
-            reply = await asyncio.wait_for(self._replies.get(), REQUEST_TIMEOUT_S)
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the reply.
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                reply = await self._replies.get()
         except TimeoutError:
             log.error("device worker hangs, killing it", request=type(request).__name__, pid=self.pid)
             self._gone()

@@ -45,7 +45,7 @@ def read_range(
         part = slice((low - first) * shape.row_bytes, (high - first) * shape.row_bytes)
         for head in range(shape.kv_heads):
             offset = placed.row_offset(head, low, shape.row_bytes)
-            total += driver.read(offset, memoryview(flat[head, part]))  # type: ignore[arg-type]
+            total += driver.read(offset, flat[head, part].data)
     heads = np.repeat(np.arange(shape.kv_heads), count)
     tokens = np.tile(np.arange(first, first + count), shape.kv_heads)
     _verify(store, heads, tokens, flat.reshape(-1, shape.row_bytes))
