@@ -74,7 +74,7 @@ class AttachServer:
         session = None
         with connection:
             try:
-                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the packet.
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes with the packet.
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     packet = await loop.sock_recv(connection, MAX_PACKET)
                 if not packet:
