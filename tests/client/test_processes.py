@@ -71,9 +71,11 @@ def test_a_killed_application_is_freed_and_does_not_disturb_another(daemon: Priv
         assert pids["peer 1"] == doomed.pid
 
         doomed.kill()
-        assert wait_until(lambda: "peer 1" not in {s.client_name for s in onlooker.status().sessions}, 1.0)
+        kept = held_by(before, "peer 2")
+        assert wait_until(lambda: onlooker.status().pool.used_bytes == kept, 1.0)
         after = onlooker.status()
-        assert after.pool.used_bytes == held_by(after, "peer 2") == held_by(before, "peer 2")
+        assert held_by(after, "peer 2") == kept
+        assert "peer 1" not in {session.client_name for session in after.sessions}
 
         output, _ = survivor.communicate("stop\n", timeout=30)
         assert survivor.returncode == 0
