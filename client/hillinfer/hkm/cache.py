@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +19,7 @@ from hillinfer.hkm.resident import Division, divide
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import row_dtype
 from hillinfer.session import Session
-from hillinfer_core.errors import BudgetTooSmall, InvalidInput, UnsupportedModel
+from hillinfer_core.errors import BudgetTooSmall, DaemonUnavailable, InvalidInput, UnsupportedModel
 from hillinfer_core.layout import Precision, Shape
 from hillinfer_core.units import Budget
 
@@ -171,4 +172,6 @@ class HierarchicalCache(Cache):
 
 def _close_all(contexts: list[Context]) -> None:
     while contexts:
-        contexts.pop().close()
+        # A session or a daemon that is gone has freed its contexts already.
+        with suppress(DaemonUnavailable):
+            contexts.pop().close()
