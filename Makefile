@@ -19,8 +19,8 @@ help: ## list the targets
 setup: $(STAMP) ## create .venv and install everything into it (quick when nothing changed)
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install python3 and python3-venv" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@tools/system-packages $(PYTHON)
+	@test -x $(BIN)/pip || $(or $(PYTHON),python3) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -17,7 +17,9 @@ CHARS_PER_TOKEN = 8
 class Tokenizer(Protocol):
     """The one call that is needed of a transformers (fast) tokeniser."""
 
-    def __call__(self, text: str, *, return_offsets_mapping: bool, add_special_tokens: bool) -> dict[str, list]:  # type: ignore[type-arg]
+    def __call__(
+        self, text: str, *, return_offsets_mapping: bool, add_special_tokens: bool
+    ) -> dict[str, list]:  # type: ignore[type-arg]
         """Return `input_ids` and `offset_mapping` (first and end character of each token)."""
 
 
