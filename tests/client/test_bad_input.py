@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -207,12 +208,24 @@ def test_the_limit_of_evaluation_keys_in_memory() -> None:
         np.testing.assert_array_equal(context.fetch_range(0, held - 96, 96)[:, :, 0], KEYS)
 
 
-def test_a_private_daemon_that_cannot_start_says_why(tmp_path: Path) -> None:
-    unwritable = tmp_path / "no-such-directory"
-    before = set(os.listdir("/tmp"))
-    with (
-        pytest.raises(errors.DaemonUnavailable, match="no-such-directory"),
-        PrivateDaemon(pool_dir=unwritable),
-    ):
-        pass
-    assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("hillinfer-")]
+def test_a_private_daemon_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        missing = Path(temporary) / "no-such-directory"
+        with (
+            pytest.raises(errors.DaemonUnavailable, match="no-such-directory"),
+            PrivateDaemon(pool_dir=missing),
+        ):
+            pass
+        assert os.listdir(temporary) == []
+
+
+def test_a_private_daemon_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        with PrivateDaemon(pool_dir=tmp_path, pool_capacity=1 << 20) as daemon:
+            assert daemon.socket.is_relative_to(temporary)
+            assert len(os.listdir(tmp_path)) == 1
+        assert os.listdir(temporary) == os.listdir(tmp_path) == []
+        with pytest.raises(errors.DaemonUnavailable):
+            _ = daemon.socket
