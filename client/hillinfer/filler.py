@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from hillinfer_core.errors import InvalidInput
 
@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
 
     def __call__(
         self, text: str, *, return_offsets_mapping: bool, add_special_tokens: bool
-    ) -> dict[str, list]:  # type: ignore[type-arg]
+    ) -> Mapping[str, Any]:
         """Return `input_ids` and `offset_mapping` (first and end character of each token)."""
 
 
