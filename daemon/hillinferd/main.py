@@ -49,7 +49,7 @@ def _serve(
         print(__version__)
         return
     if die_with_parent_:
-        die_with_parent()
+        die_with_parent(signal.SIGTERM)
     settings = config.load(
         config_file,
         {

@@ -15,11 +15,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST_SOCKET_PATH = 107  # sun_path in sys/un.h, less the final zero
 
 
-def die_with_parent() -> None:
-    """Have the kernel end this process when the thread that started it ends; exits at once if it has."""
+def die_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send signal ``number`` when the thread that started this process ends."""
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:
         raise SystemExit(1)

@@ -27,7 +27,7 @@ from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 CALL_S = 20.0
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     def __init__(self, error: str, message: str, code: grpc.StatusCode | None = None) -> None:
         super().__init__(f"{error}: {message}")
         self.error, self.message, self.code = error, message, code
@@ -84,9 +84,7 @@ class RawClient:
             return getattr(self.stub, method)(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as error:
             trailing = dict(error.trailing_metadata() or ())
-            raise Refused(
-                trailing.get(protocol.ERROR_KEY, ""), error.details() or "", error.code()
-            ) from None
+            raise Refused(trailing.get(protocol.ERROR_KEY, ""), error.details() or "", error.code()) from None
 
     def reset(self) -> None:
         self._next = 0

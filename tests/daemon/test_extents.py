@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -47,14 +49,14 @@ class Allocation(RuleBasedStateMachine):
         ranges = sorted([*self.live, *self.allocator.free_ranges()])
         assert ranges[0].offset == RESERVED
         assert ranges[-1].end == CAPACITY
-        for before, after in zip(ranges, ranges[1:], strict=False):
+        for before, after in pairwise(ranges):
             assert before.end == after.offset
 
     @invariant()
     def free_neighbours_are_joined(self) -> None:
         free = self.allocator.free_ranges()
         assert free == sorted(free)
-        for before, after in zip(free, free[1:], strict=False):
+        for before, after in pairwise(free):
             assert before.end < after.offset
 
     @invariant()
@@ -84,7 +86,8 @@ def test_extents_of_a_layer_grow_and_every_row_has_its_own_place() -> None:
     }
     assert len(offsets) == placed[-1].end_token * SHAPE.kv_heads
     assert all(
-        item.extent.offset <= item.row_offset(1, item.end_token - 1, SHAPE.row_bytes)
+        item.extent.offset
+        <= item.row_offset(1, item.end_token - 1, SHAPE.row_bytes)
         <= item.extent.end - SHAPE.row_bytes
         for item in placed
     )

@@ -20,7 +20,8 @@ def main() -> None:
     """Serve the daemon until it hangs up."""
     descriptor, pool, capacity, keep_name, level = sys.argv[1:]
     set_up(level)
-    die_with_parent()
+    # Nothing less ends a worker that hangs; it has nothing to tidy up.
+    die_with_parent(signal.SIGKILL)
     # The daemon decides when the worker stops, by hanging up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=int(descriptor)) as sock:

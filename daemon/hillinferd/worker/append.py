@@ -23,6 +23,9 @@ ENOUGH_TO_FIT = 1024
 CLIPPED_LIMIT = 0.01
 """Share of key elements outside their range above which a layer is quantised again."""
 
+LEAST_GROWTH = 1 / 16
+"""Share of new tokens that another fit waits for, so that drifting keys do not cost a pass each append."""
+
 _PIECE_TOKENS = 1024
 
 
@@ -43,14 +46,14 @@ def append(
     tiles, clipped, nonfinite = kernel.quantise_keys(new, ranges, shape.precision)
     if nonfinite:
         raise InvalidInput(f"rows contain {nonfinite} numbers that are NaN or infinite; nothing was appended")
-    keys = _counted(store.keys, ranges, ask.tokens, clipped, new.size // 2)
+    keys = _counted(store.keys, ranges, ask.tokens, clipped)
     added = [Segment.empty(placed, shape) for placed in ask.placed]
     segments = store.segments + added
 
     checksums = kernel.row_checksums(new.reshape(-1, 2, shape.head_dim)).reshape(shape.kv_heads, ask.tokens)
     traffic.written += _write(driver, arena, segments, shape, ask)
 
-    if _should_refit(keys, ask.first_token, end):
+    if _should_refit(keys, shape, ask.first_token, end):
         keys, segments = _requantised(driver, store, new, segments, traffic)
         log.info(
             "evaluation keys quantised again",
@@ -69,17 +72,19 @@ def append(
     store.tokens = end
 
 
-def _counted(keys: Keys | None, ranges: Ranges, tokens: int, clipped: int, elements: int) -> Keys:
+def _counted(keys: Keys | None, ranges: Ranges, tokens: int, clipped: int) -> Keys:
     if keys is None:
         return Keys(ranges, tokens)
-    return Keys(ranges, keys.fitted_tokens, keys.clipped + clipped, keys.elements + elements)
+    return Keys(ranges, keys.fitted_tokens, keys.later_tokens + tokens, keys.clipped + clipped)
 
 
-def _should_refit(keys: Keys, before: int, after: int) -> bool:
+def _should_refit(keys: Keys, shape: Shape, before: int, after: int) -> bool:
     if before == 0:
         return False
     grown = keys.fitted_tokens < ENOUGH_TO_FIT <= after and before < ENOUGH_TO_FIT
-    return grown or keys.clipped > CLIPPED_LIMIT * keys.elements
+    elements = keys.later_tokens * shape.kv_heads * shape.head_dim
+    due = keys.later_tokens >= LEAST_GROWTH * keys.fitted_tokens
+    return grown or (due and keys.clipped > CLIPPED_LIMIT * elements)
 
 
 def _requantised(

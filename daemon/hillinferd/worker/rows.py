@@ -55,7 +55,8 @@ def read_range(
 def _verify(store: LayerStore, heads: Heads, tokens: Tokens, out: npt.NDArray[np.uint8]) -> None:
     wrong = np.flatnonzero(kernel.row_checksums(out) != store.checksums(heads, tokens))
     if len(wrong):
+        head, token = heads[wrong[0]], tokens[wrong[0]]
         raise CorruptData(
-            f"{len(wrong)} of {len(tokens)} rows read back are damaged, the first is token "
-            f"{tokens[wrong[0]]} of head {heads[wrong[0]]}; close the context, fill a new one, and check the drive"
+            f"{len(wrong)} of {len(tokens)} rows read back are damaged, the first is token {token} of "
+            f"head {head}; close the context, fill a new one, and check the drive"
         )

@@ -37,14 +37,14 @@ class Segment:
 class Keys:
     """Evaluation keys made with one set of ranges.
 
-    ``fitted_tokens`` had their keys looked at to fit the ranges; of ``elements`` quantised since, ``clipped``
-    lay outside them.
+    ``fitted_tokens`` had their keys looked at to fit the ranges; of the key elements of ``later_tokens``,
+    quantised since, ``clipped`` lay outside them.
     """
 
     ranges: Ranges
     fitted_tokens: int
+    later_tokens: int = 0
     clipped: int = 0
-    elements: int = 0
 
 
 class LayerStore:

@@ -1,0 +1,362 @@
+"""Who dies, and what is freed then: clients, workers and daemons, while work is in flight."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from raw_client import RawClient, Refused, log_of, random_rows, running_daemon, wait_for
+
+from hillinfer_core.layout import DType, Precision, Shape
+from hillinfer_core.v1 import cold_pool_pb2 as pb
+
+SHAPE = Shape(1, 2, 64, DType.float16, Precision.int4)
+ROWS = random_rows(np.random.default_rng(0), SHAPE, 4096)
+QUERY = np.ones((2, 64), np.float32)
+
+
+def fill(client: RawClient, tokens: int = 4096) -> int:
+    context = client.open(SHAPE)
+    client.append(context, 0, 0, ROWS[:, :tokens])
+    return context
+
+
+def check(client: RawClient, context: int) -> None:
+    np.testing.assert_array_equal(client.fetch_range(context, SHAPE, 0, 100, 200), ROWS[:, 100:300])
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+CLIENT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_lifetimes import fill
+from raw_client import RawClient
+client = RawClient(Path(sys.argv[1]))
+for _ in range(3):
+    fill(client)
+print("filled", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_client_frees_everything_within_a_second(daemon: Path) -> None:
+    with RawClient(daemon) as watcher:
+        context = fill(watcher)
+        before = watcher.status()
+        command = [sys.executable, "-c", CLIENT, str(daemon), str(Path(__file__).parent)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "filled\n"
+            during = watcher.status()
+            assert during.pool.used_bytes == 4 * before.pool.used_bytes
+            assert {session.pid for session in during.sessions} == {os.getpid(), process.pid}
+            process.kill()
+            killed = time.monotonic()
+            wait_for(lambda: watcher.status().pool == before.pool, 1.0)
+            after = watcher.status()
+        assert time.monotonic() - killed < 1.0
+        assert list(after.sessions) == list(before.sessions)
+        assert after.device.evaluation_key_bytes == before.device.evaluation_key_bytes
+        check(watcher, context)
+
+
+def test_hang_up_while_work_is_in_flight_is_safe(daemon: Path) -> None:
+    with RawClient(daemon) as watcher:
+        context = fill(watcher)
+        before = watcher.status().pool
+        for attempt in range(8):
+            client = RawClient(daemon, 16 << 20)
+            errors: list[str] = []
+
+            def work(client: RawClient = client, errors: list[str] = errors) -> None:
+                try:
+                    context, first = client.open(SHAPE), 0
+                    while True:
+                        client.append(context, 0, first, ROWS)
+                        first += ROWS.shape[1]
+                        client.evaluate(context, SHAPE, 0, QUERY, 500, 0, first, room=1000)
+                except Refused as error:
+                    errors.append(error.error)
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            time.sleep(0.03 * attempt)
+            client.connection.close()
+            thread.join(20)
+            client.channel.close()
+            assert errors == ["ForeignToken"]
+        wait_for(lambda: watcher.status().pool == before, 5)
+        check(watcher, context)
+        assert watcher.status().device.worker_restarts == 0
+
+
+def test_hang_up_while_the_worker_is_busy_frees_once_it_is_not(daemon: Path) -> None:
+    with RawClient(daemon) as watcher:
+        context = fill(watcher)
+        before = watcher.status()
+        client = RawClient(daemon)
+        fill(client)
+        errors: list[str] = []
+
+        def work() -> None:
+            try:
+                client.append(fill_context, 0, 0, ROWS)
+            except Refused as error:
+                errors.append(error.error)
+
+        fill_context = client.open(SHAPE)
+        with stopped(before.device.worker_pid):
+            thread = threading.Thread(target=work)
+            thread.start()
+            time.sleep(0.2)
+            client.connection.close()
+            wait_for(lambda: len(watcher.status().sessions) == 1, 5)
+        thread.join(20)
+        client.channel.close()
+        wait_for(lambda: watcher.status().pool == before.pool, 5)
+        check(watcher, context)
+
+
+def test_closing_a_context_while_it_is_used_is_safe(daemon: Path) -> None:
+    with RawClient(daemon, 16 << 20) as client:
+        for _ in range(5):
+            context = fill(client)
+            seen: list[str] = []
+
+            def work(context: int = context, seen: list[str] = seen) -> None:
+                try:
+                    while True:
+                        client.evaluate(context, SHAPE, 0, QUERY, 500, 0, 4096, room=1000)
+                except Refused as error:
+                    seen.append(error.error)
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            time.sleep(0.02)
+            client.call("CloseContext", pb.CloseContextRequest(context_id=context))
+            thread.join(20)
+            assert seen == ["UnknownContext"]
+        assert client.status().pool.used_bytes == 0
+
+
+def test_a_deadline_ends_a_call_and_the_next_one_works(daemon: Path) -> None:
+    with RawClient(daemon) as client:
+        context = fill(client)
+        with stopped(client.status().device.worker_pid):
+            request = pb.FetchRequest(
+                context_id=context,
+                range=pb.TokenRange(first_token=0, count=16),
+                rows=client.region(0, 16 * 2 * SHAPE.row_bytes),
+            )
+            for _ in range(3):
+                with pytest.raises(Refused) as caught:
+                    client.call("Fetch", request, timeout=0.3)
+                assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert client.status().version
+        check(client, context)
+
+
+def test_a_dead_worker_costs_its_contexts_and_nothing_else(runtime_dir: Path) -> None:
+    with running_daemon(runtime_dir), RawClient(runtime_dir) as client, RawClient(runtime_dir) as other:
+        lost, also_lost = fill(client), fill(other)
+        os.kill(client.status().device.worker_pid, signal.SIGKILL)
+        wait_for(lambda: client.status().device.worker_restarts == 1, 10)
+        for session, context in ((client, lost), (other, also_lost)):
+            with pytest.raises(Refused, match="open and fill a new one") as caught:
+                check(session, context)
+            assert caught.value.error == "DeviceUnavailable"
+            assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        wait_for(lambda: "device worker restarted" in log_of(runtime_dir), 10)
+        # The same sessions and arenas go on with new contexts.
+        for session, context in ((client, lost), (other, also_lost)):
+            check(session, fill(session))
+            session.call("CloseContext", pb.CloseContextRequest(context_id=context))
+            check(session, fill(session))
+        contexts = [len(session.contexts) for session in client.status().sessions]
+        assert contexts == [2, 2]
+        keys = client.status().device.evaluation_key_bytes
+        assert keys == 4 * 4096 * 2 * 64 // 2
+
+
+def test_work_in_flight_fails_when_the_worker_dies(runtime_dir: Path) -> None:
+    with running_daemon(runtime_dir), RawClient(runtime_dir) as client:
+        context, pid = fill(client), client.status().device.worker_pid
+        errors: list[str] = []
+
+        def work() -> None:
+            try:
+                check(client, context)
+            except Refused as error:
+                errors.append(error.error)
+
+        os.kill(pid, signal.SIGSTOP)
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join(20)
+        assert errors == ["DeviceUnavailable"] * 4
+
+
+def test_a_stopped_daemon_leaves_nothing_and_tells_its_clients(runtime_dir: Path) -> None:
+    with running_daemon(runtime_dir) as process:
+        client = RawClient(runtime_dir)
+        fill(client)
+        worker = client.status().device.worker_pid
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert client.connection.recv(1) == b""
+        with pytest.raises(Refused) as caught:
+            client.status()
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        client.channel.close()
+    wait_for(lambda: not alive(worker), 5)
+    left = {path.name for path in runtime_dir.rglob("*")}
+    assert left == {"lock", "log", "hillinfer"}
+    assert log_of(runtime_dir).rstrip().endswith("stopped")
+    assert "error" not in log_of(runtime_dir)
+
+
+def test_a_killed_daemon_takes_its_worker_along_and_another_can_start(runtime_dir: Path) -> None:
+    with running_daemon(runtime_dir) as process, RawClient(runtime_dir) as client:
+        worker = client.status().device.worker_pid
+        os.kill(worker, signal.SIGSTOP)
+        process.kill()
+        process.wait(10)
+        assert client.connection.recv(1) == b""
+        wait_for(lambda: not alive(worker), 5)
+    (runtime_dir / "log").unlink()
+    with running_daemon(runtime_dir), RawClient(runtime_dir) as client:
+        check(client, fill(client))
+
+
+def test_a_second_daemon_refuses_and_the_first_goes_on(daemon: Path, tmp_path: Path) -> None:
+    second = subprocess.run(
+        [sys.executable, "-m", "hillinferd", "--runtime-dir", str(daemon)],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1
+    assert "another hillinferd" in second.stderr
+    with RawClient(daemon) as client:
+        check(client, fill(client))
+
+
+PARENT = """
+import subprocess, sys, time
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from raw_client import spawn
+print(spawn(Path(sys.argv[1]), "--die-with-parent").pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_daemon_can_die_with_its_parent(runtime_dir: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(runtime_dir), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        wait_for(lambda: " ready " in log_of(runtime_dir), 20)
+        assert alive(pid)
+        parent.kill()
+    wait_for(lambda: not alive(pid), 10)
+    assert not (runtime_dir / "attach.sock").exists()
+
+
+def test_a_full_pool_is_an_error_and_freeing_makes_room(runtime_dir: Path) -> None:
+    with running_daemon(runtime_dir, "--pool-capacity", "1MiB"), RawClient(runtime_dir) as client:
+        context = fill(client, 1024)
+        before = client.status()
+        with pytest.raises(Refused, match="pool_capacity") as caught:
+            client.append(context, 0, 1024, ROWS[:, 1024:2048])
+        assert caught.value.error == "PoolFull"
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert client.status().pool == before.pool
+        check(client, context)
+        client.call("CloseContext", pb.CloseContextRequest(context_id=context))
+        check(client, fill(client, 1024))
+
+
+def test_evaluation_keys_stay_within_their_limit(runtime_dir: Path) -> None:
+    limit = 1024 * 2 * 64 // 2
+    flags = ("--evaluation-keys-dram", str(limit))
+    with running_daemon(runtime_dir, *flags), RawClient(runtime_dir) as client:
+        context = fill(client, 1024)
+        assert client.status().device.evaluation_key_bytes == limit
+        before = client.status().pool
+        with pytest.raises(Refused, match="evaluation_keys_dram") as caught:
+            client.append(context, 0, 1024, ROWS[:, 1024:1040])
+        assert caught.value.error == "MemoryLimit"
+        assert client.status().pool == before
+        check(client, context)
+
+
+def test_damage_on_the_drive_is_seen_before_it_is_used(runtime_dir: Path) -> None:
+    pool = runtime_dir / "pool"
+    flags = ("--pool", str(pool), "--pool-capacity", "16MiB")
+    with running_daemon(runtime_dir, *flags), RawClient(runtime_dir) as client:
+        context = fill(client)
+        row = ROWS[1, 1234].tobytes()
+        offset = pool.read_bytes().index(row)
+        with pool.open("r+b") as file:
+            file.seek(offset + 7)
+            file.write(bytes([row[7] ^ 1]))
+            os.fsync(file.fileno())
+        for damaged in (
+            lambda: client.fetch_ids(context, SHAPE, 0, [[5], [1234]]),
+            lambda: client.fetch_range(context, SHAPE, 0, 1000, 500),
+            lambda: client.evaluate(context, SHAPE, 0, QUERY, 2048, 0, 2048, room=4096),
+        ):
+            with pytest.raises(Refused, match="token 1234 of head 1") as caught:
+                damaged()
+            assert caught.value.error == "CorruptData"
+            assert caught.value.code is grpc.StatusCode.DATA_LOSS
+        check(client, context)
+    assert pool.stat().st_size == 4096
+
+
+def test_a_client_that_leaves_without_a_word_is_no_session(daemon: Path) -> None:
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(str(daemon / "attach.sock"))
+    with RawClient(daemon) as client:
+        wait_for(lambda: len(client.status().sessions) == 1, 5)
+
+
+def test_only_owner_and_group_may_connect(daemon: Path) -> None:
+    for name in ("attach.sock", "grpc.sock"):
+        assert (daemon / name).stat().st_mode & 0o777 == 0o660
