@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +55,6 @@ class Attachment:
         self._config = config
         self._policy = policy
         self._owns_session = owns_session
-        self._caches: list[weakref.ref[HierarchicalCache]] = []
         self._last: HierarchicalCache | None = None
         self._previous = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION_NAME)

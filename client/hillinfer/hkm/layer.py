@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index  # among the layers kept in the cold pool
         self._pools: tuple[Slots, HotPool] | None = None
-        self._cache = cache
+        # Not a cycle: a cache that nobody refers to must free its contexts at once.
+        self._cache: HierarchicalCache = weakref.proxy(cache)
         self._seen = 0  # columns so far, padding included
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
