@@ -25,16 +25,18 @@ from hillinfer_core.protocol import attach_socket, default_runtime_dir
 from hillinfer_core.units import Budget
 
 SINKS, RECENT = 4, 32
+CLIENT_NAME = "hillinfer run"
 PREFILL_CHUNK = 2048
 """Tokens per forward pass over the context: bounds activations, and moves the progress bar."""
-LEAST_RESIDENT = 64 << 20
+LEAST_RESIDENT = 16 << 20
+"""Bytes: the session's arena of 8 MiB, and as much again for what a short context holds."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What to answer, and with how much.
 
-    resident: bytes, None for the larger of 64 MiB and a quarter of the
+    resident: bytes, None for the larger of 16 MiB and a quarter of the
     context's KV. socket: of a running daemon; None takes the one at the default
     place or, where none answers, a private one for the run.
     """
@@ -196,16 +198,16 @@ def _check(job: Job, directory: ModelDirectory, context_tokens: int, question_to
 def _session(socket: Path | None) -> Iterator[Session]:
     if socket is not None:
         try:
-            session = Session.connect(socket)
+            session = Session.connect(socket, name=CLIENT_NAME)
         except DaemonUnavailable as error:
             raise InvalidInput(str(error)) from error  # a mistake on the command line, not a failure
         with session:
             yield session
         return
     try:
-        session = Session.connect(attach_socket(default_runtime_dir()))
+        session = Session.connect(attach_socket(default_runtime_dir()), name=CLIENT_NAME)
     except DaemonUnavailable:
-        with PrivateDaemon() as daemon, Session.connect(daemon.socket) as session:
+        with PrivateDaemon() as daemon, Session.connect(daemon.socket, name=CLIENT_NAME) as session:
             yield session
         return
     with session:
