@@ -40,7 +40,7 @@ ResidentOption = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Memory for KV, client and daemon together, for example 64MiB. "
-        "[default: the larger of 64MiB and a quarter of the context's KV]",
+        "[default: the larger of 16MiB and a quarter of the context's KV]",
     ),
 ]
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the evaluation keys, which rank the tokens.")]
