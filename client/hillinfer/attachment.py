@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,14 +15,14 @@ from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
 from hillinfer.session import Session
-from hillinfer_core.errors import UnsupportedModel
+from hillinfer_core.errors import InvalidInput, UnsupportedModel
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget, parse_bytes
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an attachment did and held. Bytes, of all its caches.
+    """What an attachment did and held, in bytes: its latest cache, and the traffic of its whole session.
 
     resident lists by kind what was held at the moment of the peak.
     hot_hit_rate: share of the selected tokens found in slots or hot pool, or
@@ -48,7 +49,6 @@ class Attachment:
         policy: SelectionPolicy | None,
         owns_session: bool,
     ) -> None:
-        _check(model)
         register()
         self.session = session
         self._model = model
@@ -56,6 +56,8 @@ class Attachment:
         self._policy = policy
         self._owns_session = owns_session
         self._last: HierarchicalCache | None = None
+        self._caches: weakref.WeakSet[HierarchicalCache] = weakref.WeakSet()
+        self._attached = True
         self._previous = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION_NAME)
         self._hook = model.register_forward_pre_hook(self._swap_cache, with_kwargs=True)
@@ -64,6 +66,7 @@ class Attachment:
         """Return an empty cache for one batch, to pass as `past_key_values` over several turns."""
         text = self._model.config.get_text_config(decoder=True)
         self._last = HierarchicalCache(self.session, text, self._config, self._policy)
+        self._caches.add(self._last)
         return self._last
 
     def report(self) -> Report:
@@ -82,11 +85,14 @@ class Attachment:
 
     def detach(self) -> None:
         """Give the model its own attention back and free what the caches hold; idempotent."""
+        if not self._attached:
+            return
+        self._attached = False
         self._hook.remove()
         self._model.set_attn_implementation(self._previous)
-        if self._last is not None:
-            self._last.close()
-            self._last = None
+        for cache in list(self._caches):
+            cache.close()
+        self._last = None
         if self._owns_session:
             self.session.close()
 
@@ -129,8 +135,8 @@ def attach(
 
     budget: tokens attended per decode step (a count, or per cent of the past;
     while a context is short, a per cent means at least sinks and recent
-    window). resident: bytes of DRAM and accelerator memory for KV, client and
-    daemon together. precision: of the evaluation keys, "int8" or "int4".
+    window). resident: bytes of DRAM and accelerator memory for the KV of each
+    cache, client and daemon together. precision: of the evaluation keys, "int8" or "int4".
     session: an open Session; else one is made on `socket` (default: the
     system's daemon) and closed by `detach`.
 
@@ -141,6 +147,7 @@ def attach(
     except ValueError:
         raise UnsupportedModel(f"precision {precision!r} is not known: int8 or int4") from None
     config = HkmConfig(parse_budget(budget), parse_bytes(resident), key_precision, sinks, recent)
+    _check(model)
     owns = session is None
     return Attachment(model, session or Session.connect(socket), config, policy, owns)
 
@@ -149,5 +156,7 @@ def _check(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModel(f"{name} does not use the transformers attention interface")
+    if model.config._attn_implementation == ATTENTION_NAME:
+        raise InvalidInput(f"this {name} is attached already: detach it first")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model: only decoder-only models are supported")

@@ -69,7 +69,7 @@ def run_command(
 ) -> None:
     """Read a text once and answer questions about it, one after another, each answer one line."""
     text = _read(context)
-    parsed_budget, parsed_resident = parse_budget(budget), parse_bytes(resident) if resident else None
+    parsed_budget, parsed_resident = parse_budget(budget), None if resident is None else parse_bytes(resident)
 
     from hillinfer.model_directory import ModelDirectory, dtype_named
     from hillinfer.progress import progress_for_stderr
@@ -92,7 +92,7 @@ def demo_command(
     as_json: JsonOption = False,
 ) -> None:
     """Hide notes in the Python standard library's sources and ask the bundled model for four of them."""
-    parsed_budget, parsed_resident = parse_budget(budget), parse_bytes(resident) if resident else None
+    parsed_budget, parsed_resident = parse_budget(budget), None if resident is None else parse_bytes(resident)
 
     from hillinfer.demo import LONGEST_ANSWER, make_demo
     from hillinfer.model_directory import ModelDirectory, bundled_model, dtype_named

@@ -68,7 +68,9 @@ def run(
     context = _encode(directory, job.context.rstrip("\n") + "\n", special=True)
     questions = [_encode(directory, question, special=False) for question in job.questions]
     _check(job, directory, context.shape[1], sum(question.shape[1] for question in questions))
-    resident = job.resident or max(LEAST_RESIDENT, directory.row_bytes(dtype) * context.shape[1] // 4)
+    resident = job.resident
+    if resident is None:
+        resident = max(LEAST_RESIDENT, directory.row_bytes(dtype) * context.shape[1] // 4)
 
     with _session(job.socket) as session:
         model = directory.load(dtype)

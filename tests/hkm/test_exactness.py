@@ -15,7 +15,13 @@ from transformers import (
 )
 
 import hillinfer
-from hillinfer_core.errors import BudgetTooSmall, ResidentTooSmall, UnsupportedModel
+from hillinfer_core.errors import (
+    BudgetTooSmall,
+    InvalidInput,
+    ResidentTooSmall,
+    UnknownContext,
+    UnsupportedModel,
+)
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
 PINNED, ROW_BYTES = 4 + 32, 2 * HEAD_DIM * 4
@@ -101,6 +107,7 @@ def test_same_tokens_as_plain_transformers(model, session, batch, second_turn):
     assert report.resident["hot_pool"] == 0
     assert report.resident_peak_bytes <= resident
     assert report.evaluated_bytes == 0
+    assert report.hot_hit_rate == 0
 
 
 def test_generate_needs_no_cache_argument(model, session):
@@ -143,6 +150,49 @@ def test_sparse_steps_stay_within_budget_and_resident(model, session):
         report = attachment.report()
     assert 0 < report.resident_peak_bytes <= limit
     assert report.hot_hit_rate > 0
+
+
+def test_sparse_steps_without_room_for_slots_choose_the_same_tokens(model, session):
+    """Selections that live for one layer only, read anew each step, answer like those that stay."""
+    ids, mask = prompt(1, 900, False)
+    outputs, reports = [], []
+    for resident in (ARENA + 96 * 1024, "64MiB"):
+        with (
+            torch.inference_mode(),
+            hillinfer.attach(model, session=session, budget=400, resident=resident) as attachment,
+        ):
+            outputs.append(model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24))
+            reports.append(attachment.report())
+    assert torch.equal(*outputs)
+    assert reports[0].hot_hit_rate == 0
+    assert reports[1].hot_hit_rate > 0.5
+
+
+def test_a_failed_or_closed_cache_is_refused(model, session):
+    ids, _ = prompt(1, 200, False)
+    with hillinfer.attach(model, session=session) as attachment, torch.inference_mode():
+        cache = attachment.new_cache()
+        model(ids, past_key_values=cache)
+        cache.close()
+        with pytest.raises(InvalidInput, match="new_cache"):
+            model(ids, past_key_values=cache)
+        cache = attachment.new_cache()
+        model(ids, past_key_values=cache)
+        cache.contexts[0].close()
+        with pytest.raises(UnknownContext):
+            model(ids, past_key_values=cache)
+        with pytest.raises(InvalidInput, match="new_cache"):
+            model(ids, past_key_values=cache)
+
+
+def test_one_attachment_at_a_time(model, session):
+    first = hillinfer.attach(model, session=session)
+    with pytest.raises(InvalidInput, match="detach it first"):
+        hillinfer.attach(model, session=session)
+    first.detach()
+    with hillinfer.attach(model, session=session):
+        first.detach()
+        assert model.config._attn_implementation == "hillinfer"
 
 
 def test_what_cannot_be_done_says_so(model, session):

@@ -19,7 +19,7 @@ from hillinfer.hkm.resident import Division, divide
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import row_dtype
 from hillinfer.session import Session
-from hillinfer_core.errors import BudgetTooSmall, DaemonUnavailable, InvalidInput, UnsupportedModel
+from hillinfer_core.errors import BudgetTooSmall, HillInferError, InvalidInput, UnsupportedModel
 from hillinfer_core.layout import Precision, Shape
 from hillinfer_core.units import Budget
 
@@ -90,7 +90,17 @@ class HierarchicalCache(Cache):
             raise UnsupportedModel(
                 "the model has no full-attention layer: there is nothing to keep in the cold pool"
             )
+        self._usable = True
         self._finalizer = weakref.finalize(self, _close_all, self.contexts)
+
+    def check_usable(self) -> None:
+        """Raise InvalidInput once the cache is closed, or a step failed half-way through the layers."""
+        if not self._usable:
+            raise InvalidInput("this cache is closed, or a step of it failed: begin with new_cache()")
+
+    def fail(self) -> None:
+        """Refuse every further step."""
+        self._usable = False
 
     def _layer(self, layer: object) -> CacheLayerMixin:
         if isinstance(layer, DynamicSlidingWindowLayer):
@@ -165,6 +175,7 @@ class HierarchicalCache(Cache):
 
     def close(self) -> None:
         """Free the contexts and everything held; idempotent."""
+        self._usable = False
         self._finalizer()
         for layer in self.full_layers:
             layer.release()
@@ -173,5 +184,5 @@ class HierarchicalCache(Cache):
 def _close_all(contexts: list[Context]) -> None:
     while contexts:
         # A session or a daemon that is gone has freed its contexts already.
-        with suppress(DaemonUnavailable):
+        with suppress(HillInferError):
             contexts.pop().close()

@@ -51,6 +51,8 @@ class HotPool:
 
     def count(self, row: int, head: int, selected: npt.NDArray[np.uint32], tokens: int) -> None:
         """Record that `selected` ids were chosen in a sequence of `tokens` tokens."""
+        if not self.capacity:
+            return
         if tokens > self._hits.shape[-1]:
             grown = np.zeros((*self._hits.shape[:2], tokens + tokens // 8 + 64), np.uint16)
             grown[..., : self._hits.shape[-1]] = self._hits

@@ -39,6 +39,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Not a cycle: a cache that nobody refers to must free its contexts at once.
         self._cache: HierarchicalCache = weakref.proxy(cache)
         self._seen = 0  # columns so far, padding included
+        self._pending = False  # between `update` and `attend`
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Open the contexts of the batch and allocate the pinned slots."""
@@ -75,8 +76,13 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Note the new KV [B, Hkv, n, D] and hand it on to attention unchanged."""
+        self._cache.check_usable()
+        if self._pending:
+            self._cache.fail()
+            raise UnsupportedModel("the model changes the keys after the cache: attention never saw them")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._pending = True
         self._seen += key_states.shape[2]
         setattr(key_states, LAYER_ATTRIBUTE, self)
         return key_states, value_states
@@ -116,16 +122,31 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         padding: bool [B, columns], False for padding, or None. A step of one
         token attends within the budget; a step of several is exact.
         """
+        try:
+            output = self._attend(query, key, value, padding, scaling)
+        except BaseException:
+            # Some layers hold this step's tokens and some do not: going on would be wrong in silence.
+            self._cache.fail()
+            raise
+        self._pending = False
+        self._cache.account()
+        return output
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
         new = key.shape[2]
         visible = None if padding is None else padding[:, -new:].cpu().numpy()
         if visible is not None and not visible[:, -1].all():
             raise UnsupportedModel("the last token of a sequence is padding: pad on the left")
         if new == 1:
-            output = self._decode(query, key, value, scaling)
-        else:
-            output = self._exact(query, key, value, visible, scaling)
-        self._cache.account()
-        return output
+            return self._decode(query, key, value, scaling)
+        return self._exact(query, key, value, visible, scaling)
 
     def _exact(
         self,
@@ -145,6 +166,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             output[row].index_copy_(1, columns, merge(parts).to(query.dtype))
             self._store(row, k, v)
         # The new tokens' evaluation keys and checksums may need room that the hot pool has.
+        self._cache.account()
         self._shrink_hot()
         return output
 
@@ -187,20 +209,22 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         candidates = [max(int(n) - slots.pinned, 0) for n in slots.lengths]
         if not division.keep_slots and wanted == candidates and max(wanted) > 0:
             # Everything is wanted and nothing may stay: no ranking, a block at a time.
-            return self._everything(query, scaling)
+            return self._everything(query, scaling, sum(candidates))
         slots.resize(max(wanted))
         self.hot.resize(division.hot_rows)
         self._select(query, wanted)
         output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible())
         if not division.keep_slots:
+            cache.account()
             slots.resize(0)
         return output
 
-    def _everything(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _everything(self, query: torch.Tensor, scaling: float, tokens: int) -> torch.Tensor:
         self.slots.resize(0)
         self.hot.resize(0)
         rows = [merge(self._past_parts(row, query[row], scaling)) for row in range(query.shape[0])]
-        self._cache.count_selected(0, 0)
+        read = tokens * self.slots.keys.shape[1]
+        self._cache.count_selected(read, read)
         return torch.stack(rows).to(query.dtype)
 
     def _select(self, query: torch.Tensor, wanted: list[int]) -> None:

@@ -25,7 +25,7 @@ class ColdPoolRanking:
 
 
 class RecentOnly:
-    """Attends to the most recent tokens only, as many as the budget allows: the baseline that forgets."""
+    """Attends to sinks and recent window only, however large the budget: the baseline that forgets."""
 
     def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought] | None:
         """Attend to nothing beyond the pinned tokens."""

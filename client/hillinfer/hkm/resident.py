@@ -24,9 +24,9 @@ class Division:
 def divide(limit: int, fixed: int, slot_bytes: int, row_bytes: int, streams: int) -> Division:
     """Divide `limit` bytes: first what must be held, then slots, then hot pool.
 
-    fixed: evaluation keys, checksums, arena, tail buffers, pinned slots, hit
-    counters; slot_bytes: the selected tokens' slots of all layers; row_bytes:
-    one row with its id; streams: layers x sequences x KV heads.
+    fixed: evaluation keys, checksums, arena, tail buffers, pinned slots;
+    slot_bytes: the selected tokens' slots of all layers, and the hit counters
+    that come with keeping them; row_bytes: one row with its id; streams: layers x sequences x KV heads.
     Raises ResidentTooSmall when `fixed` alone does not fit.
     """
     left = limit - fixed
