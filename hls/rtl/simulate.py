@@ -56,7 +56,9 @@ def main() -> int:
     for key_bits, query_bits, lanes in CONFIGURATIONS:
         passed = simulate(folder / f"k{key_bits}q{query_bits}l{lanes}", key_bits, query_bits, lanes)
         failed += not passed
-        print(f"rtl-sim: INT{key_bits} keys, INT{query_bits} query, {lanes} lanes: {'agrees' if passed else 'FAILED'}")
+        print(
+            f"rtl-sim: INT{key_bits} keys, INT{query_bits} query, {lanes} lanes: {'agrees' if passed else 'FAILED'}"
+        )
     return 1 if failed else 0
 
 

@@ -63,7 +63,9 @@ def write_case(file: BinaryIO, case: Case) -> None:
     file.write(np.array(header, "<u4").tobytes())
     file.write(case.tiles.tobytes())
     # What fills up a query's last word is of no account, so it is not zero here.
-    padded = np.full((heads, vectors, -(-dim * case.q.itemsize // 64) * 64 // case.q.itemsize), 77, case.q.dtype)
+    padded = np.full(
+        (heads, vectors, -(-dim * case.q.itemsize // 64) * 64 // case.q.itemsize), 77, case.q.dtype
+    )
     padded[:, :, :dim] = case.q
     file.write(padded.astype(padded.dtype.newbyteorder("<")).tobytes())
 
@@ -95,7 +97,9 @@ def cases() -> Iterator[Case]:
         dtype = more.pop("dtype", np.int8)
         limit = np.iinfo(dtype).max
         q = rng.integers(-limit, limit + 1, (heads, vectors, dim)).astype(dtype)
-        keys = rng.integers(0, 256, (more.pop("key_heads", heads), tiles, tile_bytes(dim, precision)), np.uint8)
+        keys = rng.integers(
+            0, 256, (more.pop("key_heads", heads), tiles, tile_bytes(dim, precision)), np.uint8
+        )
         return Case(f"{name}-{precision.value}", precision, keys, q, begin, end, k, **more)
 
     for precision in Precision:
@@ -113,7 +117,9 @@ def cases() -> Iterator[Case]:
         yield made("many", precision, 1, 1, 16, 0, 20_011, 512)
         yield made("per-query-head", precision, 4, 1, 64, 0, 75, 10, key_heads=1)
         yield from extremes(precision)
-    yield made("most", Precision.int4, 1, 1, 8, 0, 131_072, 100)
+        # 200,000 tokens: more than one launch takes.
+        yield made("part1-of-2", precision, 1, 1, 8, 0, 131_072, 100)
+        yield made("part2-of-2", precision, 1, 1, 8, 0, 68_928, 100, first_id=131_072)
     yield made("guarantee", Precision.int8, 4, 1, 128, 0, 300, 40, key_heads=1, dtype=np.int16)
     full = np.full((1, 3, tile_bytes(256, Precision.int8)), 255, np.uint8)
     full[:, 1] = 0
