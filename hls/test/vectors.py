@@ -1,9 +1,9 @@
-"""Write the shared vectors of the evaluation kernel: inputs, and what ``hillinfer_core.reference`` makes of them.
+"""Write the shared vectors of the evaluation kernel: inputs, and what ``hillinfer_core.reference`` gives.
 
-``python vectors.py FILE`` writes all cases; testbench.cpp reads them. All numbers are little-endian. A case is a
-name (32 bytes, filled with NUL), 11 uint32 (key bits, query bits, heads, key stride in words, begin, end, dim,
-vectors, k, first id, key words), then keys, queries, blocks, histograms and summaries, each in whole 64-byte
-words as in evaluate.hpp.
+``python vectors.py FILE`` writes all cases; testbench.cpp reads them. All numbers are little-endian. A case
+is a name (32 bytes, filled with NUL), 11 uint32 (key bits, query bits, heads, key stride in words, begin,
+end, dim, vectors, k, first id, key words), then keys, queries, blocks, histograms and summaries, each in
+whole 64-byte words as in evaluate.hpp.
 """
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ def write_case(file: BinaryIO, case: Case) -> None:
     file.write(np.array(header, "<u4").tobytes())
     file.write(case.tiles.tobytes())
     # What fills up a query's last word is of no account, so it is not zero here.
-    padded = np.full(
-        (heads, vectors, -(-dim * case.q.itemsize // 64) * 64 // case.q.itemsize), 77, case.q.dtype
-    )
+    in_word = 64 // case.q.itemsize
+    padded = np.full((heads, vectors, -(-dim // in_word) * in_word), 77, case.q.dtype)
     padded[:, :, :dim] = case.q
     file.write(padded.astype(padded.dtype.newbyteorder("<")).tobytes())
 
@@ -91,15 +90,15 @@ def cases() -> Iterator[Case]:
     """Yield every case: head dimensions, groups, ragged and offset ranges, extremes, ties, guarantee mode."""
     rng = np.random.default_rng(20240917)
 
-    def made(name: str, precision: Precision, heads: int, vectors: int, dim: int, begin: int, end: int, k: int,
-             **more: Any) -> Case:  # fmt: skip
-        tiles = -(-end // TILE_TOKENS)
+    def made(
+        name: str, precision: Precision, heads: int, vectors: int, dim: int,
+        begin: int, end: int, k: int, **more: Any,
+    ) -> Case:  # fmt: skip
+        size = (more.pop("key_heads", heads), -(-end // TILE_TOKENS), tile_bytes(dim, precision))
         dtype = more.pop("dtype", np.int8)
         limit = np.iinfo(dtype).max
         q = rng.integers(-limit, limit + 1, (heads, vectors, dim)).astype(dtype)
-        keys = rng.integers(
-            0, 256, (more.pop("key_heads", heads), tiles, tile_bytes(dim, precision)), np.uint8
-        )
+        keys = rng.integers(0, 256, size, np.uint8)
         return Case(f"{name}-{precision.value}", precision, keys, q, begin, end, k, **more)
 
     for precision in Precision:
