@@ -22,6 +22,10 @@ I8 = npt.NDArray[np.int8]
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+
+HISTOGRAM_BINS = 2048
+"""Bins of a histogram of scores: 8 KiB of counters, well inside a first-level cache and two block RAMs."""
 
 _TINY = np.finfo(np.float32).tiny
 _CRC_32C = 0x82F63B78  # Castagnoli polynomial, bits reflected: RFC 3720, appendix B.4
@@ -129,6 +133,45 @@ def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
     order = np.argsort(-scores.astype(np.int64), axis=1, kind="stable")
     columns = np.sort(order[:, :k], axis=1)
     return (columns + first_id).astype(np.uint32), np.take_along_axis(scores, columns, axis=1)
+
+
+def score_range(q: npt.NDArray[Any], precision: Precision) -> tuple[I32, U8]:
+    """Return (low int32 [H], shift uint8 [H]): where the bins of a histogram lie for ``q`` [H, R, D].
+
+    ``q`` is int8, or int16 for guarantee mode. low is the least score possible for it, and shift the smallest
+    that brings the greatest possible into the last bin or below. Both follow from ``q`` alone, so that one
+    pass over the keys suffices and the bins of several scans by one query coincide.
+    """
+    wide = q.astype(np.int64)
+    low = precision.levels * np.minimum(wide, 0).sum(axis=2).max(axis=1)
+    high = precision.levels * np.maximum(wide, 0).sum(axis=2).max(axis=1)
+    shifts = [max(0, int(span).bit_length() - HISTOGRAM_BINS.bit_length() + 1) for span in high - low]
+    return low.astype(np.int32), np.array(shifts, np.uint8)
+
+
+def histogram(scores: I32, q: npt.NDArray[Any], precision: Precision) -> U32:
+    """Count ``scores`` int32 [H, n], which ``q`` [H, R, D] gave, in bins: uint32 [H, 2048].
+
+    Bin b of a head counts the scores with ``(score - low) >> shift == b``; see :func:`score_range`.
+    Tokens that only fill a tile must not be among ``scores``.
+    """
+    low, shift = score_range(q, precision)
+    bins = (scores.astype(np.int64) - low[:, None]) >> shift[:, None].astype(np.int64)
+    return np.stack([np.bincount(row, minlength=HISTOGRAM_BINS) for row in bins]).astype(np.uint32)
+
+
+def data_checksum(tiles: U8) -> U32:
+    """Return the checksum, uint32 [H], of the evaluation keys ``tiles`` uint8 [H, T, tile bytes].
+
+    Each of the 16 little-endian 32-bit words of a beat has two sums of its own, modulo 2**64: a adds the
+    word, then b adds a, beat after beat in memory order. The checksum is the CRC-32C of the 32 sums as
+    little-endian 64-bit words: a of words 0 to 15, then b. It covers whole tiles, their filling too.
+    """
+    heads = tiles.shape[0]
+    words = np.ascontiguousarray(tiles).view("<u4").reshape(heads, -1, TILE_TOKENS)
+    first: U64 = np.cumsum(words, axis=1, dtype=np.uint64)
+    second: U64 = first.sum(axis=1, dtype=np.uint64)
+    return row_checksums(np.stack((first[:, -1], second), axis=1).astype("<u8"))
 
 
 def row_checksums(rows: npt.NDArray[Any]) -> U32:
