@@ -23,6 +23,8 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/pip || $(or $(PYTHON),python3) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@# Only its copy of the ap_int headers is used, by the C simulation; its dependencies would be many and large.
+	$(PIP) install -q -c constraints.txt --no-deps hls4ml
 	@touch $@
 
 run: setup ## answer four questions about a 16K-token text through the daemon (more: make run ARGS=--help)
