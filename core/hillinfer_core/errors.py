@@ -127,6 +127,12 @@ class UnreadableModel(HillInferError):
     status = "INVALID_ARGUMENT"
 
 
+class BadBitstream(HillInferError):
+    """A bitstream is malformed, is not the one in the catalogue, or was built for another shell."""
+
+    status = "FAILED_PRECONDITION"
+
+
 _CLASSES: list[type[HillInferError]] = [HillInferError, *HillInferError.__subclasses__()]
 _BY_NAME = {cls.__name__: cls for cls in _CLASSES}
 

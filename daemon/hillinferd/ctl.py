@@ -1,4 +1,4 @@
-"""``hillinferctl``: asks a running daemon."""
+"""``hillinferctl``: asks a running daemon, and plans for a card without one."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from hillinfer_core.protocol import (
 from hillinfer_core.units import format_bytes
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
+from .cec.command import app as cec_app
+
 TIMEOUT_S = 10.0
 """Longest that the daemon may take to answer; status waits for nothing there. Our choice."""
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
-
-
-@app.callback(help="Ask a running hillinferd.")
-def _commands() -> None:
-    # Makes typer keep `status` a subcommand while it is the only one.
-    pass
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Ask a running hillinferd, or plan for a card without one.",
+)
+app.add_typer(cec_app, name="cec")
 
 
 @app.command(help="Show the device, the cold pool and who uses it.")
