@@ -116,8 +116,8 @@ def test_guarantee_mode_takes_the_int16_query() -> None:
 
 def test_resources_are_those_of_the_arithmetic() -> None:
     int8, int4 = plan(request(precision=Precision.int8)), plan(request(precision=Precision.int4))
-    assert (int8.resources.dsp, int8.resources.lut, int8.resources.ff) == (64, 1260, 3268)
-    assert (int4.resources.dsp, int4.resources.lut, int4.resources.ff) == (0, 3472, None)
+    assert (int8.resources.dsp, int8.resources.lut, int8.resources.ff) == (64, 1859, 2468)
+    assert (int4.resources.dsp, int4.resources.lut, int4.resources.ff) == (0, 9571, 3797)
     assert int8.resources.uram == int4.resources.uram == 32
     assert uram_of_head(65_536) == 8
 

@@ -13,11 +13,11 @@ from hillinfer_core.errors import InvalidInput
 
 @dataclass(frozen=True)
 class Resources:
-    """FPGA resources; None where no figure is known. BRAM36 and URAM are blocks."""
+    """FPGA resources. BRAM36 and URAM are blocks."""
 
     lut: int
     dsp: int
-    ff: int | None
+    ff: int
     bram36: int
     uram: int
 

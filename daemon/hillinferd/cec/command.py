@@ -182,10 +182,7 @@ def _show(made: Plan, console: Console) -> None:
     used, budget = made.resources, request.card.budget
     table = Table("resource", "used", "left by the shell", box=None)
     for name in ("lut", "dsp", "ff", "bram36", "uram"):
-        spent = getattr(used, name)
-        table.add_row(
-            name.upper(), "not noted" if spent is None else f"{spent:,}", f"{getattr(budget, name):,}"
-        )
+        table.add_row(name.upper(), f"{getattr(used, name):,}", f"{getattr(budget, name):,}")
     console.print(table)
     console.print(f"Resources: {BASIS}. Left out: {LEAVES_OUT}.\n", soft_wrap=True)
     for reason in made.reasons:

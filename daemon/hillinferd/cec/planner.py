@@ -197,7 +197,7 @@ def _heads_in_flight(request: Request, kernel: Configuration) -> int:
 def _check_resources(card: Card, kernel: Configuration, used: Resources) -> None:
     for name in ("lut", "dsp", "ff", "bram36", "uram"):
         spent, has = getattr(used, name), getattr(card.budget, name)
-        if spent is not None and has is not None and spent > has:
+        if spent > has:
             raise InvalidInput(
                 f"{kernel.name} needs {spent} {name.upper()}, {card.name} leaves it {has}: use another card"
             )

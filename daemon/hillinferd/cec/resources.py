@@ -6,13 +6,11 @@ from hillinfer_core.layout import Precision
 
 from .cards import Resources
 
-UNIT_LANES = 16
-"""Multipliers of the unit that was synthesised: a 16-element dot product with its accumulator."""
-
-# yosys, synth_xilinx -family xcup. INT4 multiplies in LUT; its flip-flops were not noted.
+# docs/hls-cost.md: hls/rtl/dot_lanes.sv at one 64-byte beat a cycle (16 token lanes), yosys 0.70,
+# synth_xilinx -family xcup; INT8 multiplies in DSP, INT4 in LUT. By the multipliers of a unit.
 _UNIT = {
-    Precision.int8: Resources(lut=315, dsp=16, ff=817, bram36=0, uram=0),
-    Precision.int4: Resources(lut=434, dsp=0, ff=None, bram36=0, uram=0),
+    Precision.int8: (64, Resources(lut=1859, dsp=64, ff=2468, bram36=0, uram=0)),
+    Precision.int4: (128, Resources(lut=9571, dsp=0, ff=3797, bram36=0, uram=0)),
 }
 
 # A block is 4,096 words of 72 bits, of which 64 hold data.
@@ -31,12 +29,16 @@ def estimate(precision: Precision, lanes: int, heads_in_flight: int, tokens: int
     An INT16 query is counted as INT8: a DSP48E2 multiplies 27 by 18 bits, so the number of DSP stays; its
     wider sums take more LUT and FF than said.
     """
-    unit, units = _UNIT[precision], -(-lanes // UNIT_LANES)
+    multipliers, unit = _UNIT[precision]
+
+    def share(of_unit: int) -> int:
+        return -(-of_unit * lanes // multipliers)
+
     return Resources(
-        lut=units * unit.lut,
-        dsp=units * unit.dsp,
-        ff=None if unit.ff is None else units * unit.ff,
-        bram36=units * unit.bram36,
+        lut=share(unit.lut),
+        dsp=share(unit.dsp),
+        ff=share(unit.ff),
+        bram36=share(unit.bram36),
         uram=heads_in_flight * uram_of_head(tokens),
     )
 
