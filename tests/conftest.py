@@ -1,6 +1,37 @@
-"""Set before anything imports torch: idle OpenMP threads must sleep, the daemon needs the cores too."""
+"""Set before anything imports torch: idle OpenMP threads must sleep, the daemon needs the cores too.
+
+With HILLINFER_REQUIRE_ALL set, a test that skips fails, unless it is the processor that lacks something.
+"""
 
 import os
+from collections.abc import Generator
+from typing import TypeVar
+
+import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+_MAY_SKIP = "Skipped: this processor"
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _required((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _required((yield))
+
+
+def _required(report: Report) -> Report:
+    # An expected failure is reported as skipped too, but with another kind of longrepr.
+    if os.environ.get("HILLINFER_REQUIRE_ALL") and report.skipped and isinstance(report.longrepr, tuple):
+        path, line, reason = report.longrepr
+        if not reason.startswith(_MAY_SKIP):
+            report.outcome = "failed"
+            report.longrepr = f"{path}:{line}: {reason}; HILLINFER_REQUIRE_ALL allows no skip"
+    return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from raw_client import RawClient, Refused, log_of, random_rows, running_daemon, wait_for
 
 from hillinfer_core.layout import DType, Precision, Shape
@@ -206,6 +208,22 @@ def test_a_dead_worker_costs_its_contexts_and_nothing_else(runtime_dir: Path) ->
         assert keys == 4 * 4096 * 2 * 64 // 2
 
 
+def test_health_follows_the_worker(runtime_dir: Path) -> None:
+    with (
+        running_daemon(runtime_dir),
+        RawClient(runtime_dir) as client,
+        grpc.insecure_channel(f"unix:{runtime_dir}/grpc.sock") as channel,
+    ):
+        request = health_pb2.HealthCheckRequest(service="hillinfer.v1.ColdPool")
+        states = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=30)
+        assert next(states).status == health_pb2.HealthCheckResponse.SERVING
+        os.kill(client.status().device.worker_pid, signal.SIGKILL)
+        assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert next(states).status == health_pb2.HealthCheckResponse.SERVING
+        states.cancel()
+        check(client, fill(client))
+
+
 def test_work_in_flight_fails_when_the_worker_dies(runtime_dir: Path) -> None:
     with running_daemon(runtime_dir), RawClient(runtime_dir) as client:
         context, pid = fill(client), client.status().device.worker_pid
@@ -309,6 +327,29 @@ def test_a_full_pool_is_an_error_and_freeing_makes_room(runtime_dir: Path) -> No
         check(client, context)
         client.call("CloseContext", pb.CloseContextRequest(context_id=context))
         check(client, fill(client, 1024))
+
+
+def test_a_failed_write_gives_its_space_back(runtime_dir: Path) -> None:
+    pool = runtime_dir / "pool"
+    flags = ("--pool", str(pool), "--pool-capacity", "64MiB")
+    with running_daemon(runtime_dir, *flags), RawClient(runtime_dir) as client:
+        context = fill(client, 256)
+        before, blocks = client.status(), pool.stat().st_blocks
+        # The worker's next extents begin below this limit on a file's size and end above it.
+        limit = before.pool.used_bytes + (512 << 10)
+        pid = before.device.worker_pid
+        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        with pytest.raises(Refused, match="drive failed") as caught:
+            client.append(context, 0, 256, ROWS[:, 256:])
+        assert caught.value.error == "DeviceUnavailable"
+        after = client.status()
+        assert after.device.written_bytes == before.device.written_bytes
+        assert after.pool == before.pool
+        assert pool.stat().st_blocks == blocks
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        client.append(context, 0, 256, ROWS[:, 256:])
+        check(client, context)
 
 
 def test_evaluation_keys_stay_within_their_limit(runtime_dir: Path) -> None:

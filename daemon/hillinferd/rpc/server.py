@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,15 @@ STOP_GRACE_S = 0.5
 
 _SERVICE = cold_pool_pb2.DESCRIPTOR.services_by_name["ColdPool"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Transports:
     """The attach socket and the gRPC server in ``runtime_dir``, which the caller has locked."""
 
     def __init__(self, service: ColdPoolService, runtime_dir: Path) -> None:
+        self._worker = service.worker
+        self._follower: asyncio.Task[None] | None = None
         self._attach_path = attach_socket(runtime_dir)
         self._grpc_path = grpc_socket(runtime_dir)
         # The lock is ours: what lies there was left by a daemon that was killed.
@@ -52,16 +56,26 @@ class Transports:
     async def start(self) -> None:
         """Begin to serve: gRPC first, as a client is sent there by the attach socket."""
         await self._server.start()
-        for name in ("", _SERVICE):
-            await self._health.set(name, _SERVING)
+        await self._set_health(self._worker.up)
+        self._follower = asyncio.create_task(self._follow_worker())
         self._attach.start()
 
     async def stop(self) -> None:
         """Say NOT_SERVING, end calls and sessions, and remove the sockets."""
+        if self._follower is not None:
+            self._follower.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(STOP_GRACE_S)
         await self._attach.stop()
         self._unlink()
+
+    async def _follow_worker(self) -> None:
+        async for up in self._worker.changes():
+            await self._set_health(up)
+
+    async def _set_health(self, up: bool) -> None:
+        for name in ("", _SERVICE):
+            await self._health.set(name, _SERVING if up else _NOT_SERVING)
 
     def _unlink(self) -> None:
         for path in (self._attach_path, self._grpc_path):

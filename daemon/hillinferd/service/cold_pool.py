@@ -10,7 +10,7 @@ from hillinfer_core.errors import DeviceUnavailable, ForeignToken, HillInferErro
 from hillinfer_core.layout import Shape
 
 from ..domain.contexts import Catalogue, Context
-from ..domain.extents import GRANULE, ExtentAllocator
+from ..domain.extents import GRANULE, Extent, ExtentAllocator
 from ..logs import get_logger
 from ..worker import messages
 from . import admission, requests
@@ -155,7 +155,10 @@ class ColdPoolService:
         )
         try:
             await self.worker.call(request)
-        except BaseException:
+        except BaseException as error:
+            # A cancelled call leaves its reply behind, which another call would take for its own.
+            if isinstance(error, HillInferError):
+                await self._discard(context, [item.extent for item in placed])
             self.catalogue.rollback(placed)
             raise
         self.catalogue.commit(context, ask.layer, ask.tokens, placed)
@@ -163,15 +166,20 @@ class ColdPoolService:
         return requests.Appended(held, context.evaluation_key_bytes, context.checksum_bytes)
 
     async def _close_context(self, context: Context) -> None:
-        extents = context.extents
         try:
             await self.worker.call(messages.DropContext(context.context_id))
-            # The worker discards the bytes before the extents can belong to anyone else.
+        except HillInferError as error:
+            log.debug("context not dropped from the worker", context=context.context_id, error=error)
+        await self._discard(context, context.extents)
+        self.catalogue.close(context)
+
+    async def _discard(self, context: Context, extents: list[Extent]) -> None:
+        # To be awaited before the extents are freed and can belong to anyone else.
+        try:
             for start in range(0, len(extents), messages.MAX_EXTENTS):
                 await self.worker.call(messages.Discard(extents[start : start + messages.MAX_EXTENTS]))
         except HillInferError as error:
             log.warning("space of a context was not discarded", context=context.context_id, error=error)
-        self.catalogue.close(context)
 
     async def _free(self, session: Session) -> None:
         contexts = self.catalogue.of_session(session.session_id)

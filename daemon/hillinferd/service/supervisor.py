@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from hillinfer_core.errors import DeviceUnavailable, by_name
@@ -55,6 +55,7 @@ class Supervisor:
         self._sock: socket.socket | None = None
         self._replies: asyncio.Queue[messages.Reply | None] = asyncio.Queue()
         self._up = False
+        self._changed = asyncio.Event()
         self.identity: Identity | None = None
         self.restarts = 0
         self.traffic = messages.Traffic()
@@ -64,8 +65,23 @@ class Supervisor:
         """Process id of the worker, 0 while there is none."""
         return self._process.pid if self._process and self._process.returncode is None else 0
 
+    @property
+    def up(self) -> bool:
+        """Whether :meth:`call` would reach a worker."""
+        return self._up
+
+    async def changes(self) -> AsyncIterator[bool]:
+        """Yield :attr:`up` now and after each change, without end; for one reader."""
+        while True:
+            self._changed.clear()
+            yield self._up
+            await self._changed.wait()
+
     async def start(self) -> None:
-        """Start a worker and wait for its drive; raises the worker's typed error if that fails."""
+        """Start a worker, wait for its drive and for ``on_ready``.
+
+        Raises the worker's typed error or what ``on_ready`` raised, with no worker left behind.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
@@ -91,8 +107,13 @@ class Supervisor:
             await self._put_down()
             raise _error_of(reply)
         self.identity = reply.identity
-        await self._on_ready()
+        try:
+            await self._on_ready()
+        except BaseException:
+            await self._put_down()
+            raise
         self._up = True
+        self._changed.set()
 
     async def call(self, request: messages.Request, fd: int | None = None) -> messages.Done:
         """Carry out ``request``, passing ``fd`` along; one call at a time, as the work queue ensures.
@@ -182,6 +203,7 @@ class Supervisor:
         was_up, self._up = self._up, False
         self._close_socket()
         if was_up:
+            self._changed.set()
             self._on_death()
 
     def _close_socket(self) -> None:

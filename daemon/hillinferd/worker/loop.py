@@ -20,6 +20,7 @@ def serve(sock: socket.socket, pool: Path, capacity: int, *, keep_name: bool) ->
     """Open the pool, say :class:`~hillinferd.worker.messages.Ready`, and serve until hang-up."""
     try:
         driver = HostDriver(pool, capacity, keep_name=keep_name)
+        driver.health()
     except HillInferError as error:
         sock.send(messages.encode(messages.Failed(type(error).__name__, str(error))))
         return

@@ -57,7 +57,7 @@ class DropContext:
 
 @dataclass(frozen=True)
 class Discard:
-    """Discard extents, at most :data:`MAX_EXTENTS`, whose context was dropped."""
+    """Discard extents, at most :data:`MAX_EXTENTS`, that no layer uses (any more)."""
 
     extents: list[Extent]
 
