@@ -84,7 +84,9 @@ class Context:
 
         Raises `InvalidInput` for another shape or dtype and for numbers that
         are not finite, `PoolFull` and `MemoryLimit` when the daemon has no
-        room. Pieces written before an error stay: `length` tells how far it got.
+        room. Pieces written before these stay: `length` tells how far it got.
+        After `DeadlineExceeded`, `DaemonUnavailable` or an interruption it does
+        not tell, and the session is of no further use: connect a new one.
         """
         self.flushed(layer)
         keys, values = self._storage(keys, "keys"), self._storage(values, "values")
@@ -92,6 +94,8 @@ class Context:
         if values.shape != keys.shape:
             raise InvalidInput(f"keys are {list(keys.shape)} but values {list(values.shape)}")
         with self.session.lock:
+            # Also for tokens that only reach the tail: after an unfinished append they would be misplaced.
+            self.session.staging()
             held = self._tail_tokens[layer]
             rest = (held + tokens) % self.append_unit
             new_in_tail = min(rest, tokens)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket as sockets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,8 @@ from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 __all__ = ["Brought", "Counters", "EvaluateItem", "Session"]
 
 DEFAULT_ARENA_BYTES = 8 << 20
+
+_WITHOUT_ARENA = ("OpenContext", "CloseContext", "Status")
 
 
 @dataclass
@@ -49,7 +52,10 @@ class Session:
 
     Every call takes `timeout_s` seconds at most for each request it makes. It
     raises `DaemonUnavailable` when the daemon is gone and `DeadlineExceeded`
-    when it does not answer.
+    when it does not answer. After a call that reads or writes rows and that the
+    daemon did not answer (out of time, interrupted), the daemon may still use
+    the shared memory: from then on only `status` and closing work, anything else
+    raises `DaemonUnavailable`. Errors that the daemon answers with end nothing.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class Session:
         self._stub = cold_pool_pb2_grpc.ColdPoolStub(self._channel)  # type: ignore[no-untyped-call]
         self._stream = EvaluateStream(self._stub, self._metadata, timeout_s)
         self._plan: evaluation.Plan | None = None
+        self._unfinished = False
         self._closed = False
 
     @classmethod
@@ -138,11 +145,11 @@ class Session:
         if not items:
             return []
         with self.lock:
-            shapes = evaluation.shapes_of(items, reduction)
+            staging, shapes = self.staging(), evaluation.shapes_of(items, reduction)
             plan = self._plan
             if plan is None or plan.shapes != shapes:
                 try:
-                    plan = evaluation.Plan(self.staging(), items, reduction, shapes)
+                    plan = evaluation.Plan(staging, items, reduction, shapes)
                 except wire.ArenaTooSmall:
                     if len(items) == 1:
                         raise
@@ -199,9 +206,17 @@ class Session:
         self.close()
 
     def staging(self) -> wire.Staging:
-        """For the library's own use, under `lock`: the arena's allocator."""
+        """For the library's own use, under `lock`: the arena's allocator.
+
+        Whoever is about to touch the arena asks for it anew: it raises
+        `DaemonUnavailable` when the daemon may still use the arena.
+        """
         if self._staging is None:
             raise self._no_arena()
+        if self._unfinished:
+            raise DaemonUnavailable(
+                "a call did not finish, the shared memory may still be in use; connect a new session"
+            )
         return self._staging
 
     def call(self, method: str, request: Any) -> Any:
@@ -209,20 +224,33 @@ class Session:
         with self.lock:
             if self._closed:
                 raise self._no_arena()
-            try:
+            with self._awaiting(method):
                 return getattr(self._stub, method)(request, timeout=self.timeout_s, metadata=self._metadata)
-            except grpc.RpcError as error:
-                raise wire.typed_error(error, method) from None
 
     def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: a turn of the evaluation stream, counted."""
         if self._closed:
             raise self._no_arena()
-        response = self._stream.ask(request)
+        with self._awaiting("Evaluate"):
+            response = self._stream.ask(request)
         for result in response.results:
             self.counters.evaluated_bytes += result.evaluated_bytes
             self.counters.read_bytes += result.read_bytes
         return response
+
+    @contextmanager
+    def _awaiting(self, method: str) -> Iterator[None]:
+        """Notes for `staging` whether the call inside ended with an answer, and types its error."""
+        before = self._unfinished
+        # Set first and taken back by an answer, so that an interruption at any point leaves it set.
+        self._unfinished = before or method not in _WITHOUT_ARENA
+        try:
+            yield
+        except grpc.RpcError as error:
+            if wire.answered(error):
+                self._unfinished = before
+            raise wire.typed_error(error, method) from None
+        self._unfinished = before
 
     def _no_arena(self) -> DaemonUnavailable | InvalidInput:
         if self._closed:

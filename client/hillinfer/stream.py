@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc
 
-from hillinfer import wire
 from hillinfer_core import errors
 from hillinfer_core.v1 import cold_pool_pb2, cold_pool_pb2_grpc
 
@@ -35,8 +34,9 @@ class EvaluateStream:
     def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """Sends `request` and waits for its answer, `timeout_s` seconds at most.
 
-        `request` may be changed and sent again once this returned. Raises the
-        typed error of the failed evaluation; the next `ask` opens a new stream.
+        `request` may be changed and sent again once this returned. Raises gRPC's
+        error of the failed evaluation, `DeadlineExceeded` when no answer came in
+        time, `DaemonUnavailable` when none will; the next `ask` opens a new stream.
         """
         if self._call is None:
             self._open()
@@ -51,18 +51,21 @@ class EvaluateStream:
             raise errors.DaemonUnavailable(
                 "evaluate: the daemon ended the stream; connect a new session"
             ) from None
-        except grpc.RpcError as error:
+        except grpc.RpcError:
             self._drop()
             if watchdog.expired:
                 raise errors.DeadlineExceeded(
                     f"evaluate: no answer within {self._timeout_s:g} s; see the daemon's log"
                 ) from None
-            raise wire.typed_error(error, "evaluate") from None
+            raise
         except BaseException:
             # An interrupted wait leaves its answer in the stream, where the next ask would take it.
             self._drop()
             raise
         watchdog.disarm()
+        if watchdog.expired:
+            # The answer and the deadline came together: the stream is already cancelled.
+            self._drop()
         return response
 
     def close(self) -> None:

@@ -90,9 +90,8 @@ def typed_error(error: grpc.RpcError, doing: str) -> errors.HillInferError:
     if not isinstance(error, grpc.Call):
         return errors.HillInferError(f"{doing}: {error}")
     details = error.details() or ""
-    for key, value in error.trailing_metadata() or ():
-        if key == protocol.ERROR_KEY:
-            return errors.by_name(value if isinstance(value, str) else value.decode())(details)
+    if name := _error_name(error):
+        return errors.by_name(name)(details)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
         return errors.DaemonUnavailable(
@@ -101,6 +100,18 @@ def typed_error(error: grpc.RpcError, doing: str) -> errors.HillInferError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineExceeded(f"{doing}: no answer within the deadline; see the daemon's log")
     return errors.HillInferError(f"{doing}: {code.name}: {details}")
+
+
+def answered(error: grpc.RpcError) -> bool:
+    """Whether the daemon itself ended the call with this error, so that it is done with the call's regions."""
+    return isinstance(error, grpc.Call) and bool(_error_name(error))
+
+
+def _error_name(call: grpc.Call) -> str:
+    for key, value in call.trailing_metadata() or ():
+        if key == protocol.ERROR_KEY:
+            return value if isinstance(value, str) else value.decode()
+    return ""
 
 
 def number(member: DType | Precision | Reduction) -> Any:

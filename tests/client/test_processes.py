@@ -149,24 +149,136 @@ def test_a_daemon_killed_during_an_evaluation(own_daemon: PrivateDaemon) -> None
             evaluate_for_ever(item)
 
 
-def test_a_daemon_that_hangs_is_a_deadline_exceeded_and_then_works_again(own_daemon: PrivateDaemon) -> None:
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+REFUSAL = "did not finish, the shared memory may still be in use; connect a new session"
+
+
+def test_a_daemon_that_hangs_is_a_deadline_exceeded_and_a_new_session_then_works(
+    own_daemon: PrivateDaemon,
+) -> None:
     with Session.connect(own_daemon.socket, timeout_s=1.0) as session:
         item = a_context(session)
         [before] = session.evaluate_and_bring(0, [item])
-        os.kill(own_daemon.pid, signal.SIGSTOP)
-        try:
-            with pytest.raises(errors.DeadlineExceeded):
-                session.evaluate_and_bring(0, [item])
+        with stopped(own_daemon.pid):
             with pytest.raises(errors.DeadlineExceeded):
                 session.status()
             with pytest.raises(errors.DeadlineExceeded):
+                session.evaluate_and_bring(0, [item])
+            with pytest.raises(errors.DeadlineExceeded):
                 Session.connect(own_daemon.socket, timeout_s=0.2)
-        finally:
-            os.kill(own_daemon.pid, signal.SIGCONT)
         session.timeout_s = 20.0
-        wait_until(lambda: len(session.status().sessions) == 1, 20)
-        [after] = session.evaluate_and_bring(0, [item])
+        assert wait_until(lambda: len(session.status().sessions) == 1, 20)
+        with pytest.raises(errors.DaemonUnavailable, match=REFUSAL):
+            session.evaluate_and_bring(0, [item])
+    with Session.connect(own_daemon.socket, timeout_s=20) as session:
+        [after] = session.evaluate_and_bring(0, [a_context(session)])
         np.testing.assert_array_equal(after.ids, before.ids)
+
+
+def test_a_status_that_times_out_does_not_end_the_session(own_daemon: PrivateDaemon) -> None:
+    with Session.connect(own_daemon.socket, timeout_s=20) as session:
+        item = a_context(session)
+        session.timeout_s = 0.3
+        with stopped(own_daemon.pid), pytest.raises(errors.DeadlineExceeded):
+            session.status()
+        session.timeout_s = 20
+        session.evaluate_and_bring(0, [item])
+
+
+def evaluate(item: EvaluateItem) -> None:
+    item.context.session.evaluate_and_bring(0, [item])
+
+
+def select(item: EvaluateItem) -> None:
+    item.context.evaluate(0, item.query, item.k)
+
+
+def fetch(item: EvaluateItem) -> None:
+    item.context.fetch_range(0, 0, 1024)
+
+
+def append(item: EvaluateItem) -> None:
+    item.context.append(0, *random_kv(SHAPE, 1024, 2))
+
+
+@pytest.mark.parametrize("unfinished", [evaluate, select, fetch, append])
+def test_shared_memory_that_the_daemon_may_still_use_is_not_used_again(
+    own_daemon: PrivateDaemon, unfinished: Callable[[EvaluateItem], None]
+) -> None:
+    keys, values = random_kv(SHAPE, 4096, 3)
+    with Session.connect(own_daemon.socket, timeout_s=2.0) as session:
+        item = a_context(session)
+        evaluate(item)
+        with stopped(session.status().device.worker_pid):
+            with pytest.raises(errors.DeadlineExceeded):
+                unfinished(item)
+            # The worker, once it goes on, would write over these rows or read them for others.
+            with pytest.raises(errors.DaemonUnavailable, match=REFUSAL):
+                item.context.append(0, keys, values)
+        session.timeout_s = 20
+        assert session.status().device.worker_restarts == 0
+        for use in (evaluate, select, fetch, append):
+            with pytest.raises(errors.DaemonUnavailable, match=REFUSAL):
+                use(item)
+        with pytest.raises(errors.DaemonUnavailable, match=REFUSAL):
+            item.context.append(0, keys[:, :1], values[:, :1])
+        with pytest.raises(errors.DaemonUnavailable, match=REFUSAL):
+            session.open_context(SHAPE)
+        item.context.close()
+        assert session.status().pool.used_bytes == 0
+    with Session.connect(own_daemon.socket, timeout_s=20) as session:
+        context = session.open_context(SHAPE)
+        context.append(0, keys, values)
+        np.testing.assert_array_equal(context.fetch_range(0, 0, 4096), np.stack([keys, values], axis=2))
+
+
+class Interruption(BaseException):
+    """As KeyboardInterrupt, which would end the test run when it came at the wrong moment."""
+
+
+@pytest.mark.parametrize("unfinished", [evaluate, append])
+def test_an_interrupted_call_counts_as_unfinished(
+    own_daemon: PrivateDaemon, unfinished: Callable[[EvaluateItem], None]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise Interruption
+
+    with Session.connect(own_daemon.socket, timeout_s=20) as session:
+        item = a_context(session)
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            with stopped(session.status().device.worker_pid), pytest.raises(Interruption):
+                signal.setitimer(signal.ITIMER_REAL, 0.5)
+                unfinished(item)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        with pytest.raises(errors.DaemonUnavailable, match=REFUSAL):
+            append(item)
+        item.context.close()
+        session.status()
+
+
+def test_an_error_that_the_daemon_answers_with_does_not_end_the_session(session: Session) -> None:
+    item = a_context(session)
+    beyond = item._replace(end=5000)
+    for _ in range(2):
+        with pytest.raises(errors.InvalidInput):
+            evaluate(beyond)
+        evaluate(item)
+    keys, values = random_kv(SHAPE, 1024, 2)
+    keys[0, 0, 0] = np.nan
+    with pytest.raises(errors.InvalidInput):
+        item.context.append(0, keys, values)
+    append(item)
 
 
 def test_a_private_daemon_dies_with_the_process_that_started_it() -> None:
