@@ -103,7 +103,7 @@ def typed_error(error: grpc.RpcError, doing: str) -> errors.HillInferError:
 
 
 def answered(error: grpc.RpcError) -> bool:
-    """Whether the daemon itself ended the call with this error, so that it is done with the call's regions."""
+    """Whether the daemon itself ended the call with this error: it is done with the call's regions."""
     return isinstance(error, grpc.Call) and bool(_error_name(error))
 
 
