@@ -248,7 +248,9 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             for row in rows
         ]
         brought = cache.policy.select(cache.session, self.index, items)
-        for row, selection in zip(rows, brought or [], strict=False):
+        if brought is None:
+            return
+        for row, selection in zip(rows, brought, strict=True):
             self._place(row, selection)
 
     def _place(self, row: int, brought: Brought) -> None:
