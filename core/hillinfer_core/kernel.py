@@ -1,8 +1,9 @@
 """The functions of :mod:`hillinfer_core.reference` in native code, the same bit for bit, and gather.
 
-Every call checks its arguments (:class:`InvalidInput`), blocks until done, and may be made from any thread. All
-but ``fit_ranges`` and ``quantise_query``, which are the reference's own, release the GIL while they work. Scores are computed by the widest instructions that the processor has; the
-environment variable ``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind.
+Every call checks its arguments (:class:`InvalidInput`), blocks until done, and may be made from any thread.
+All but ``fit_ranges`` and ``quantise_query``, which are the reference's own, release the GIL while they work.
+Scores are computed by the widest instructions that the processor has; the environment variable
+``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind.
 """
 
 from __future__ import annotations
