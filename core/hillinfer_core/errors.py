@@ -91,6 +91,30 @@ class CorruptData(HillInferError):
     status = "DATA_LOSS"
 
 
+class ContextMismatch(HillInferError):
+    """A durable context was made from something else than what is asked for; the message names what."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class ContextInUse(HillInferError):
+    """A durable context is open elsewhere in a way that does not go together with what is asked for."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class DamagedCatalogue(HillInferError):
+    """The record of durable contexts does not agree with itself or with the pool."""
+
+    status = "DATA_LOSS"
+
+
+class NotAllowed(HillInferError):
+    """The caller's user may not do this."""
+
+    status = "PERMISSION_DENIED"
+
+
 class AlreadyRunning(HillInferError):
     """Another daemon holds the runtime directory."""
 

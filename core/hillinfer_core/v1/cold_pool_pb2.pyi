@@ -47,26 +47,49 @@ class Region(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class OpenContextRequest(_message.Message):
-    __slots__ = ("layers", "kv_heads", "head_dim", "dtype", "precision")
+    __slots__ = ("layers", "kv_heads", "head_dim", "dtype", "precision", "durable_name", "base_name", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_NAME_FIELD_NUMBER: _ClassVar[int]
+    BASE_NAME_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     layers: int
     kv_heads: int
     head_dim: int
     dtype: DType
     precision: Precision
-    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ...) -> None: ...
+    durable_name: str
+    base_name: str
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., durable_name: _Optional[str] = ..., base_name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class OpenContextResponse(_message.Message):
-    __slots__ = ("context_id", "append_unit")
+    __slots__ = ("context_id", "append_unit", "append_limit", "layer_tokens", "tail_tokens", "evaluation_key_bytes", "checksum_bytes")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     APPEND_UNIT_FIELD_NUMBER: _ClassVar[int]
+    APPEND_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    LAYER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TAIL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_KEY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     context_id: int
     append_unit: int
-    def __init__(self, context_id: _Optional[int] = ..., append_unit: _Optional[int] = ...) -> None: ...
+    append_limit: int
+    layer_tokens: _containers.RepeatedScalarFieldContainer[int]
+    tail_tokens: _containers.RepeatedScalarFieldContainer[int]
+    evaluation_key_bytes: int
+    checksum_bytes: int
+    def __init__(self, context_id: _Optional[int] = ..., append_unit: _Optional[int] = ..., append_limit: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., tail_tokens: _Optional[_Iterable[int]] = ..., evaluation_key_bytes: _Optional[int] = ..., checksum_bytes: _Optional[int] = ...) -> None: ...
 
 class CloseContextRequest(_message.Message):
     __slots__ = ("context_id",)
@@ -79,18 +102,20 @@ class CloseContextResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class AppendRequest(_message.Message):
-    __slots__ = ("context_id", "layer", "first_token", "tokens", "rows")
+    __slots__ = ("context_id", "layer", "first_token", "tokens", "rows", "tail")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
     context_id: int
     layer: int
     first_token: int
     tokens: int
     rows: Region
-    def __init__(self, context_id: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., rows: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
+    tail: bool
+    def __init__(self, context_id: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., rows: _Optional[_Union[Region, _Mapping]] = ..., tail: bool = ...) -> None: ...
 
 class AppendResponse(_message.Message):
     __slots__ = ("layer_tokens", "evaluation_key_bytes", "checksum_bytes")
@@ -157,18 +182,20 @@ class EvaluationResult(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., missing_per_head: _Optional[_Iterable[int]] = ..., rows_brought: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("context_id", "layer", "by_ids", "range", "rows")
+    __slots__ = ("context_id", "layer", "by_ids", "range", "tail", "rows")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     BY_IDS_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     context_id: int
     layer: int
     by_ids: Ids
     range: TokenRange
+    tail: Tail
     rows: Region
-    def __init__(self, context_id: _Optional[int] = ..., layer: _Optional[int] = ..., by_ids: _Optional[_Union[Ids, _Mapping]] = ..., range: _Optional[_Union[TokenRange, _Mapping]] = ..., rows: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
+    def __init__(self, context_id: _Optional[int] = ..., layer: _Optional[int] = ..., by_ids: _Optional[_Union[Ids, _Mapping]] = ..., range: _Optional[_Union[TokenRange, _Mapping]] = ..., tail: _Optional[_Union[Tail, _Mapping]] = ..., rows: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
 
 class Ids(_message.Message):
     __slots__ = ("count_per_head", "ids")
@@ -186,32 +213,127 @@ class TokenRange(_message.Message):
     count: int
     def __init__(self, first_token: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
+class Tail(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class FetchResponse(_message.Message):
     __slots__ = ("read_bytes",)
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     read_bytes: int
     def __init__(self, read_bytes: _Optional[int] = ...) -> None: ...
 
+class SaveContextRequest(_message.Message):
+    __slots__ = ("context_id",)
+    CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
+    context_id: int
+    def __init__(self, context_id: _Optional[int] = ...) -> None: ...
+
+class SaveContextResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListContextsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListContextsResponse(_message.Message):
+    __slots__ = ("contexts",)
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    contexts: _containers.RepeatedCompositeFieldContainer[DurableContext]
+    def __init__(self, contexts: _Optional[_Iterable[_Union[DurableContext, _Mapping]]] = ...) -> None: ...
+
+class DurableContext(_message.Message):
+    __slots__ = ("name", "uid", "saved", "tokens", "extent_bytes", "layers", "kv_heads", "head_dim", "dtype", "precision", "labels", "created_unix_s", "users", "drive")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    USERS_FIELD_NUMBER: _ClassVar[int]
+    DRIVE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    uid: int
+    saved: bool
+    tokens: int
+    extent_bytes: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: DType
+    precision: Precision
+    labels: _containers.ScalarMap[str, str]
+    created_unix_s: int
+    users: int
+    drive: str
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[int] = ..., saved: bool = ..., tokens: _Optional[int] = ..., extent_bytes: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., created_unix_s: _Optional[int] = ..., users: _Optional[int] = ..., drive: _Optional[str] = ...) -> None: ...
+
+class DeleteContextRequest(_message.Message):
+    __slots__ = ("name", "uid")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    uid: int
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[int] = ...) -> None: ...
+
+class DeleteContextResponse(_message.Message):
+    __slots__ = ("freed_bytes",)
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    freed_bytes: int
+    def __init__(self, freed_bytes: _Optional[int] = ...) -> None: ...
+
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "device", "pool", "sessions")
+    __slots__ = ("version", "uptime_s", "device", "pool", "sessions", "drives")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    DRIVES_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     device: DeviceStatus
     pool: PoolStatus
     sessions: _containers.RepeatedCompositeFieldContainer[SessionStatus]
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ...) -> None: ...
+    drives: _containers.RepeatedCompositeFieldContainer[DriveStatus]
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., drives: _Optional[_Iterable[_Union[DriveStatus, _Mapping]]] = ...) -> None: ...
+
+class DriveStatus(_message.Message):
+    __slots__ = ("name", "state", "device", "pool", "durable_contexts", "durable_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: str
+    device: DeviceStatus
+    pool: PoolStatus
+    durable_contexts: int
+    durable_bytes: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., durable_contexts: _Optional[int] = ..., durable_bytes: _Optional[int] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
-    __slots__ = ("driver", "path", "direct_io", "worker_pid", "worker_restarts", "written_bytes", "read_bytes", "evaluated_bytes", "evaluation_key_bytes", "evaluation_key_limit_bytes")
+    __slots__ = ("driver", "path", "direct_io", "worker_pid", "worker_restarts", "written_bytes", "read_bytes", "evaluated_bytes", "evaluation_key_bytes", "evaluation_key_limit_bytes", "profile", "streamed_bytes")
     DRIVER_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     DIRECT_IO_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +344,8 @@ class DeviceStatus(_message.Message):
     EVALUATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_KEY_BYTES_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_KEY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    STREAMED_BYTES_FIELD_NUMBER: _ClassVar[int]
     driver: str
     path: str
     direct_io: bool
@@ -232,7 +356,9 @@ class DeviceStatus(_message.Message):
     evaluated_bytes: int
     evaluation_key_bytes: int
     evaluation_key_limit_bytes: int
-    def __init__(self, driver: _Optional[str] = ..., path: _Optional[str] = ..., direct_io: bool = ..., worker_pid: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., written_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., evaluation_key_bytes: _Optional[int] = ..., evaluation_key_limit_bytes: _Optional[int] = ...) -> None: ...
+    profile: str
+    streamed_bytes: int
+    def __init__(self, driver: _Optional[str] = ..., path: _Optional[str] = ..., direct_io: bool = ..., worker_pid: _Optional[int] = ..., worker_restarts: _Optional[int] = ..., written_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., evaluation_key_bytes: _Optional[int] = ..., evaluation_key_limit_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., streamed_bytes: _Optional[int] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
     __slots__ = ("capacity_bytes", "used_bytes", "extents")

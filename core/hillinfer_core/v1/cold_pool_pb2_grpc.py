@@ -59,6 +59,21 @@ class ColdPoolStub(object):
                 request_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.FetchRequest.SerializeToString,
                 response_deserializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.FetchResponse.FromString,
                 _registered_method=True)
+        self.SaveContext = channel.unary_unary(
+                '/hillinfer.v1.ColdPool/SaveContext',
+                request_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.SaveContextRequest.SerializeToString,
+                response_deserializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.SaveContextResponse.FromString,
+                _registered_method=True)
+        self.ListContexts = channel.unary_unary(
+                '/hillinfer.v1.ColdPool/ListContexts',
+                request_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.ListContextsRequest.SerializeToString,
+                response_deserializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.ListContextsResponse.FromString,
+                _registered_method=True)
+        self.DeleteContext = channel.unary_unary(
+                '/hillinfer.v1.ColdPool/DeleteContext',
+                request_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.DeleteContextRequest.SerializeToString,
+                response_deserializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.DeleteContextResponse.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/hillinfer.v1.ColdPool/Status',
                 request_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.StatusRequest.SerializeToString,
@@ -103,6 +118,27 @@ class ColdPoolServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveContext(self, request, context):
+        """Makes a durable context complete and read-only; from then on others may
+        begin with it. Everything appended before is in it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListContexts(self, request, context):
+        """Durable contexts of the caller's user; of every user for root.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteContext(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -136,6 +172,21 @@ def add_ColdPoolServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.FetchRequest.FromString,
                     response_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.FetchResponse.SerializeToString,
+            ),
+            'SaveContext': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveContext,
+                    request_deserializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.SaveContextRequest.FromString,
+                    response_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.SaveContextResponse.SerializeToString,
+            ),
+            'ListContexts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListContexts,
+                    request_deserializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.ListContextsRequest.FromString,
+                    response_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.ListContextsResponse.SerializeToString,
+            ),
+            'DeleteContext': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteContext,
+                    request_deserializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.DeleteContextRequest.FromString,
+                    response_serializer=hillinfer__core_dot_v1_dot_cold__pool__pb2.DeleteContextResponse.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -278,6 +329,87 @@ class ColdPool(object):
             '/hillinfer.v1.ColdPool/Fetch',
             hillinfer__core_dot_v1_dot_cold__pool__pb2.FetchRequest.SerializeToString,
             hillinfer__core_dot_v1_dot_cold__pool__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hillinfer.v1.ColdPool/SaveContext',
+            hillinfer__core_dot_v1_dot_cold__pool__pb2.SaveContextRequest.SerializeToString,
+            hillinfer__core_dot_v1_dot_cold__pool__pb2.SaveContextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListContexts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hillinfer.v1.ColdPool/ListContexts',
+            hillinfer__core_dot_v1_dot_cold__pool__pb2.ListContextsRequest.SerializeToString,
+            hillinfer__core_dot_v1_dot_cold__pool__pb2.ListContextsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hillinfer.v1.ColdPool/DeleteContext',
+            hillinfer__core_dot_v1_dot_cold__pool__pb2.DeleteContextRequest.SerializeToString,
+            hillinfer__core_dot_v1_dot_cold__pool__pb2.DeleteContextResponse.FromString,
             options,
             channel_credentials,
             insecure,
