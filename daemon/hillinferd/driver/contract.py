@@ -100,7 +100,7 @@ class Winners:
     read: int
 
 
-class DamagedKeys(Exception):
+class DamagedKeys(Exception):  # noqa: N818 -- it says what happened, as all errors here
     """The evaluation keys of ``segment``, as read for a scan, do not have the checksum they should."""
 
     def __init__(self, segment: KeySegment) -> None:

@@ -13,8 +13,9 @@ class DriverSettings:
     ``kind`` "host" or "xrt"; ``path`` of the pool: a file, which is made if it does not exist, or a block
     device that has been formatted; ``capacity`` of the pool (a multiple of 4096; for a block device an upper
     bound, 0 for all of it); ``keep`` False for a file that loses its name at once, and with it its content;
-    ``key_memory`` that evaluation keys may take (host: DRAM); ``profile`` of the pacing, "none" or "smartssd";
-    ``card`` the BDF of the FPGA's user function, and ``bitstream`` the xclbin to configure it with (xrt only).
+    ``key_memory`` that evaluation keys may take (host: DRAM); ``profile`` of the pacing, "none" or
+    "smartssd"; ``card`` the BDF of the FPGA's user function, and ``bitstream`` the xclbin to configure it
+    with (xrt only).
     """
 
     kind: str
