@@ -1,0 +1,1 @@
+"""What outlives the daemon about durable contexts: a database beside the pool, and its check."""
