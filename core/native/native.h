@@ -39,6 +39,20 @@ void top_k(const int32_t *scores, size_t n, size_t k, uint32_t first_id, uint32_
 // CRC-32C of each of n rows that lie one after another; with the instruction where `hardware` and there is one.
 void row_checksums(bool hardware, const uint8_t *rows, size_t n, size_t row_bytes, uint32_t *out);
 
+// The sums behind a data checksum; both zero before the first beat.
+struct DataSums {
+    uint64_t first[kTileTokens] = {};
+    uint64_t second[kTileTokens] = {};
+};
+
+// Adds `count` beats that lie one after another.
+void add_beats(Variant variant, const uint8_t *beats, size_t count, DataSums &sums);
+
+// Makes `sums` those of its beats and then of `following`, which were summed apart.
+void join(DataSums &sums, const DataSums &following, size_t following_beats);
+
+uint32_t data_checksum(const DataSums &sums);
+
 struct GatherResult {
     int error = 0;  // errno, 0 for success
     uint64_t read_bytes = 0;
