@@ -115,6 +115,9 @@ class Catalogue:
         """Every durable context, by name, then user."""
         return sorted(self._durables.values(), key=lambda durable: (durable.name, durable.uid))
 
+    def __contains__(self, context_id: int) -> bool:
+        return context_id in self._contexts
+
     def __iter__(self) -> Iterator[Context]:
         return iter(list(self._contexts.values()))
 
@@ -171,10 +174,7 @@ class Catalogue:
             self._durables[uid, name] = durable
         else:
             durable.check_matches(shape, labels)
-            if durable.saved:
-                raise ContextInUse(
-                    f"context {name!r} is saved and can no longer be written; begin with it instead"
-                )
+            durable.check_writable()
             durable.check_free("cannot write")
         context = Context(durable.context_id, session_id, uid, shape, durable.layers, durable=durable)
         durable.writer = context.context_id
@@ -240,8 +240,8 @@ class Catalogue:
         changed. Follow with :meth:`commit` or :meth:`rollback`.
         """
         layer, shape = context.layer(layer_index), context.shape
-        if context.durable and context.durable.saved:
-            raise ContextInUse(f"context {context.durable.name!r} is saved and can no longer be written")
+        if context.durable:
+            context.durable.check_writable()
         if first_token != layer.tokens:
             raise OutOfOrder(
                 f"layer {layer_index} holds {layer.tokens} tokens; append cannot start at {first_token}"

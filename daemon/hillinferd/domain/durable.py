@@ -66,6 +66,11 @@ class Durable:
             if self.labels.get(name) != labels.get(name):
                 raise self._mismatch(name, self.labels.get(name, "none"), labels.get(name, "none"))
 
+    def check_writable(self) -> None:
+        """Raise :class:`ContextInUse` once it is saved."""
+        if self.saved:
+            raise ContextInUse(f"context {self.name!r} is saved, nobody can write it; begin with it")
+
     def check_free(self, wanted: str) -> None:
         """Raise :class:`ContextInUse` while any context is open on it."""
         if self.writer:

@@ -9,9 +9,9 @@ import signal
 import socket
 import sys
 
+from ..driver.settings import DriverSettings
 from ..logs import set_up
 from ..process import die_with_parent
-from ..driver.settings import DriverSettings
 from .loop import serve
 
 

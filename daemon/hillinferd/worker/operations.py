@@ -106,9 +106,7 @@ class Operations:
         if context_id is not None:
             layers = self._contexts[context_id].layers.values()
             held = sum(self._keys.loaded_bytes(store) for store in layers)
-        return Done(
-            traffic, evaluated or [], appended, sealed or [], self._keys.residency.used_bytes, held
-        )
+        return Done(traffic, evaluated or [], appended, sealed or [], self._keys.residency.used_bytes, held)
 
     def _opened(self, request: messages.OpenContext) -> _Context:
         context = _Context(request.shape)
@@ -133,9 +131,7 @@ class Operations:
             self._drop(request.context_id)
             raise
 
-    def _seal(
-        self, request: messages.SealContext, traffic: Traffic
-    ) -> list[tuple[int, messages.SealedKeys]]:
+    def _seal(self, request: messages.SealContext, traffic: Traffic) -> list[tuple[int, messages.SealedKeys]]:
         written = [
             (index, store, *self._keys.write_unsealed(store, segment, store.tokens, traffic))
             for index, store in self._context(request.context_id).layers.items()
