@@ -104,9 +104,8 @@ class HostDriver:
             for segment, tiles, streamed in self._tiles(segments):
                 low = max(origin, segment.first_token)
                 high = min(origin + columns, segment.end_token)
-                part = tiles[:, (low - segment.first_token) // TILE_TOKENS :][
-                    :, : (high - low) // TILE_TOKENS
-                ]
+                begin = (low - segment.first_token) // TILE_TOKENS
+                part = tiles[:, begin : begin + (high - low) // TILE_TOKENS]
                 kernel.scores(part, scan.q, segment.precision, scores[:, low - origin : high - origin])
                 scanned += segment.nbytes if streamed else part.size
                 read += segment.nbytes if streamed else 0
@@ -119,7 +118,7 @@ class HostDriver:
         self._storage.close()
 
     def _tiles(self, segments: Sequence[KeySegment]) -> Iterator[tuple[KeySegment, U8, bool]]:
-        """Yield each segment with its tiles, valid until the next is asked for, and whether they were read."""
+        """Yield each segment, its tiles (valid until the next is asked for), and whether they were read."""
         wanted = [segment for segment in segments if segment.offset not in self._keys]
         coming: list[Future[U8]] = []
         try:

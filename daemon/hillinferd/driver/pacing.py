@@ -13,15 +13,15 @@ import numpy.typing as npt
 from .profiles import Profile
 
 SPIN_S = 60e-6
-"""Waited for without sleeping: Linux rounds a sleep up by as much as 50 us (timer slack, prctl(2)), then wakes."""
+"""Waited for without sleeping: Linux rounds a sleep up by as much as 50 us (timer slack, prctl(2))."""
 
 
 class Pacing:
     """The clock of a modelled device, shared by all that use it; thread-safe.
 
     Each method is a context manager around the real operation: it returns when the model would have
-    finished, or when the real operation has, whichever is later. Reads, appends and P2P wait for one another on the
-    one NAND; the latency of a command passes beside other transfers.
+    finished, or when the real operation has, whichever is later. Reads, appends and P2P wait for one
+    another on the one NAND; the latency of a command passes beside other transfers.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -46,14 +46,12 @@ class Pacing:
 
     @contextmanager
     def gather(self, offsets: npt.NDArray[np.uint64], row_bytes: int) -> Iterator[None]:
-        """Pace reads of ``row_bytes`` from each of ``offsets``, in as few commands as the pages they touch."""
+        """Pace reads of ``row_bytes`` from each of ``offsets``; pages that touch are one command."""
         limit = self.profile
         if limit.name == "none":
             yield
             return
-        first = offsets // np.uint64(limit.smallest)
-        last = (offsets + np.uint64(row_bytes - 1)) // np.uint64(limit.smallest)
-        commands, pages = _commands(first, last, max(1, limit.command // limit.smallest))
+        commands, pages = _commands(offsets, row_bytes, limit.smallest, limit.command)
         busy = max(
             _time(pages * limit.smallest, limit.nand_read, limit.host_read),
             commands / limit.read_iops if limit.read_iops else 0,
@@ -101,12 +99,15 @@ def _time(nbytes: int, *rates: float) -> float:
     return max((nbytes / rate for rate in rates if rate), default=0.0)
 
 
-def _commands(first: npt.NDArray[np.uint64], last: npt.NDArray[np.uint64], most: int) -> tuple[int, int]:
-    """Return how many commands of at most ``most`` pages read pages first .. last of rows, and how many pages."""
-    pages = np.unique(np.concatenate((first, last)))
+def _commands(offsets: npt.NDArray[np.uint64], row_bytes: int, page: int, most: int) -> tuple[int, int]:
+    """Return how many commands of at most ``most`` bytes read the rows, and how many pages they read."""
+    first = offsets.astype(np.int64) // page
+    last = (offsets.astype(np.int64) + row_bytes - 1) // page
+    span = np.arange((row_bytes - 1) // page + 2)
+    pages = np.unique(np.minimum(first[:, None] + span, last[:, None]))
     breaks = np.flatnonzero(np.diff(pages) > 1)
     lengths = np.diff(np.concatenate(([-1], breaks, [pages.size - 1])))
-    return int((-(-lengths // most)).sum()), int(pages.size)
+    return int((-(-lengths // (most // page))).sum()), int(pages.size)
 
 
 def _wait(until: float) -> None:

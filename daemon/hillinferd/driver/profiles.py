@@ -38,7 +38,7 @@ class Profile:
 
     @property
     def scan(self) -> float:
-        """Evaluation keys scanned from the card's memory, in bytes a second: the slower of memory and kernel."""
+        """Evaluation keys scanned a second from the card's memory: the slower of memory and kernel."""
         limits = [rate for rate in (self.card_dram, self.kernel) if rate]
         return min(limits, default=0)
 
@@ -55,7 +55,7 @@ SMARTSSD = Profile(
     read_iops=750e3,
     smallest=4096,
     command=128 << 10,
-    # One synchronous 4 KiB P2P read at a time gives 0.05 GB/s: 4096 / 0.05e9 = 82 us, of which 2 are transfer.
+    # One synchronous 4 KiB P2P read at a time gives 0.05 GB/s: 4096 / 0.05e9 = 82 us, 2 of them transfer.
     latency=80e-6,
     # The vendor's kernel test measured 15.4 of the 19.2 GB/s of one DDR4 channel.
     card_dram=15.4e9,

@@ -102,7 +102,7 @@ class Storage:
         return target.size
 
     def gather(self, offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> int:
-        """Read rows, many at a time, whole pages under direct I/O; see :func:`hillinfer_core.kernel.gather`."""
+        """Read rows, many at a time; whole pages under direct I/O. See :func:`hillinfer_core.kernel.gather`."""
         if len(offsets) == 0:
             return 0
         if int(offsets.max()) + out.shape[1] > self.capacity:
@@ -178,8 +178,8 @@ class Storage:
         header = Header.unpack(page, str(self.path))
         if size < header.capacity:
             raise DamagedCatalogue(
-                f"the cold pool {self.path} is cut short: {size} bytes of {header.capacity}; restore it from a "
-                "backup, or delete it and lose its contexts"
+                f"the cold pool {self.path} is cut short: {size} bytes of {header.capacity}; restore it "
+                "from a backup, or delete it and lose its contexts"
             )
         return header
 
