@@ -294,8 +294,8 @@ DRIVE_KEYS = (
         _path,
         lambda _: None,
         "a file or a block device",
-        "file or formatted block device of the cold pool, which keeps durable contexts (default: a file without "
-        "a name, gone with the daemon)",
+        "file or formatted block device of the cold pool, which keeps durable contexts (default: a file "
+        "without a name, gone with the daemon)",
     ),
     Key(
         "pool_capacity",

@@ -132,8 +132,8 @@ class Catalogue:
                 self.allocator.claim(extent)
             except ValueError:
                 raise DamagedCatalogue(
-                    f"context {durable.name!r} of user {durable.uid} has an extent at {extent.offset} that is "
-                    "not in the pool or belongs to another; see what can be kept with `hillinferctl fsck`"
+                    f"context {durable.name!r} of user {durable.uid} has an extent at {extent.offset} "
+                    "not in the pool or of another; see what can be kept with `hillinferctl fsck`"
                 ) from None
         self._used[durable.uid] += durable.extent_bytes
         self._durables[key] = durable
@@ -236,8 +236,8 @@ class Catalogue:
     def reserve(self, context: Context, layer_index: int, first_token: int, tokens: int) -> list[Placed]:
         """Check an append and allocate the extents it needs beyond those the layer has (may be none).
 
-        Raises :class:`OutOfOrder`, :class:`InvalidInput`, :class:`QuotaExceeded` or ``PoolFull``, with nothing
-        changed. Follow with :meth:`commit` or :meth:`rollback`.
+        Raises :class:`OutOfOrder`, :class:`InvalidInput`, :class:`QuotaExceeded` or ``PoolFull``, with
+        nothing changed. Follow with :meth:`commit` or :meth:`rollback`.
         """
         layer, shape = context.layer(layer_index), context.shape
         if context.durable:
@@ -297,8 +297,8 @@ class Catalogue:
         ):
             if new and used + new > limit:
                 raise QuotaExceeded(
-                    f"this {what} has {format_bytes(used)} of the cold pool and may have {format_bytes(limit)}; "
-                    f"close or delete contexts, or raise {what}_quota"
+                    f"this {what} has {format_bytes(used)} of the cold pool and may have "
+                    f"{format_bytes(limit)}; close or delete contexts, or raise {what}_quota"
                 )
 
     def _free(self, uid: int, extents: list[Extent]) -> None:

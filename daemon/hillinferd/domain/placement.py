@@ -1,9 +1,10 @@
 """Where the tokens of a layer lie: a layer is a list of placed extents, each covering a run of tokens.
 
-An extent holds rows, then evaluation keys. Rows lie head by head, so that the rows of one head are contiguous
-and a page of direct I/O brings neighbours of the same head: the row of token ``t`` and head ``h`` is at
-``offset + (h * stride + t - first_token) * row_bytes``. The keys begin on the page after the last row, and are
-written once, when the extent is full or its context is saved: uint8 [kv_heads, tokens / 16, tile bytes].
+An extent holds rows, then evaluation keys. Rows lie head by head, so that the rows of one head are
+contiguous and a page of direct I/O brings neighbours of the same head: the row of token ``t`` and head ``h``
+is at ``offset + (h * stride + t - first_token) * row_bytes``. The keys begin on the page after the last row,
+and are written once, when the extent is full or its context is saved: uint8 [kv_heads, tokens / 16, tile
+bytes].
 """
 
 from __future__ import annotations

@@ -208,8 +208,8 @@ class Database:
 
     def _damaged(self, what: str) -> DamagedCatalogue:
         return DamagedCatalogue(
-            f"the catalogue {self._path} is damaged: {what}; restore it together with its pool from a copy, or "
-            "see what can be kept with `hillinferctl fsck`"
+            f"the catalogue {self._path} is damaged: {what}; restore it together with its pool from a "
+            "copy, or see what can be kept with `hillinferctl fsck`"
         )
 
     @contextmanager

@@ -207,6 +207,6 @@ class DurableRecords:
 
 def _damaged(what: str) -> DamagedCatalogue:
     return DamagedCatalogue(
-        f"the catalogue is damaged: {what}; restore it together with its pool from a copy, or see what can be "
-        "kept with `hillinferctl fsck`"
+        f"the catalogue is damaged: {what}; restore it together with its pool from a copy, or see what "
+        "can be kept with `hillinferctl fsck`"
     )

@@ -1,4 +1,4 @@
-"""The cold pool as a service: sessions, and their contexts on one drive or several, whatever the transport."""
+"""The cold pool as a service: sessions and their contexts, on one drive or several."""
 
 from __future__ import annotations
 
@@ -165,10 +165,10 @@ class ColdPoolService:
         return None
 
     def _drive_for(self, session: Session, ask: requests.OpenContext) -> Drive:
-        """Return the drive of a named context, else that of the session's other contexts, else the emptiest."""
-        if name := ask.base_name or ask.durable_name:
-            if drive := self._drive_with(session.peer.uid, name):
-                return drive
+        """Return the drive of a named context, else of the session's other contexts, else the emptiest."""
+        name = ask.base_name or ask.durable_name
+        if name and (drive := self._drive_with(session.peer.uid, name)):
+            return drive
         serving = [drive for drive in self.drives if drive.worker.up] or self.drives
         for drive in serving:
             if drive.catalogue.of_session(session.session_id):

@@ -68,8 +68,8 @@ class Drive:
 
     async def start(self) -> None:
         """Recover what the pool holds, start worker and queue; raises what keeps the drive from serving."""
-        if self._settings.catalogue is not None:
-            self._records = await asyncio.to_thread(_open_records, self._settings)
+        if self._settings.catalogue is not None and not _is_orphan(self._settings):
+            self._records = await asyncio.to_thread(_open_records, self._settings.catalogue)
         await self.worker.start()
         self._tasks = [
             asyncio.create_task(task) for task in (self.queue.run(), self.worker.watch(), self._heartbeat())
@@ -411,8 +411,13 @@ class Drive:
 
     async def _recover(self) -> None:
         """With the first worker: take in durable contexts, and discard whatever else the pool holds."""
-        identity = self.worker.identity
+        identity, path = self.worker.identity, self._settings.catalogue
         assert identity is not None
+        if path is not None and self._records is None:
+            raise DamagedCatalogue(
+                f"the pool {identity.path} has no catalogue at {path}; restore it, or delete the pool to begin "
+                "with an empty one"
+            )
         if self._records is not None and self._records.database.pool_id != identity.pool_id:
             await asyncio.to_thread(_bind, self._records, identity.pool_id, identity.path)
         if self._started:
@@ -428,14 +433,14 @@ class Drive:
         self._started = True
 
 
-def _open_records(settings: DriveSettings) -> DurableRecords:
-    path, pool = settings.catalogue, Path(settings.driver.path)
+def _is_orphan(settings: DriveSettings) -> bool:
+    """Say whether there is a pool whose catalogue is missing; that of a device is made at its first use."""
+    pool, path = Path(settings.driver.path), settings.catalogue
     assert path is not None
-    if not path.exists() and pool.is_file() and pool.stat().st_size > 0:
-        raise DamagedCatalogue(
-            f"the pool {pool} has no catalogue at {path}; restore it, or delete the pool to begin with an "
-            "empty one"
-        )
+    return not path.exists() and pool.is_file() and pool.stat().st_size > 0
+
+
+def _open_records(path: Path) -> DurableRecords:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return DurableRecords(Database(path))

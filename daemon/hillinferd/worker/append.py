@@ -122,7 +122,7 @@ def _refitted(
     segments: list[Segment],
     traffic: messages.Traffic,
 ) -> tuple[Quantisation, list[Segment]]:
-    """Fit ranges to every row, old ones read back and ``new`` ones, and return fresh segments with their keys.
+    """Fit ranges to every row, old ones read back and ``new`` ones; return fresh segments with their keys.
 
     Sealed keys are written over the old ones. If that is not carried to its end, the old ones fail their
     checksum when they are next read from the pool, and are made anew.

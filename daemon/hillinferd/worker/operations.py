@@ -13,7 +13,8 @@ from hillinfer_core.arena import Arena
 from hillinfer_core.errors import DeviceUnavailable, HillInferError, InvalidInput, PoolFull, UnknownContext
 from hillinfer_core.layout import Shape
 
-from ..domain.content import LayerContent
+from ..domain.content import Appended, LayerContent
+from ..domain.quantisation import SealedKeys
 from ..driver.contract import Driver
 from ..logs import get_logger
 from . import messages, rows
@@ -99,8 +100,8 @@ class Operations:
         context_id: int | None = None,
         *,
         evaluated: list[messages.Evaluated] | None = None,
-        appended: messages.Appended | None = None,
-        sealed: list[tuple[int, messages.SealedKeys]] | None = None,
+        appended: Appended | None = None,
+        sealed: list[tuple[int, SealedKeys]] | None = None,
     ) -> Done:
         held = 0
         if context_id is not None:
@@ -131,7 +132,7 @@ class Operations:
             self._drop(request.context_id)
             raise
 
-    def _seal(self, request: messages.SealContext, traffic: Traffic) -> list[tuple[int, messages.SealedKeys]]:
+    def _seal(self, request: messages.SealContext, traffic: Traffic) -> list[tuple[int, SealedKeys]]:
         written = [
             (index, store, *self._keys.write_unsealed(store, segment, store.tokens, traffic))
             for index, store in self._context(request.context_id).layers.items()
