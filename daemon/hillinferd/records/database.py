@@ -47,8 +47,9 @@ class Database:
 
     ``path`` is made if it does not exist. Every record carries a CRC-32 of its key and body. SQLite does not
     check the pages of a database, nor can it tell a damaged end of its log from an unfinished write: the file
-    ``path`` + ".sequence" holds the number of the last commit, and a database that is behind it is refused, unless
-    ``forgive_lost_commits``.
+    ``path`` + ".sequence" holds the number of the last commit, and a database that is behind it is refused,
+    unless ``forgive_lost_commits``.
+
     Opening reads and checks all of it. One thread at a time; every method blocks and raises
     :class:`DamagedCatalogue`, :class:`PoolFull` or :class:`DeviceUnavailable`.
     """
