@@ -15,10 +15,11 @@ published dumps. Class codes differ between cards and are not looked at."""
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that keeps a device from being used, or slows it, and what to do about it."""
+    """Something that keeps a device from being used (``blocks``) or slows it, and what to do about it."""
 
     text: str
     remedy: str
+    blocks: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Namespace:
     @property
     def usable(self) -> bool:
         """Whether all of it may become a cold pool: nothing mounted, holding, or lying on it."""
-        return not self.problems
+        return not any(problem.blocks for problem in self.problems)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -118,11 +119,8 @@ class SmartSsd:
 
     @property
     def usable(self) -> bool:
-        """Whether the xrt driver can run on it; a problem that only slows it does not count."""
-        fpga, namespace = self.fpga, self.namespace
-        return bool(
-            fpga.flashed and fpga.ready and fpga.render_node and namespace is not None and namespace.usable
-        )
+        """Whether the xrt driver can run on it: it is ready, and its namespace is there and usable."""
+        return not any(problem.blocks for problem in self.problems)
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -117,7 +117,7 @@ def _problems(path: Path, node: str, size: int, signature: str | None, usage: Us
     elif signature:
         yield Problem(
             f"{node} has content: {signature}",
-            f"if nobody needs it, erase what marks it: wipefs --all {node}; else use a file there as the pool",
+            f"if nobody needs it, erase its marks: wipefs --all {node}; else use a file there as the pool",
         )
 
 

@@ -107,7 +107,7 @@ def _fpga_problems(fpga: Fpga) -> Iterator[Problem]:
         )
         return
     if fpga.management and fpga.management_driver != MANAGEMENT_DRIVER:
-        yield Problem(_bound(fpga.management, fpga.management_driver), _load(MANAGEMENT_DRIVER))
+        yield Problem(_bound(fpga.management, fpga.management_driver), _load(MANAGEMENT_DRIVER), blocks=False)
     if fpga.driver != USER_DRIVER:
         yield Problem(_bound(fpga.user, fpga.driver), _load(USER_DRIVER))
         return
@@ -122,6 +122,7 @@ def _fpga_problems(fpga: Fpga) -> Iterator[Problem]:
         yield Problem(
             "P2P is off: bytes from its drive take a detour through host memory",
             f"as root: xbutil configure --p2p enable --device {fpga.user}, then a warm reboot",
+            blocks=False,
         )
 
 

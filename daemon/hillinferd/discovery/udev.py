@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import errno
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -60,10 +61,17 @@ class Monitor:
         """Return the descriptor that becomes readable with an event."""
         return int(self._monitor.fileno())
 
-    def pending(self) -> Iterator[Change]:
-        """Yield the events that have come, without waiting. Raises ``OSError`` ENOBUFS if some were lost."""
-        while (device := self._monitor.poll(timeout=0)) is not None:
-            yield Change(device.action or "", device.subsystem or "", Path(device.sys_path))
+    def pending(self) -> list[Change] | None:
+        """Return the events that have come, without waiting; None if the kernel dropped some."""
+        changes: list[Change] = []
+        try:
+            while (device := self._monitor.poll(timeout=0)) is not None:
+                changes.append(Change(device.action or "", device.subsystem or "", Path(device.sys_path)))
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            return None
+        return changes
 
 
 def _context() -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +67,16 @@ class Tracker:
 
     @property
     def waiting(self) -> bool:
-        """Whether a card is not ready yet, so that :meth:`refresh` should be called again soon."""
+        """Whether a card is not ready yet, so that the machine should be looked at again soon."""
         return bool(self._waiting)
 
-    def handle(self, changes: Iterable[Change]) -> list[Event]:
-        """Return what ``changes``, in their order, mean; looks at the machine at most once."""
+    def handle(self, changes: Iterable[Change] | None) -> list[Event]:
+        """Return what ``changes``, in their order, mean; for None, what a look at the machine shows.
+
+        Blocks while the machine is looked at, which is done at most once.
+        """
+        if changes is None:
+            return self._refresh()
         events: list[Event] = []
         stale = False
         for change in changes:
@@ -81,10 +85,9 @@ class Tracker:
             if change.action in _GONE:
                 events += self._drop([d for d in self._known.values() if _rests_on(d, change.path)])
             stale = stale or change.action in _GONE or change.action in _NEW[change.subsystem]
-        return events + self.refresh() if stale else events
+        return events + self._refresh() if stale else events
 
-    def refresh(self) -> list[Event]:
-        """Look at the machine and return what is different."""
+    def _refresh(self) -> list[Event]:
         found, now = self._look(), self._clock()
         here: dict[Identity, Device] = {drive.identity: drive for drive in found.namespaces}
         waiting: dict[Identity, float] = {}
@@ -119,32 +122,25 @@ async def watch(*, ready_within_s: float = READY_WITHIN_S) -> AsyncGenerator[Eve
     # Before the first look, so that nothing between the two is missed.
     monitor = Monitor()
     tracker = Tracker(scan, ready_within_s=ready_within_s)
-    loop, wake = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(monitor.fileno(), wake.set)
+    changes: list[Change] | None = None
+    while True:
+        for event in await asyncio.to_thread(tracker.handle, changes):
+            yield event
+        woken = await _readable(monitor.fileno(), POLL_S if tracker.waiting else None)
+        changes = monitor.pending() if woken else None
+
+
+async def _readable(descriptor: int, within_s: float | None) -> bool:
+    loop, woken = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, woken.set)
     try:
-        events: Sequence[Event] = await asyncio.to_thread(tracker.refresh)
-        while True:
-            for event in events:
-                yield event
-            wait = asyncio.timeout(POLL_S if tracker.waiting else None)
-            try:
-                async with wait:
-                    await wake.wait()
-            except TimeoutError:
-                events = await asyncio.to_thread(tracker.refresh)
-                continue
-            wake.clear()
-            try:
-                changes = list(monitor.pending())
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                # The kernel dropped events: look at everything. A disk's sequence number tells a return.
-                events = await asyncio.to_thread(tracker.refresh)
-                continue
-            events = await asyncio.to_thread(tracker.handle, changes)
+        async with asyncio.timeout(within_s):
+            await woken.wait()
+    except TimeoutError:
+        return False
     finally:
-        loop.remove_reader(monitor.fileno())
+        loop.remove_reader(descriptor)
+    return True
 
 
 def _rests_on(device: Device, path: Path) -> bool:
