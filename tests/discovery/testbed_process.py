@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+from pathlib import Path
 
 from hillinferd.discovery import watch as watching
 from hillinferd.discovery.inventory import scan
@@ -56,6 +57,8 @@ class Testbed:
         with looking:
             self.uevent(path, "remove")
             self._library.umockdev_testbed_remove_device(self._bed, f"/sys{path}".encode())
+            # umockdev 0.17 forgets this link, and refuses to make it again.
+            Path(f"{self._root}/sys/block", os.path.basename(path)).unlink(missing_ok=True)
 
 
 def obey(bed: Testbed, line: str) -> None:
