@@ -64,8 +64,13 @@ class Watched:
         self.expect(("disappeared", "/dev/nvme9n1", True), ("appeared", "/dev/nvme9n1", True))
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            # It deletes the mocked machine first.
+            assert self._process.wait(timeout=30) == 0
+        finally:
+            self._process.kill()
 
 
 @pytest.fixture

@@ -26,13 +26,18 @@ class Bench:
         self.looks += 1
         return self.inventory
 
-    def becomes(self, devices: list[tree.Device], usage: Usage | None = None) -> None:
+    def becomes(
+        self, devices: list[tree.Device], usage: Usage | None = None, *, examined: bool = True
+    ) -> None:
         # All machines lie at the same place, so that their devices are the same.
         self._times += 1
         place = self._tmp_path / "now"
         if place.exists():
             place.rename(self._tmp_path / f"before-{self._times}")
-        self.inventory = inventory_of(tree.write_tree(place, devices), usage or Usage({}))
+        listing = tree.write_tree(place, devices)
+        if not examined:
+            listing = tree.replace(listing, disks=tuple((path, None) for path, _ in listing.disks))
+        self.inventory = inventory_of(listing, usage or Usage({}))
 
     def told(self, *changes: tuple[str, str, str]) -> list[str]:
         place = self._tmp_path / "now" / "devices"
@@ -107,6 +112,25 @@ def test_a_card_waits_for_its_drive(bench: Bench) -> None:
     assert bench.tracker.waiting
     bench.becomes(tree.one_pair())
     assert bench.told(("add", "block", DISK)) == BOTH
+
+
+def test_a_drive_waits_for_udev_to_examine_it(bench: Bench) -> None:
+    bench.becomes(tree.one_pair(), examined=False)
+    assert bench.told(("bind", "pci", USER)) == []
+    assert bench.tracker.waiting
+    bench.becomes(tree.one_pair())
+    assert bench.told(("add", "block", DISK)) == BOTH
+    # What is known stays, whatever udev says later.
+    bench.becomes(tree.one_pair(), examined=False)
+    assert bench.looked() == []
+
+
+def test_without_udevd_a_drive_appears_after_the_deadline(bench: Bench) -> None:
+    bench.becomes(tree.one_pair(), examined=False)
+    assert bench.looked() == []
+    bench.now = 10.0
+    assert bench.looked() == BOTH
+    assert not bench.inventory.namespaces[0].usable
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hillinferd.discovery.inventory import scan
 from hillinferd.discovery.model import Inventory, Namespace
 
 looking = threading.Lock()
+"""Nobody looks at the machine while it is half changed."""
 
 
 def look() -> Inventory:
@@ -53,17 +54,29 @@ class Testbed:
         os.unlink(f"{self._root}/sys{path}/{name}")
 
     def remove(self, path: str) -> None:
-        # umockdev has no event for what is gone, the kernel only for that: nobody may look in between.
-        with looking:
-            self.uevent(path, "remove")
-            self._library.umockdev_testbed_remove_device(self._bed, f"/sys{path}".encode())
-            # umockdev 0.17 forgets this link, and refuses to make it again.
-            Path(f"{self._root}/sys/block", os.path.basename(path)).unlink(missing_ok=True)
+        # umockdev has no event for what is gone, the kernel only for that.
+        self.uevent(path, "remove")
+        self._library.umockdev_testbed_remove_device(self._bed, f"/sys{path}".encode())
+        # umockdev 0.17 forgets this link, and refuses to make it again.
+        Path(f"{self._root}/sys/block", os.path.basename(path)).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Delete the mocked machine's files."""
+        self._library.g_object_unref(self._bed)
 
 
 def obey(bed: Testbed, line: str) -> None:
     for command, arguments in json.loads(line).items():
-        getattr(bed, command)(*([arguments] if isinstance(arguments, str) else arguments))
+        with looking:
+            getattr(bed, command)(*([arguments] if isinstance(arguments, str) else arguments))
+
+
+def obey_all(bed: Testbed) -> None:
+    for line in sys.stdin:
+        obey(bed, line)
+    with looking:
+        bed.close()
+        os._exit(0)
 
 
 async def report(ready_within_s: float) -> None:
@@ -77,7 +90,7 @@ def main() -> None:
     watching.scan = look
     bed = Testbed()
     obey(bed, sys.stdin.readline())
-    threading.Thread(target=lambda: [obey(bed, line) for line in sys.stdin], daemon=True).start()
+    threading.Thread(target=obey_all, args=(bed,), daemon=True).start()
     asyncio.run(report(float(sys.argv[1])))
 
 
