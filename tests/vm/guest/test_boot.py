@@ -1,0 +1,3 @@
+import platform
+def test_x():
+    print(platform.uname())
