@@ -29,6 +29,7 @@ from hillinfer_core.units import format_bytes
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
 from .cec.command import app as cec_app
+from .devices_command import app as devices_app
 
 TIMEOUT_S = 10.0
 """Longest that the daemon may take to answer; status waits for nothing there. Our choice."""
@@ -39,6 +40,7 @@ app = typer.Typer(
     help="Ask a running hillinferd, or plan for a card without one.",
 )
 app.add_typer(cec_app, name="cec")
+app.add_typer(devices_app)
 
 
 @app.command(help="Show the device, the cold pool and who uses it.")
