@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -46,8 +47,8 @@ class Image:
     kernel: Path
 
 
-def build(folder: Path) -> Image:
-    """Make the image under ``folder``, downloading packages if they are not there yet."""
+def build(folder: Path, arguments: list[str]) -> Image:
+    """Make the image under ``folder``, whose tests get ``arguments``, with packages that are downloaded once."""
     for tool, package in {"apt-get": "apt", "dpkg-deb": "dpkg", "mke2fs": "e2fsprogs"}.items():
         if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
             raise Unavailable(f"{tool} is needed, of Debian's package {package}")
@@ -73,7 +74,7 @@ def build(folder: Path) -> Image:
         if Path(path).exists():
             tree.add(Path(path))
     tree.add_libraries(packages)
-    tree.add_init()
+    tree.add_init(arguments)
     disk = folder / "root.img"
     _format(root, disk)
     return Image(disk, packages / f"boot/vmlinuz-{version}")
@@ -120,11 +121,12 @@ class _Tree:
             if packages not in path.parents and self.root not in path.parents and path.exists():
                 self.add(path)
 
-    def add_init(self) -> None:
-        """Add the script that the kernel starts."""
+    def add_init(self, arguments: list[str]) -> None:
+        """Add the script that the kernel starts, which hands ``arguments`` to pytest."""
         target = self.root / "usr/sbin/guest-init"
         script = (Path(__file__).parent / "guest-init").read_text()
-        target.write_text(script.replace("@repository@", str(REPOSITORY)))
+        script = script.replace("@repository@", shlex.quote(str(REPOSITORY)))
+        target.write_text(script.replace("@arguments@", shlex.join(arguments)))
         target.chmod(0o755)
 
     def _copy(self, source: Path, name: Path) -> None:

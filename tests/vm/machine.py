@@ -18,6 +18,10 @@ DRIVES = {"cold": 512, "wide": 4096, "log": 512, "replay": 512, "plug": 512}
 """Serial number (after "hillinfer-") and bytes a sector of each drive; "plug" is there only while plugged in."""
 
 _DRIVE_BYTES = 512 << 20
+_KERNEL_ARGUMENTS = (
+    "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off rw rootwait init=/usr/sbin/guest-init "
+    f"root=PARTUUID={DISK_SIGNATURE:08x}-01"
+)
 
 
 class Machine:
@@ -27,7 +31,7 @@ class Machine:
     "exit STATUS" (kept in :attr:`status`).
     """
 
-    def __init__(self, image: Image, folder: Path, arguments: str) -> None:
+    def __init__(self, image: Image, folder: Path) -> None:
         qemu = shutil.which("qemu-system-x86_64")
         if qemu is None:
             raise Unavailable("QEMU is needed: apt-get install --no-install-recommends qemu-system-x86")
@@ -35,20 +39,17 @@ class Machine:
         # A Unix socket's path may be no longer than 107 bytes, which a repository's may be.
         self._sockets = tempfile.TemporaryDirectory(prefix="hillinfer-vm-")
         control, monitor = (Path(self._sockets.name, name) for name in ("control", "monitor"))
-        accelerator = "kvm" if os.access("/dev/kvm", os.W_OK) else "tcg,thread=multi"
+        # A /dev/kvm that is there need not work, inside another virtual machine.
+        accelerator = "kvm" if os.environ.get("HILLINFER_KVM") else "tcg,thread=multi"
         self._process = subprocess.Popen(
             [qemu, "-accel", accelerator, "-machine", "q35", "-cpu", "max", "-smp", "2", "-m", "2G"]
             + ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-nic", "none"]
             + ["-serial", "stdio", "-serial", f"unix:{control},server=on,wait=off"]
             + ["-qmp", f"unix:{monitor},server=on,wait=off"]
-            + ["-kernel", str(image.kernel), "-append"]
-            + [
-                f"console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off rootwait root=PARTUUID={DISK_SIGNATURE:08x}-01 "
-                f'rw init=/usr/sbin/guest-init -- hillinfer.tests="{arguments}"'
-            ]
+            + ["-kernel", str(image.kernel), "-append", _KERNEL_ARGUMENTS]
             + _blockdev("root", image.disk, "unsafe")
             + ["-device", "nvme,serial=hillinfer-root,drive=root"]
-            + ["-device", "pcie-root-port,id=port,chassis=1"]
+            + ["-device", "pcie-root-port,id=bay,chassis=1"]
             + [argument for name, sector in DRIVES.items() for argument in _drive(folder, name, sector)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -56,10 +57,8 @@ class Machine:
         self.console = self._process.stdout
         assert self.console is not None
         # QEMU has made its sockets once it writes to the console.
-        first = self.console.readline()
-        self.banner = first.decode(errors="replace")
-        if self._process.poll() is not None:
-            raise Unavailable(f"QEMU did not start: {self.banner}")
+        if not self.console.readline():
+            raise Unavailable(f"QEMU did not start: it ended with status {self._process.wait()}")
         self._monitor = _connect(monitor).makefile("rwb")
         self._monitor.readline()
         self._command("qmp_capabilities")
@@ -93,7 +92,7 @@ class Machine:
 
     def _carry_out(self, request: list[str]) -> None:
         if request == ["plug"]:
-            self._command("device_add", driver="nvme", id="plugged", serial="hillinfer-plug", bus="port", drive="plug")
+            self._command("device_add", driver="nvme", id="plugged", serial="hillinfer-plug", bus="bay", drive="plug")
         elif request == ["unplug"]:
             self._command("device_del", id="plugged")
         else:

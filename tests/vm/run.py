@@ -13,7 +13,7 @@ from image import REPOSITORY, Unavailable, build
 from machine import Machine
 
 LIMIT_SECONDS = 900
-DEFAULT = "tests/vm/guest tests/driver/test_driver_contract.py"
+DEFAULT = ["tests/vm/guest", "tests/driver/test_driver_contract.py"]
 
 
 def main() -> int:
@@ -21,9 +21,9 @@ def main() -> int:
     folder = REPOSITORY / "build/vm"
     started = time.monotonic()
     try:
-        image = build(folder)
+        image = build(folder, sys.argv[1:] or DEFAULT)
         built = time.monotonic()
-        machine = Machine(image, folder, " ".join(sys.argv[1:]) or DEFAULT)
+        machine = Machine(image, folder)
     except Unavailable as missing:
         print(f"make test-vm: {missing}", file=sys.stderr)
         return 1
@@ -31,8 +31,6 @@ def main() -> int:
     alarm.start()
     try:
         with (folder / "console.log").open("wb") as log:
-            for line in (machine.banner.encode(), *[]):
-                log.write(line)
             while line := machine.console.readline():
                 log.write(line)
                 log.flush()
