@@ -1,3 +1,0 @@
-import platform
-def test_x():
-    print(platform.uname())
