@@ -249,12 +249,14 @@ def _claim(fd: int, path: Path) -> None:
     info = os.fstat(fd)
     if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
         raise ConfigError(f"pool: {path} is neither a regular file nor a block device")
+    if stat.S_ISBLK(info.st_mode):
+        return  # opened with O_EXCL; and udev locks a device for a moment after every writer closes it
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(f"pool: {path} is in use by another daemon") from None
     # Another daemon that did not keep it may have taken its name since it was opened.
-    if stat.S_ISREG(info.st_mode) and os.fstat(fd).st_nlink == 0:
+    if os.fstat(fd).st_nlink == 0:
         raise ConfigError(f"pool: {path} is in use by another daemon")
 
 
