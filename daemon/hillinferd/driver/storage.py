@@ -21,6 +21,7 @@ from .block import device_bytes, discard_device, is_block_device, open_device
 from .contract import Bytes
 from .header import HEADER_BYTES, Header
 from .pacing import Pacing
+from .patience import while_busy
 from .profiles import NONE
 
 _BOUNCE_BYTES = 1 << 20
@@ -252,7 +253,7 @@ def _claim(fd: int, path: Path) -> None:
     if stat.S_ISBLK(info.st_mode):
         return  # opened with O_EXCL; and udev locks a device for a moment after every writer closes it
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while_busy(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
         raise ConfigError(f"pool: {path} is in use by another daemon") from None
     # Another daemon that did not keep it may have taken its name since it was opened.
