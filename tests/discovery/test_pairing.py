@@ -210,8 +210,11 @@ def test_mounts_and_swap_are_found_by_number_and_by_node(tmp_path: Path) -> None
     partition.mkdir()
     (partition / "partition").write_text("1\n")
     (partition / "dev").write_text("259:7\n")
+    (listing.disks[0][0] / "nvme0n1p2").mkdir()
+    (listing.disks[0][0] / "nvme0n1p2" / "partition").write_text("2\n")
     spaces = inventory_of(listing, Usage.of(MOUNTS, SWAPS)).namespaces
     assert "/dev/nvme0n1p1 is mounted at /mnt/two words" in spaces[0].problems[0].text
+    assert spaces[0].problems[1].remedy.endswith("as the pool: /dev/nvme0n1p2")
     assert "/dev/nvme1n1 is mounted at /home" in spaces[1].problems[0].text
     assert "/dev/nvme2n1 is swap" in spaces[2].problems[0].text
     assert spaces[3].usable
