@@ -151,10 +151,10 @@ def test_commits_that_the_log_lost_are_missed(copy: Path) -> None:
     Database(copy / "pool.catalogue").close()
 
 
-@pytest.mark.parametrize("name", ["pool", "pool.catalogue"])
-def test_the_daemon_does_not_start_on_what_is_damaged(copy: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "byte"), [("pool", 60), ("pool.catalogue", 16)])
+def test_the_daemon_does_not_start_on_what_is_damaged(copy: Path, name: str, byte: int) -> None:
     data = bytearray((copy / name).read_bytes())
-    data[16] ^= 0x10
+    data[byte] ^= 0x10
     (copy / name).write_bytes(data)
     (copy / "r").mkdir()
     process = spawn(copy / "r", *flags(copy))
