@@ -111,8 +111,6 @@ def check_bitstream(xclbin: Xclbin, entry: Entry, interface_uuids: Iterable[uuid
         raise BadBitstream(
             f"{entry.file} has sha256 {xclbin.sha256}, the manifest says {entry.sha256}: it is not that file"
         )
-    if not xclbin.for_hardware:
-        raise BadBitstream(f"{entry.file} was built for emulation ({xclbin.mode}); build it with TARGET=hw")
     if xclbin.interface_uuid != entry.interface_uuid:
         raise BadBitstream(
             f"{entry.file} has interface uuid {xclbin.interface_uuid}, "
@@ -121,11 +119,18 @@ def check_bitstream(xclbin: Xclbin, entry: Entry, interface_uuids: Iterable[uuid
     # An instance is "kernel:instance".
     if entry.kernel.name not in {name.partition(":")[0] for name in xclbin.kernels}:
         raise BadBitstream(f"{entry.file} has kernels {', '.join(xclbin.kernels)}, not {entry.kernel.name}")
+    check_shell(xclbin, entry.file, interface_uuids)
+
+
+def check_shell(xclbin: Xclbin, file: str, interface_uuids: Iterable[uuid.UUID]) -> None:
+    """Raise :class:`BadBitstream` unless ``xclbin``, called ``file``, is for hardware with one of the shells."""
+    if not xclbin.for_hardware:
+        raise BadBitstream(f"{file} was built for emulation ({xclbin.mode}); build it with TARGET=hw")
     shells = list(interface_uuids)
     if xclbin.interface_uuid not in shells:
         has = ", ".join(map(str, shells)) or "none"
         raise BadBitstream(
-            f"{entry.file} was built for shell interface {xclbin.interface_uuid}, the card has {has}; "
+            f"{file} was built for shell interface {xclbin.interface_uuid}, the card has {has}; "
             "build it for the card's platform"
         )
 
