@@ -21,16 +21,19 @@ from .reference import F32, I8, I32, U8, U32, Ranges, fit_ranges, quantise_query
 
 __all__ = [
     "Ranges",
+    "direct_alignment",
     "fit_ranges",
     "gather",
     "punch_hole",
     "quantise_keys",
     "quantise_query",
+    "read_range",
     "row_checksums",
     "scores",
     "top_k",
     "variants",
     "widen_keys",
+    "write_range",
 ]
 
 # The number of each is that of `Variant` in native.h; the widest last.
@@ -151,6 +154,37 @@ def gather(
     _require(int(offsets.max()) < 1 << 62, "offsets must be below 2**62")
     rows = _flat_bytes(out)[: count * row_bytes].reshape(count, row_bytes)
     return _native.gather(fd, np.ascontiguousarray(offsets), rows, direct)
+
+
+def read_range(fd: int, offset: int, out: U8, direct: bool) -> None:
+    """Fill ``out`` uint8 [n], C-contiguous, from byte ``offset`` of a file.
+
+    The range is split in chunks of 512 KiB that the threads of :func:`gather` read at the same time. With
+    ``direct`` the address, the length and the offset are multiples of 4096. Raises :class:`OSError`: EIO when
+    the file ends too early, else the errno of a failed read; ``out`` is then undefined.
+    """
+    _require(out.dtype == np.uint8 and out.ndim == 1 and out.flags.c_contiguous, "out must be uint8 [n]")
+    _require(out.flags.writeable, "out must be writable")
+    _native.read_range(fd, offset, out, direct)
+
+
+def write_range(fd: int, offset: int, data: U8, direct: bool) -> None:
+    """Write ``data`` uint8 [n], C-contiguous, to byte ``offset`` of a file; in chunks as :func:`read_range`.
+
+    Raises :class:`OSError`: ENOSPC when the file takes no more, else the errno of a failed write; which of
+    the bytes have been written is then unknown.
+    """
+    _require(data.dtype == np.uint8 and data.ndim == 1 and data.flags.c_contiguous, "data must be uint8 [n]")
+    _native.write_range(fd, offset, data, direct)
+
+
+def direct_alignment(fd: int) -> tuple[int, int] | None:
+    """Return the alignment in bytes of (memory, offsets) for direct I/O on a file, as statx(2) has it.
+
+    (0, 0) if the file has no direct I/O, None where the kernel (before Linux 6.1) or
+    the file system does not say.
+    """
+    return _native.direct_alignment(fd)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

@@ -1,11 +1,11 @@
 #include <errno.h>
-#include <sys/uio.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <numeric>
 
+#include "io.h"
 #include "native.h"
 #include "pool.h"
 
@@ -38,26 +38,6 @@ std::vector<Run> plan(const uint64_t *offsets, const std::vector<uint32_t> &orde
     return runs;
 }
 
-// Returns errno; `got` is what was read.
-int read_run(int fd, const Run &run, uint64_t unit, uint8_t *buffer, uint64_t *got) {
-    const uint64_t length = run.end - run.begin;
-    uint64_t filled = 0;
-    while (filled < length) {
-        // After a short read direct I/O must go on from a whole page.
-        const uint64_t from = round_down(filled, unit);
-        const iovec part{buffer + from, size_t(length - from)};
-        const ssize_t count = preadv(fd, &part, 1, off_t(run.begin + from));
-        if (count < 0) {
-            if (errno == EINTR) continue;
-            return errno;
-        }
-        if (from + uint64_t(count) <= filled) break;
-        filled = from + uint64_t(count);
-    }
-    *got = filled;
-    return run.begin + filled < run.needed_end ? EIO : 0;
-}
-
 }  // namespace
 
 GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct) {
@@ -74,7 +54,8 @@ GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes,
         if (error.load(std::memory_order_relaxed)) return;
         const Run &run = runs[index];
         uint64_t got = 0;
-        const int failed = read_run(fd, run, unit, buffer, &got);
+        int failed = read_some(fd, run.begin, buffer, run.end - run.begin, unit, &got);
+        if (!failed && run.begin + got < run.needed_end) failed = EIO;
         if (failed) {
             int none = 0;
             error.compare_exchange_strong(none, failed);

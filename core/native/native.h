@@ -44,6 +44,14 @@ struct GatherResult {
     uint64_t read_bytes = 0;
 };
 
+// The largest single transfer; longer ranges are split, to have several in flight.
+constexpr uint64_t kChunkBytes = 512 << 10;
+
+// Transfer a range of a file in chunks, several at a time; return errno, 0 for success. EIO where the file
+// ends too early, ENOSPC where it takes no more. With `direct`, offset, length and address are whole pages. Block.
+int read_range(int fd, uint64_t offset, uint8_t *out, uint64_t length, bool direct);
+int write_range(int fd, uint64_t offset, const uint8_t *data, uint64_t length, bool direct);
+
 // Reads n rows at byte offsets into out [n][row_bytes]; with `direct` in whole pages. Blocks.
 GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct);
 
