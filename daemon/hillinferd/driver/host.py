@@ -16,6 +16,7 @@ from hillinfer_core.reference import U8, U32
 from .contract import Bytes, DamagedKeys, Identity, KeySegment, Scan, Winners
 from .pacing import Pacing
 from .profiles import profile
+from .segments import overlapping
 from .settings import DriverSettings
 from .storage import Storage, aligned
 
@@ -94,7 +95,7 @@ class HostDriver:
         """Score tiles where they are, or as they come from the pool; then select."""
         heads = scan.q.shape[0]
         origin = scan.first // TILE_TOKENS * TILE_TOKENS
-        segments = _overlapping(scan)
+        segments = overlapping(scan)
         columns = max(0, -(-scan.end // TILE_TOKENS) * TILE_TOKENS - origin)
         if self._scores.size < heads * columns:
             self._scores = np.empty(heads * columns, np.int32)
@@ -154,16 +155,3 @@ class HostDriver:
 def key_checksums(tiles: U8) -> U32:
     """Return the data checksum (docs/evaluation.md), uint32 [kv_heads], of ``tiles``."""
     return reference.data_checksum(tiles)
-
-
-def _overlapping(scan: Scan) -> list[KeySegment]:
-    """Return the segments that hold tokens of the scan; raises ``ValueError`` if some token is in none."""
-    found = [item for item in scan.segments if item.first_token < scan.end and item.end_token > scan.first]
-    reached = scan.first
-    for segment in found:
-        if segment.first_token > reached:
-            break
-        reached = segment.end_token
-    if reached < scan.end:
-        raise ValueError(f"no segment holds token {reached} of a scan of {scan.first} to {scan.end}")
-    return found

@@ -66,6 +66,10 @@ class Storage:
         """The UUID in the pool's header."""
         return self._header.pool_id
 
+    def fileno(self) -> int:
+        """Return the descriptor, open until :meth:`close`."""
+        return self._fd
+
     def health(self) -> None:
         """Read the header; raises ``OSError`` if that fails or it is not the pool's."""
         if self._first_page() != self._header.pack():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import os
 from pathlib import Path
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from hillinfer_core.reference import U8
 
 from ...cec.cards import SMARTSSD
 from ...cec.configurable import Outcome, Vector
+from ..block import is_block_device
 from ..contract import Bytes, Identity, KeySegment, Scan, Winners
 from ..settings import DriverSettings
 from ..storage import Storage
@@ -156,16 +157,10 @@ class XrtDriver:
 
 
 def _open_storage(settings: DriverSettings) -> Storage:
-    try:
-        return Storage(Path(settings.path), settings.capacity, keep=settings.keep)
-    except OSError as error:
-        raise _storage_error(settings.path, error) from None
-
-
-def _storage_error(path: str, error: OSError) -> ConfigError:
-    remedy = (
-        "let the daemon's user open it: a udev rule that gives the drive to its group, or usermod -aG disk USER"
-        if error.errno in (errno.EACCES, errno.EPERM)
-        else "name the SmartSSD's NVMe namespace (hillinferctl devices lists it)"
-    )
-    return ConfigError(f"pool: {path} cannot be opened ({error.strerror}); {remedy}")
+    path = Path(settings.path)
+    if is_block_device(path) and not os.access(path, os.R_OK | os.W_OK):
+        raise ConfigError(
+            f"pool: {path} may not be opened by this user; give the drive to its group with a udev rule, or "
+            "usermod -aG disk USER and log in again (docs/smartssd.md)"
+        )
+    return Storage(path, settings.capacity, keep=settings.keep)

@@ -20,8 +20,11 @@ PAIRS = 8
 HISTOGRAM_BYTES = HISTOGRAM_BINS * 4
 """Bytes of a word, (id, score) pairs of a word, bytes of a head's histogram: hls/evaluate.hpp."""
 
-STATUS_OK, STATUS_BAD_ARGUMENT, NOT_WRITTEN = 0, 1, 0xFFFFFFFF
-"""Words of a summary; the last is ours, put there before a run."""
+STATUS_OK, STATUS_BAD_ARGUMENT = 0, 1
+"""Status in a summary: hls/evaluate.hpp."""
+
+NOT_WRITTEN = b"\xff\xff\xff\xff"
+"""A status that no kernel gives, put into summaries before a run."""
 
 COMPLETED, SUBMITTED = 4, 7
 """States of a run; 4 and above mean that it is over, but for 7 (vendor's documents)."""

@@ -29,7 +29,7 @@ def p2p_works(card: Card, group: int, reader: Reader, first_page: bytes) -> bool
     try:
         fault = _fault(card, group, reader, first_page)
     except (DeviceUnavailable, MemoryError, OSError) as error:
-        fault = str(error)
+        fault = str(error.__cause__ or error)  # without the general advice
     if fault:
         log.warning(OFF, card.bdf, fault, card.bdf)
     return not fault

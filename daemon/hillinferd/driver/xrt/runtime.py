@@ -56,7 +56,9 @@ def explained(card: str, doing: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, IndexError, OSError) as error:
-        raise DeviceUnavailable(f"card {card}: {doing} failed ({error}); {remedy(card, str(error))}") from error
+        raise DeviceUnavailable(
+            f"card {card}: {doing} failed ({error}); {remedy(card, str(error))}"
+        ) from error
 
 
 def remedy(card: str, message: str) -> str:

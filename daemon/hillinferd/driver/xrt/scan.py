@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,15 @@ from hillinfer_core.errors import DeviceUnavailable, InvalidInput
 from hillinfer_core.layout import PAGE, TILE_TOKENS
 from hillinfer_core.reference import U32
 
-from ...cec.configurations import SHIPPED
 from ...cec.configurable import Outcome, Vector
+from ...cec.configurations import SHIPPED
 from ..contract import DamagedKeys, KeySegment, Scan, Winners
 from ..segments import overlapping
 from .buffers import Buffer, Scratch
 from .card import Card
 from .launch import HISTOGRAM_BYTES, NOT_WRITTEN, Found, Hung, Launch, parse, query_words, start, wait
 from .residency import Residency
+from .runtime import explained
 from .transfer import Reader
 
 LANES = 16
@@ -33,13 +34,12 @@ STREAM_BYTES = 16 << 20
 """Bytes of such a buffer at first; it grows with the largest segment streamed. Our choice."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lane:
     """What one run in flight writes to."""
 
     blocks: Scratch
     summaries: Scratch
-    runs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Scanner:
         self.p2p = p2p
         self._card, self._kernels, self._group, self._reader = card, kernels, group, reader
         self.residency = Residency(key_capacity, lambda size: Buffer(card, size, group, p2p=p2p))
-        self._hung: Hung | None = None
+        self._hung = ""
         # The room for work first; keys get what is left.
         self._streams = [Scratch(self._streamable, STREAM_BYTES) for _ in range(STREAMED)]
         self._queries, self._histograms = Scratch(self._plain, PAGE), Scratch(self._plain, PAGE)
@@ -74,8 +74,8 @@ class Scanner:
 
     def check(self) -> None:
         """Raise if a run hung before."""
-        if self._hung is not None:
-            raise DeviceUnavailable(str(self._hung))
+        if self._hung:
+            raise DeviceUnavailable(self._hung)
 
     def evaluate(self, scan: Scan) -> Winners:
         """Carry out ``scan``; see :class:`~hillinferd.driver.contract.Driver`."""
@@ -120,7 +120,6 @@ class Scanner:
         """Give all of the card's memory back."""
         self.residency.close()
         for lane in self._lanes:
-            lane.runs.clear()
             lane.blocks.close()
             lane.summaries.close()
         for scratch in (*self._streams, self._queries, self._histograms):
@@ -129,7 +128,8 @@ class Scanner:
     def _run_all(self, jobs: list[tuple[KeySegment, Launch]]) -> tuple[list[Found], int]:
         """Return what each job found, in order, and the bytes streamed."""
         running: deque[Running] = deque()
-        lanes, streams = list(self._lanes), list(self._streams)
+        # From the left, as the first are those that were made large enough.
+        lanes, streams = deque(self._lanes), deque(self._streams)
         found: list[Found] = []
         read = 0
 
@@ -146,13 +146,14 @@ class Scanner:
                 while not lanes or (keys is None and not streams):
                     collect()
                 if keys is None:
-                    stream = streams.pop()
+                    stream = streams.popleft()
                     keys, length = stream.buffer, _padded(segment)
+                    assert length <= keys.size
                     with keys.view[:length] as view:
                         self._reader.fill(view, segment.offset)
                     keys.to_card(length)
                     read += segment.nbytes
-                lane = lanes.pop()
+                lane = lanes.popleft()
                 run = self._start(f"evaluate_{segment.precision}", launch, keys, lane)
                 running.append(Running(launch, segment, run, lane, stream))
             while running:
@@ -171,16 +172,18 @@ class Scanner:
 
     def _drain(self, running: deque[Running]) -> None:
         # A buffer must not be used again, nor given back, while a run may write to it.
-        while running and self._hung is None:
+        while running and not self._hung:
             self._wait(running.popleft().run)
 
     def _start(self, name: str, launch: Launch, keys: Buffer, lane: Lane) -> Any:
-        run = lane.runs.get(name)
-        if run is None:
-            run = lane.runs[name] = self._card.xrt.run(self._kernel(name))
+        kernel_object = self._kernel(name)
+        with explained(self._card.bdf, "preparing a run"):
+            run = self._card.xrt.run(kernel_object)
         blocks, summaries = lane.blocks.fit(launch.block_bytes), lane.summaries.fit(launch.summary_bytes)
         histograms = self._histograms.fit(launch.heads * HISTOGRAM_BYTES)
-        _put(summaries, NOT_WRITTEN.to_bytes(4, "little") * (launch.summary_bytes // 4))
+        # So that what an earlier run wrote cannot be taken for what this one did.
+        summaries.view[: launch.summary_bytes] = NOT_WRITTEN * (launch.summary_bytes // len(NOT_WRITTEN))
+        summaries.to_card(launch.summary_bytes)
         queries = self._queries.buffer
         buffers = [buffer.bo for buffer in (keys, queries, blocks, histograms, summaries)]
         start(run, launch, buffers, self._card.bdf)
@@ -199,7 +202,7 @@ class Scanner:
         try:
             wait(run, self._card.bdf)
         except Hung as error:
-            self._hung = error
+            self._hung = str(error)
             raise
 
     def _kernel(self, name: str) -> Any:
