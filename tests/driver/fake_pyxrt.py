@@ -2,12 +2,13 @@
 
 Names, argument checks and exceptions are those of XRT 2022.1's binding. What would harm a machine with a real
 card (reading memory that was never written, a view that outlives its buffer, results taken before a run has
-ended) is noted in :attr:`FakeCard.violations`, which a test must find empty. Memory of the card and of the host
-are two copies, so that a missing sync shows as wrong bytes. The kernel is ``hillinfer_core.reference``.
+ended) is noted in :attr:`FakeCard.violations`, which a test must find empty. Memory of the card and of the
+host are two copies, so that a missing sync shows as wrong bytes. The kernel is ``hillinfer_core.reference``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import mmap
 from collections import deque
@@ -23,6 +24,7 @@ from hillinfer_core.layout import Precision, tile_bytes
 from hillinferd.cec.xclbin import HEADER, PREFIX, parse_xclbin
 
 GROUP = 5
+NONE = UUID(int=0)
 WORD = 64
 KERNELS = {
     "evaluate_int8": (Precision.int8, np.int8),
@@ -55,7 +57,7 @@ class FakeCard:
     wrong_sum: bool = False
     flipped_bits: int = 0
     # What happened.
-    loaded: UUID = UUID(int=0)
+    loaded: UUID = NONE
     kernels: tuple[str, ...] = ()
     loads: list[str] = field(default_factory=list)
     allocated: int = 0
@@ -199,10 +201,8 @@ class kernel:  # noqa: N801
     def __call__(self, *arguments: object) -> run:
         started = run(self)
         for index, argument in enumerate(arguments):
-            try:
+            with contextlib.suppress(Exception):  # in silence, as the binding does
                 started.set_arg(index, argument)
-            except Exception:
-                pass  # in silence, as the binding does
         started.start()
         return started
 

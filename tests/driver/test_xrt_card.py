@@ -30,7 +30,7 @@ def _small_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_xrt_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plug(tmp_path)
     monkeypatch.setitem(sys.modules, "pyxrt", None)
-    with pytest.raises(DeviceUnavailable, match="pyxrt cannot be imported.*install XRT.*setup.sh"):
+    with pytest.raises(DeviceUnavailable, match=r"pyxrt cannot be imported.*install XRT.*setup.sh"):
         XrtDriver(settings(tmp_path))
 
 
@@ -130,9 +130,7 @@ def test_a_precision_that_the_bitstream_lacks(tmp_path: Path) -> None:
     with opened(tmp_path, {"bitstream": ""}) as driver:
         driver.configure(write_bitstream(tmp_path / "int8.xclbin", BOTH[:1]))
         segments, _ = write_keys(driver, [64], Precision.int4)
-        with pytest.raises(
-            DeviceUnavailable, match=r"no kernel evaluate_int4 \(it has evaluate_int8\).*cec load"
-        ):
+        with pytest.raises(DeviceUnavailable, match=r"no kernel evaluate_int4 \(it has .*int8\).*cec load"):
             driver.evaluate(Scan(segments, query(), 0, 64, 5))
         with pytest.raises(DeviceUnavailable, match="no evaluation kernel"):
             driver.configure(write_bitstream(tmp_path / "none.xclbin", ("other",), own=UUID(int=9)))

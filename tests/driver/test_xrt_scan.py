@@ -180,20 +180,25 @@ def test_short_reads_are_continued_and_many_are_in_flight(
         assert lengths.count(128 << 10) == transfer.STREAMS
 
 
+def load_many(driver: XrtDriver, segment: KeySegment, tiles: np.ndarray) -> None:
+    for number in range(1, 1000):
+        driver.load_keys(KeySegment(**{**vars(segment), "offset": number << 22}), tiles)
+
+
 def test_keys_give_way_to_the_work_of_a_scan(tmp_path: Path) -> None:
     with opened(tmp_path, memory=1 << 20) as driver:
         segments, tiles = write_keys(driver, [1024, 4096, 1024], Precision.int8, dim=32)
         parts = np.split(tiles, [64, 320], axis=1)
         driver.load_keys(segments[0], parts[0])
-        driver.load_keys(segments[2], parts[2])
-        used = driver.fake.allocated
-        check(driver, segments, tiles, q=query(dim=32))
-        assert driver.fake.allocated != used
         with pytest.raises(MemoryError):
-            driver.load_keys(segments[1], np.concatenate([parts[1]] * 1))
-            driver.load_keys(KeySegment(**{**vars(segments[1]), "offset": 1 << 22}), parts[1])
-            driver.load_keys(KeySegment(**{**vars(segments[1]), "offset": 2 << 22}), parts[1])
-        check(driver, segments, tiles, q=query(dim=32), k=3000)
+            load_many(driver, segments[2], parts[2])
+        full = driver._scanner.residency.used
+        check(driver, segments, tiles, q=query(dim=32))
+        check(driver, segments, tiles, q=query(dim=32), k=6000)
+        assert 0 < driver._scanner.residency.used < full - (256 << 10)
+        assert driver.fake.most_allocated <= 1 << 20
+        # What was loaded first is still there.
+        assert driver.evaluate(Scan(segments[:1], query(dim=32), 0, 1024, 5)).read == 0
 
 
 def test_loading_replaces_and_unloading_gives_back(tmp_path: Path) -> None:

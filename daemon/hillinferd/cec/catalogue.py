@@ -123,7 +123,7 @@ def check_bitstream(xclbin: Xclbin, entry: Entry, interface_uuids: Iterable[uuid
 
 
 def check_shell(xclbin: Xclbin, file: str, interface_uuids: Iterable[uuid.UUID]) -> None:
-    """Raise :class:`BadBitstream` unless ``xclbin``, called ``file``, is for hardware with one of the shells."""
+    """Raise :class:`BadBitstream` unless ``xclbin``, the file ``file``, is for hardware with such a shell."""
     if not xclbin.for_hardware:
         raise BadBitstream(f"{file} was built for emulation ({xclbin.mode}); build it with TARGET=hw")
     shells = list(interface_uuids)

@@ -18,7 +18,7 @@ TOKENS = 1000
 
 
 def self_test(card: Configurable, kernel: Configuration, head_dims: tuple[int, ...]) -> None:
-    """Run ``kernel`` on vectors of every head dimension; raises :class:`BadBitstream` if one comes out wrong."""
+    """Run ``kernel`` at every head dimension; raises :class:`BadBitstream` if a result is wrong."""
     for vector in vectors(kernel, head_dims):
         if not card.run_vector(kernel.name, vector).same(expected(vector)):
             raise BadBitstream(

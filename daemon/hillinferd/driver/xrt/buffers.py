@@ -15,11 +15,11 @@ _ZEROS = bytes(1 << 20)
 
 
 class Buffer:
-    """``size`` bytes of the card's memory with the view that maps them, owned together: neither outlives the other.
+    """``size`` bytes of the card's memory and the view that maps them: neither outlives the other.
 
-    With ``p2p`` the view is the card's own memory, which a drive can write to; else it is a copy in the host's
-    memory, and :meth:`to_card` and :meth:`from_card` carry bytes over. All of it is zero at first: reading
-    memory of the card that was never written can raise an ECC error and restart the host (vendor's
+    With ``p2p`` the view is the card's own memory, which a drive can write to; else it is a copy in the
+    host's memory, and :meth:`to_card` and :meth:`from_card` carry bytes over. All of it is zero at first:
+    reading memory of the card that was never written can raise an ECC error and restart the host (vendor's
     documents).
 
     Raises ``MemoryError`` if the card has no room, :class:`~hillinfer_core.errors.DeviceUnavailable` else.

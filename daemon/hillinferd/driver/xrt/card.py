@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -38,8 +39,9 @@ class Card:
             name = self._info("name")
         if name == NOT_FLASHED:
             raise DeviceUnavailable(
-                f"card {bdf} shows only {name}: its shell is not flashed; run `xbmgmt program --base -d {bdf}` "
-                "on its management function, then power the machine off and on (docs/smartssd.md)"
+                f"card {bdf} shows only {name}: its shell is not flashed; run `xbmgmt program --base -d BDF` "
+                "with the address of its management function, then power the machine off and on "
+                "(docs/smartssd.md)"
             )
 
     def health(self) -> None:
@@ -55,10 +57,9 @@ class Card:
         """Return the shells that a bitstream may be built for: what sysfs lists, and what XRT says."""
         with explained(self.bdf, "asking for its shell"):
             texts = [self._info("interface_uuid")]
-        try:
+        # Other versions of the driver lack the file; XRT's answer is enough for most shells.
+        with contextlib.suppress(OSError):
             texts += (SYSFS / self.bdf / "interface_uuids").read_text().split()
-        except OSError:
-            pass  # other kernels of the driver lack the file; XRT's answer is enough for most shells
         return list(dict.fromkeys(UUID(text) for text in texts if _is_uuid(text)))
 
     def loaded_uuid(self) -> UUID | None:
@@ -70,9 +71,9 @@ class Card:
     def load(self, path: Path) -> Xclbin:
         """Make the xclbin at ``path`` the one that is loaded; does nothing if it is.
 
-        Raises :class:`BadBitstream`, before the card is touched, if the file is malformed or built for another
-        shell or emulation, and after it if the card then reports another uuid; :class:`DeviceUnavailable` if
-        loading fails.
+        Raises :class:`BadBitstream`, before the card is touched, if the file is malformed or built for
+        another shell or emulation, and after it if the card then reports another uuid;
+        :class:`DeviceUnavailable` if loading fails.
         """
         xclbin = read_xclbin(path)
         check_shell(xclbin, path.name, self.interface_uuids())
@@ -82,8 +83,8 @@ class Card:
         found = self.loaded_uuid()
         if found != xclbin.uuid:
             raise BadBitstream(
-                f"card {self.bdf} reports bitstream {found} after loading {path.name}, which is {xclbin.uuid}; "
-                "load it again, and reset the card if that does not help"
+                f"card {self.bdf} reports bitstream {found} after loading {path.name}, "
+                f"which is {xclbin.uuid}; load it again, and reset the card if that does not help"
             )
         return xclbin
 
@@ -97,7 +98,7 @@ class Card:
         return found
 
     def group(self, kernel: Any) -> int:
-        """Return the memory group of the kernel's keys: the card has one DDR bank, which holds all buffers."""
+        """Return the memory group of the kernel's keys: the one DDR bank of the card, for all buffers."""
         with explained(self.bdf, "asking for the kernel's memory"):
             return int(kernel.group_id(0))
 

@@ -104,9 +104,9 @@ class XrtDriver:
     def evaluate(self, scan: Scan) -> Winners:
         """Run the kernel on every segment that holds tokens of the scan, and merge what they find.
 
-        Segments are scanned whole, so that their checksums can be compared, loaded ones too. Raises
-        :class:`InvalidInput` for more than 8 query vectors and for segments of more than 131,072 tokens, which
-        the kernel does not take, and :class:`DeviceUnavailable` if the bitstream lacks the precision.
+        Segments are read whole, so that their checksums can be compared, loaded ones too. Raises
+        :class:`InvalidInput` for more than 8 query vectors and for segments of more than 131,072 tokens,
+        which the kernel does not take, and :class:`DeviceUnavailable` if the bitstream lacks the precision.
         """
         return self._configured().evaluate(scan)
 

@@ -14,7 +14,7 @@ from .transfer import Reader
 log = logging.getLogger(__name__)
 
 OFF = (
-    "card %s: P2P is off (%s): evaluation keys pass through the host's memory, at less than the drive's rate. "
+    "card %s: P2P is off (%s): evaluation keys pass through the host's memory, slower than they might. "
     'To have it: switch on "Above 4G decoding" (and "Resizable BAR", where there is one) in the BIOS and '
     "restart; set the IOMMU to pass-through (iommu=pt) or off; `xbutil configure --p2p enable -d %s`, and "
     "restart (warm) if it asks for it; p2p_enable of the card in sysfs then reads 1 (docs/smartssd.md)"

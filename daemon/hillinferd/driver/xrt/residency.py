@@ -16,8 +16,8 @@ from .buffers import Buffer
 class Residency:
     """Loaded segments, ``capacity`` bytes at most; ``make`` allocates, as :class:`.buffers.Buffer` does.
 
-    Who is loaded is decided above (``load_keys``, ``unload_keys``). Room for the work of a scan goes first, so
-    :meth:`make_room` may forget a segment: it is then scanned from the pool.
+    Which are loaded is decided above (``load_keys``, ``unload_keys``). Room for the work of a scan goes
+    first, so :meth:`make_room` may forget a segment: it is then scanned from the pool.
     """
 
     def __init__(self, capacity: int, make: Callable[[int], Buffer]) -> None:

@@ -51,7 +51,8 @@ def load_pyxrt() -> Any:
 def explained(card: str, doing: str) -> Iterator[None]:
     """Turn what pyxrt raises into :class:`DeviceUnavailable` that names the remedy.
 
-    MemoryError (the card's memory is full) passes: who asked knows what to do. So does TypeError, our mistake.
+    MemoryError (the card's memory is full) passes: who asked knows what to do. So does TypeError, a mistake
+    of ours.
     """
     try:
         yield

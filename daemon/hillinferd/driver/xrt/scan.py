@@ -270,8 +270,8 @@ def _check(launch: Launch) -> None:
     limits = SHIPPED[0]
     if launch.vectors > limits.max_vectors:
         raise InvalidInput(
-            f"the card takes the greatest of at most {limits.max_vectors} query vectors, not {launch.vectors}; "
-            "use reduction sum"
+            f"the card takes the greatest of at most {limits.max_vectors} query vectors, "
+            f"not {launch.vectors}; use reduction sum"
         )
     if launch.tiles * TILE_TOKENS > limits.max_tokens:
         raise InvalidInput(
