@@ -65,6 +65,10 @@ class Configurable(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Use the loaded bitstream no more: scans are refused until :meth:`configure`."""
+        ...
+
     def run_vector(self, kernel: str, vector: Vector) -> Outcome:
         """Run ``kernel`` of the loaded bitstream on ``vector``."""
         ...

@@ -122,8 +122,7 @@ class XrtDriver:
         """Load a bitstream, as :meth:`.card.Card.load` does; loaded keys are forgotten."""
         if self._scanner is not None:
             self._scanner.check()
-            self._scanner.close()
-            self._scanner = None
+        self.release()
         kernels = self._card.kernels(self._card.load(path))
         if not kernels:
             raise DeviceUnavailable(
@@ -137,6 +136,12 @@ class XrtDriver:
             self._card, kernels, group, self._reader, p2p=p2p, key_capacity=self._key_memory
         )
 
+    def release(self) -> None:
+        """Give the card's memory back; scans are refused until :meth:`configure`."""
+        if self._scanner is not None:
+            self._scanner.close()
+            self._scanner = None
+
     def run_vector(self, kernel: str, vector: Vector) -> Outcome:
         """Run the kernel on one vector of the self-test."""
         return self._configured().run_vector(kernel, vector)
@@ -144,8 +149,7 @@ class XrtDriver:
     def close(self) -> None:
         """Give the card's memory back and close the pool."""
         self._reader.close()
-        if self._scanner is not None:
-            self._scanner.close()
+        self.release()
         self._storage.close()
 
     def _configured(self) -> Scanner:
