@@ -23,6 +23,9 @@ STATE_FILE = "state.json"
 LARGEST_STATE = 1 << 20
 """Bytes of the largest state file that is read. Our choice."""
 
+# What a file that is not ours can raise on its way to being a State.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
+
 
 @dataclass(frozen=True)
 class State:
@@ -50,15 +53,7 @@ class StateDirectory:
                 return _parse(file.read(LARGEST_STATE))
         except FileNotFoundError:
             return State()
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            ConfigError,
-        ) as error:
+        except (*_DAMAGE, OSError) as error:
             log.warning(
                 "%s is damaged (%s): no bitstream counts as good; load one with hillinferctl cec load",
                 path,
@@ -85,7 +80,7 @@ class StateDirectory:
         return self.directory / f"{entry.sha256}.xclbin"
 
     def keep(self, source: Path, entry: Entry) -> Path:
-        """Copy the entry's file, ``source``; return the copy. Raises :class:`BadBitstream` if it has changed."""
+        """Copy the entry's file, ``source``, and return the copy; :class:`BadBitstream` if it has changed."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         copy = self.copy_of(entry)
         part = copy.with_suffix(".part")
