@@ -1,4 +1,4 @@
-"""Run under file_faults: puts one fault below every operation of a driver in turn, and prints what came of it."""
+"""Run under file_faults: a fault below every operation of a driver in turn, and what came of it as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,103 +17,88 @@ from hillinferd.driver.host import HostDriver, key_checksums
 from hillinferd.driver.settings import DriverSettings
 from hillinferd.driver.storage import aligned
 
-PAGES = 512  # 2 MiB: four chunks
 CHUNKS = 4
+NBYTES = CHUNKS * 512 << 10
 BASE, NEW, KEYS = 64 << 10, 4 << 20, 8 << 20
-FAULTS = Path(os.environ["HILLINFER_TEST_FAULTS"])
+FAULTS = {"EIO": "EIO", "ENOSPC": "ENOSPC", "torn": "EIO", "short": "done", "half": "done", "delay": "done"}
+PLAN = Path(os.environ["HILLINFER_TEST_FAULTS"])
 
 
-def set_fault(text: str) -> None:
+def plan(text: str) -> None:
     # A new file each time, so that the layer sees that it changed.
-    fresh = FAULTS.with_suffix(".new")
+    fresh = PLAN.with_suffix(".new")
     fresh.write_text(text)
-    fresh.replace(FAULTS)
+    fresh.replace(PLAN)
 
 
-def outcome(call: object) -> str:
+def outcome(call: Callable[[], object]) -> str:
     try:
-        call()  # type: ignore[operator]
+        call()
     except OSError as error:
         return errno.errorcode[error.errno or 0]
     return "done"
 
 
 def main(path: str, direct: bool) -> None:
-    set_fault("none none 0")
+    plan("none none 0")
     driver = HostDriver(DriverSettings("host", path, 32 << 20, True, 1 << 20), direct=direct)
     assert driver.identify().direct_io == direct
-    old = aligned(PAGES * 4096)
-    old[:] = np.random.default_rng(0).integers(0, 256, old.size, np.uint8)
-    new = aligned(old.size)
+    old, new, out = aligned(NBYTES), aligned(NBYTES), aligned(NBYTES)
+    old[:] = np.random.default_rng(0).integers(0, 256, NBYTES, np.uint8)
     new[:] = ~old
     driver.write(BASE, memoryview(old))
     tiles = np.random.default_rng(1).integers(0, 256, (2, 16, 256), np.uint8)
+    keys = aligned(tiles.size)
+    keys[:] = tiles.reshape(-1)
+    driver.write(KEYS, memoryview(keys))
     sums = tuple(int(value) for value in key_checksums(tiles))
     segment = KeySegment(KEYS, 0, 256, 2, 16, Precision.int8, sums)
-    page = aligned(8192)
-    page[:] = tiles.reshape(-1)
-    driver.write(KEYS, memoryview(page))
     scan = Scan([segment], np.ones((2, 1, 16), np.int8), 0, 256, 4)
     ids = driver.evaluate(scan).ids
-    offsets = (BASE + np.random.default_rng(2).permutation(PAGES)[:100] * 4096 + 512).astype(np.uint64)
+    picked = np.random.default_rng(2).permutation(NBYTES // 4096)[:100] * 4096 + 512
     rows = np.empty((100, 512), np.uint8)
-    out = aligned(old.size)
-
-    def expect(what: str, fault: str, number: str, at: int, call: object, check: object) -> None:
-        set_fault(f"{what} {fault} {at}")
-        result = outcome(call)
-        set_fault("none none 0")
-        right = bool(check()) if result == "done" else True  # type: ignore[operator]
-        # Nothing else is disturbed: what was there is there, and the driver goes on.
-        out[:] = 0
-        driver.read(BASE, memoryview(out))
-        intact = np.array_equal(out, old) and np.array_equal(driver.evaluate(scan).ids, ids)
-        driver.health()
-        report.append([what, fault, number, result, right, intact])
 
     def written() -> bool:
         driver.read(NEW, memoryview(out))
         return np.array_equal(out, new)
 
-    def gathered() -> bool:
-        wanted = (offsets - BASE).astype(np.int64)[:, None] + np.arange(512)
-        return np.array_equal(rows, old[wanted])
+    def has_read() -> bool:
+        return np.array_equal(out, old)
 
+    def gathered() -> bool:
+        return np.array_equal(rows, old[picked[:, None] + np.arange(512)])
+
+    operations: list[tuple[str, str, list[int], Callable[[], object], Callable[[], bool]]] = [
+        ("write", "write", list(range(CHUNKS)), lambda: driver.write(NEW, memoryview(new)), written),
+        ("read", "read", list(range(CHUNKS)), lambda: driver.read(BASE, memoryview(out)), has_read),
+        ("gather", "read", [0, 7], lambda: driver.gather((BASE + picked).astype(np.uint64), rows), gathered),
+        ("evaluate", "read", [0], lambda: driver.evaluate(scan), lambda: True),
+    ]
     report: list[list[object]] = []
-    for fault, number in (
-        ("EIO", "EIO"),
-        ("ENOSPC", "ENOSPC"),
-        ("torn", "EIO"),
-        ("short", "done"),
-        ("half", "done"),
-        ("delay", "done"),
-    ):
-        for at in range(CHUNKS):
-            new[at] += 1
-            expect("write", fault, number, at, lambda: driver.write(NEW, memoryview(new)), written)
-    for fault, number in (
-        ("EIO", "EIO"),
-        ("torn", "EIO"),
-        ("short", "done"),
-        ("half", "done"),
-        ("delay", "done"),
-    ):
-        for at in range(CHUNKS):
-            out[:] = 0
-            expect(
-                "read",
-                fault,
-                number,
-                at,
-                lambda: driver.read(BASE, memoryview(out)),
-                lambda: np.array_equal(out, old),
-            )
-        for at in (0, 7):
-            rows[:] = 0
-            expect("read", fault, number, at, lambda: driver.gather(offsets, rows), gathered)
-        expect("read", fault, number, 0, lambda: driver.evaluate(scan), lambda: True)
-    expect("read", "EIO", "EIO", 0, driver.health, lambda: True)
-    expect("flush", "EIO", "EIO", 0, driver.flush, lambda: True)
+
+    def expect(
+        name: str, fault: str, expected: str, call: Callable[[], object], right: Callable[[], bool]
+    ) -> None:
+        result = outcome(call)
+        plan("none none 0")
+        correct = result != "done" or right()
+        # Nothing else is disturbed: what was there is there, and the driver goes on.
+        out[:] = 0
+        driver.read(BASE, memoryview(out))
+        intact = np.array_equal(out, old) and np.array_equal(driver.evaluate(scan).ids, ids)
+        driver.health()
+        report.append([name, fault, expected, result, correct, intact])
+
+    for name, kind, places, call, right in operations:
+        for fault, expected in FAULTS.items():
+            for at in places:
+                new += 1
+                out[:], rows[:] = 0, 0
+                plan(f"{kind} {fault} {at}")
+                expect(name, fault, expected, call, right)
+    for name, kind, call in (("health", "read", driver.health), ("flush", "flush", driver.flush)):
+        plan(f"{kind} EIO 0")
+        expect(name, "EIO", "EIO", call, lambda: True)
     driver.close()
     print(json.dumps(report))
 

@@ -111,13 +111,17 @@ ssize_t pwrite(int fd, const void *data, size_t length, off_t offset) {
 }
 ssize_t pwrite64(int fd, const void *data, size_t length, off_t offset) { return pwrite(fd, data, length, offset); }
 
-ssize_t preadv(int fd, const iovec *parts, int count, off_t offset) {
-    static auto real = next<ssize_t (*)(int, const iovec *, int, off_t)>("preadv");
+ssize_t preadv2(int fd, const iovec *parts, int count, off_t offset, int flags) {
+    static auto real = next<ssize_t (*)(int, const iovec *, int, off_t, int)>("preadv2");
     const std::string fault = fault_of(fd, false, count ? parts->iov_len : 0);
     if (number_of(fault)) return errno = number_of(fault), -1;
-    return real(fd, parts, count, offset);
+    return real(fd, parts, count, offset, flags);
 }
-ssize_t preadv64(int fd, const iovec *parts, int count, off_t offset) { return preadv(fd, parts, count, offset); }
+ssize_t preadv64v2(int fd, const iovec *parts, int count, off_t offset, int flags) {
+    return preadv2(fd, parts, count, offset, flags);
+}
+ssize_t preadv(int fd, const iovec *parts, int count, off_t offset) { return preadv2(fd, parts, count, offset, 0); }
+ssize_t preadv64(int fd, const iovec *parts, int count, off_t offset) { return preadv2(fd, parts, count, offset, 0); }
 
 int fdatasync(int fd) {
     static auto real = next<int (*)(int)>("fdatasync");
