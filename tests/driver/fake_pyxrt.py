@@ -54,7 +54,7 @@ class FakeCard:
     reports: UUID | None = None
     sync_error: bool = False
     torn: str = ""
-    wrong_sum: bool = False
+    miscomputing: set[UUID] = field(default_factory=set)
     flipped_bits: int = 0
     # What happened.
     loaded: UUID = NONE
@@ -404,7 +404,7 @@ def evaluate(
     levels = reference.from_tiles(held, precision).astype(np.int64)
     scores = np.einsum("htd,hrd->htr", levels, q.astype(np.int64)).max(axis=2).astype(np.int32)
     scores = np.ascontiguousarray(scores[:, begin:end])
-    if card.wrong_sum:
+    if card.loaded in card.miscomputing:
         scores[0, 0] += 1
     ids, best = reference.top_k(scores, k, first_id + begin)
     pairs = np.empty((heads, -(-ids.shape[1] // 8) * 8, 2), "<u4")

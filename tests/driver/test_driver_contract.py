@@ -7,13 +7,15 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from xrt_rig import CheckedXrtDriver, plug
+from xrt_rig import settings as xrt_settings
 
 from hillinfer_core import reference
 from hillinfer_core.layout import Precision, tile_bytes
@@ -60,6 +62,15 @@ def on_loop(sector: int) -> Callable[[Path, ExitStack], Place]:
     return place
 
 
+def xrt(p2p: bool) -> Callable[[Path, ExitStack], Place]:
+    def place(directory: Path, cleanup: ExitStack) -> Place:
+        plug(directory, p2p=p2p)
+        wanted = xrt_settings(directory, capacity=CAPACITY, keep=True, key_memory=KEY_MEMORY)
+        return Place(lambda: CheckedXrtDriver(wanted))
+
+    return place
+
+
 def loop_device(directory: Path, cleanup: ExitStack, sector: int = 512) -> Path:
     if os.geteuid() != 0 or not shutil.which("losetup") or not Path("/dev/loop-control").exists():
         pytest.skip("loop devices need root, losetup and /dev/loop-control")
@@ -83,6 +94,8 @@ DRIVERS: dict[str, Callable[[Path, ExitStack], Place]] = {
     "host-shm": on_shm,
     "host-loop-512": on_loop(512),
     "host-loop-4096": on_loop(4096),
+    "xrt-p2p": xrt(p2p=True),
+    "xrt-bounce": xrt(p2p=False),
 }
 
 
@@ -285,13 +298,14 @@ def test_loaded_keys_are_not_read_again_and_loading_replaces(driver: Driver) -> 
         driver.load_keys(segment, tiles.copy())
     assert driver.evaluate(Scan(keys.segments, q, 0, 128, 5)).read == 0
     other = np.zeros(keys.segments[0].shape, np.uint8)
+    checksums = tuple(int(value) for value in reference.data_checksum(other))
+    keys.tiles[0], keys.segments[0] = other, replace(keys.segments[0], checksums=checksums)
     driver.load_keys(keys.segments[0], other)
-    keys.tiles[0] = other
     ids, _ = keys.winners(q, 0, 128, 5)
     np.testing.assert_array_equal(driver.evaluate(Scan(keys.segments, q, 0, 128, 5)).ids, ids)
-    driver.unload_keys(keys.segments[0].offset)
-    driver.unload_keys(keys.segments[0].offset)
-    assert driver.evaluate(Scan(keys.segments, q, 0, 128, 5)).read == keys.segments[0].nbytes
+    driver.unload_keys(keys.segments[1].offset)
+    driver.unload_keys(keys.segments[1].offset)
+    assert driver.evaluate(Scan(keys.segments, q, 0, 128, 5)).read == keys.segments[1].nbytes
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

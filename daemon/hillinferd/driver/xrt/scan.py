@@ -81,7 +81,7 @@ class Scanner:
         """Carry out ``scan``; see :class:`~hillinferd.driver.contract.Driver`."""
         self.check()
         heads = scan.q.shape[0]
-        segments = overlapping(scan) if scan.first < scan.end and scan.k > 0 else []
+        segments = overlapping(scan) if scan.first < scan.end else []
         if not segments:
             return Winners(np.empty((heads, 0), np.uint32), np.empty((heads, 0), np.int32), 0, 0)
         jobs = [(segment, _launch(scan, segment)) for segment in segments]
@@ -261,7 +261,7 @@ def _launch(scan: Scan, segment: KeySegment) -> Launch:
         vectors=scan.q.shape[1],
         begin=max(scan.first - segment.first_token, 0),
         end=min(scan.end, segment.end_token) - segment.first_token,
-        k=scan.k,
+        k=max(scan.k, 1),  # the kernel takes no 0, and keys are to be checked all the same
         first_id=segment.first_token,
     )
 
