@@ -178,6 +178,9 @@ def test_a_kernel_that_hangs_takes_the_card_out_of_service(tmp_path: Path) -> No
             driver.health()
         with pytest.raises(DeviceUnavailable, match="has not ended"):
             driver.configure(tmp_path / "both.xclbin")
+        driver.release()
+        with pytest.raises(DeviceUnavailable, match="has not ended"):
+            driver.evaluate(wanted)
         assert driver.fake.runs == runs
         driver.fake.flight.clear()
 
@@ -185,11 +188,14 @@ def test_a_kernel_that_hangs_takes_the_card_out_of_service(tmp_path: Path) -> No
 @pytest.mark.parametrize("state", [5, 6, 8, 9])
 def test_a_run_that_ends_badly(tmp_path: Path, state: int) -> None:
     with opened(tmp_path) as driver:
-        segments, _ = write_keys(driver, [64] * 4, Precision.int8)
+        segments, tiles = write_keys(driver, [64] * 4, Precision.int8)
+        for index, segment in enumerate(segments):
+            driver.load_keys(segment, tiles[:, 4 * index : 4 * index + 4])
         driver.fake.end_state = state
         with pytest.raises(DeviceUnavailable, match=f"state {state}; reset"):
             driver.evaluate(Scan(segments, query(), 0, 256, 5))
-        assert not driver.fake.flight
+        assert driver.fake.most_in_flight == 4
+        assert not driver.fake.flight  # whose buffers would be used again
 
 
 def test_a_card_that_goes_away_or_off(tmp_path: Path) -> None:

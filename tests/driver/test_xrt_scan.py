@@ -91,6 +91,20 @@ def test_any_segments_any_range(
         check(driver, segments, tiles, q=query(heads, 2, dim), first=first, end=end, k=k)
 
 
+def test_contexts_of_different_shape_share_the_card(tmp_path: Path) -> None:
+    with opened(tmp_path) as driver:
+        shapes = [(Precision.int8, 2, 64), (Precision.int4, 3, 24), (Precision.int4, 1, 256)]
+        contexts = [
+            write_keys(driver, SMALL, precision, heads, dim, seed, offset=(1 + seed) << 20)
+            for seed, (precision, heads, dim) in enumerate(shapes)
+        ]
+        for segments, tiles in contexts:
+            driver.load_keys(segments[0], tiles[:, :4])
+        for _ in range(3):
+            for (segments, tiles), (_, heads, dim) in zip(contexts, shapes, strict=True):
+                check(driver, segments, tiles, q=query(heads, 2, dim), first=5)
+
+
 def test_equal_scores_go_to_the_lowest_id_across_segments(tmp_path: Path) -> None:
     with opened(tmp_path) as driver:
         segments, tiles = write_keys(driver, SMALL, Precision.int8)

@@ -85,11 +85,17 @@ def opened(directory: Path, changes: dict[str, object] | None = None, **card: ob
 
 
 def write_keys(
-    driver: XrtDriver, lengths: list[int], precision: Precision, heads: int = 2, dim: int = 64, seed: int = 0
+    driver: XrtDriver,
+    lengths: list[int],
+    precision: Precision,
+    heads: int = 2,
+    dim: int = 64,
+    seed: int = 0,
+    offset: int = 64 << 10,
 ) -> tuple[list[KeySegment], np.ndarray]:
     """Write segments of so many tokens to the pool; return them and all tiles as one array."""
     rng = np.random.default_rng(seed)
-    segments, arrays, offset, token = [], [], 64 << 10, 0
+    segments, arrays, token = [], [], 0
     for tokens in lengths:
         tiles = rng.integers(
             0, 256, (heads, tokens // TILE_TOKENS, tile_bytes(dim, precision)), dtype=np.uint8

@@ -137,8 +137,11 @@ class XrtDriver:
         )
 
     def release(self) -> None:
-        """Give the card's memory back; scans are refused until :meth:`configure`."""
-        if self._scanner is not None:
+        """Give the card's memory back; scans are refused until :meth:`configure`.
+
+        After a run that hung nothing is given back, and scans stay refused.
+        """
+        if self._scanner is not None and not self._scanner.hung:
             self._scanner.close()
             self._scanner = None
 
@@ -149,7 +152,8 @@ class XrtDriver:
     def close(self) -> None:
         """Give the card's memory back and close the pool."""
         self._reader.close()
-        self.release()
+        if self._scanner is not None:
+            self._scanner.close()
         self._storage.close()
 
     def _configured(self) -> Scanner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,11 @@ class Scanner:
         self._streams = [Scratch(self._streamable, STREAM_BYTES) for _ in range(STREAMED)]
         self._queries, self._histograms = Scratch(self._plain, PAGE), Scratch(self._plain, PAGE)
         self._lanes = [Lane(Scratch(self._plain, PAGE), Scratch(self._plain, PAGE)) for _ in range(LANES)]
+
+    @property
+    def hung(self) -> bool:
+        """Whether a run hung: the card may still write to its buffers."""
+        return bool(self._hung)
 
     def check(self) -> None:
         """Raise if a run hung before."""
@@ -173,7 +179,8 @@ class Scanner:
     def _drain(self, running: deque[Running]) -> None:
         # A buffer must not be used again, nor given back, while a run may write to it.
         while running and not self._hung:
-            self._wait(running.popleft().run)
+            with contextlib.suppress(DeviceUnavailable):  # what came first is being raised already
+                self._wait(running.popleft().run)
 
     def _start(self, name: str, launch: Launch, keys: Buffer, lane: Lane) -> Any:
         kernel_object = self._kernel(name)
