@@ -130,7 +130,12 @@ def row_checksums(rows: npt.NDArray[Any]) -> U32:
 
 
 def gather(
-    fd: int, offsets: npt.NDArray[np.uint64], row_bytes: int, out: npt.NDArray[Any], direct: bool
+    fd: int,
+    offsets: npt.NDArray[np.uint64],
+    row_bytes: int,
+    out: npt.NDArray[Any],
+    direct: bool,
+    depth: int = 64,
 ) -> tuple[int, int]:
     """Read rows that lie scattered in a file; return the bytes read, and with how many requests.
 
@@ -140,11 +145,12 @@ def gather(
     two pages apart, up to 128 KiB; else only rows that touch are read together. Rows that follow one another
     in the file as in ``out``, all in whole pages, are read in place.
 
-    With ``direct`` up to 64 requests are in flight, by the kernel's asynchronous I/O. Calls from several
+    With ``direct``, ``depth`` requests (1 to 64) are in flight, by the kernel's asynchronous I/O. Calls from several
     threads take turns, with those of the functions for ranges too. Raises :class:`OSError` with the errno
     of a failed read (EIO when the file ends before a row does); ``out`` is then undefined.
     """
     _require(offsets.dtype == np.uint64 and offsets.ndim == 1, "offsets must be uint64 [n]")
+    _require(1 <= depth <= 64, f"depth must be 1 to 64, not {depth}")
     _require(0 < row_bytes <= _MAX_ROW_BYTES, f"row_bytes must be 1 to {_MAX_ROW_BYTES}, not {row_bytes}")
     count = offsets.size
     _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
@@ -153,7 +159,7 @@ def gather(
         return 0, 0
     _require(int(offsets.max()) < 1 << 62, "offsets must be below 2**62")
     rows = _flat_bytes(out)[: count * row_bytes].reshape(count, row_bytes)
-    return _native.gather(fd, np.ascontiguousarray(offsets), rows, direct)
+    return _native.gather(fd, np.ascontiguousarray(offsets), rows, direct, depth)
 
 
 def read_range(fd: int, offset: int, out: U8, direct: bool) -> None:

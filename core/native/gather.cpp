@@ -51,7 +51,8 @@ uint8_t *in_place(const Run &run, const uint64_t *offsets, const std::vector<uin
 
 }  // namespace
 
-GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct) {
+GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct,
+                    size_t depth) {
     const uint64_t unit = direct ? kPage : 1;
     std::vector<uint32_t> order(n);
     std::iota(order.begin(), order.end(), 0u);
@@ -66,7 +67,7 @@ GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes,
     GatherResult result;
     result.requests = runs.size();
     result.error = Transfers::instance().run(
-        fd, false, direct, transfers,
+        fd, false, direct, depth, transfers,
         [&](size_t index, const uint8_t *memory) {
             if (transfers[index].memory) return;
             const Run &run = runs[index];
@@ -84,7 +85,7 @@ int transfer_range(int fd, bool write, uint64_t offset, uint8_t *memory, uint64_
         transfers.push_back({offset + begin, size, size, memory + begin});
     }
     uint64_t moved;
-    return Transfers::instance().run(fd, write, direct, transfers, [](size_t, const uint8_t *) {}, &moved);
+    return Transfers::instance().run(fd, write, direct, Transfers::kDepth, transfers, [](size_t, const uint8_t *) {}, &moved);
 }
 
 }  // namespace hillinfer

@@ -81,11 +81,12 @@ void py_row_checksums(bool hardware, Array<const uint8_t, 2> rows, Array<uint32_
     row_checksums(hardware, rows.data(), rows.shape(0), rows.shape(1), out.data());
 }
 
-std::pair<uint64_t, uint64_t> py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct) {
+std::pair<uint64_t, uint64_t> py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct,
+                                        size_t depth) {
     GatherResult result;
     {
         nb::gil_scoped_release released;
-        result = gather(fd, offsets.data(), offsets.shape(0), out.shape(1), out.data(), direct);
+        result = gather(fd, offsets.data(), offsets.shape(0), out.shape(1), out.data(), direct, depth);
     }
     if (result.error) raise_os_error(result.error);
     return {result.read_bytes, result.requests};
@@ -139,7 +140,8 @@ NB_MODULE(_native, module) {
     module.def("top_k", &py_top_k, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert());
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
-    module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
+    module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+               nb::arg());
     module.def("read_range", &py_read_range, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg());
     module.def("write_range", &py_write_range, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg());
     module.def("direct_alignment", &py_direct_alignment);

@@ -56,7 +56,9 @@ struct GatherResult {
     uint64_t requests = 0;  // that the file was read with, if none was short
 };
 
-// Reads n rows at byte offsets into out [n][row_bytes]; with `direct` in whole pages. Blocks.
-GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct);
+// Reads n rows at byte offsets into out [n][row_bytes]; with `direct` in whole pages, `depth` requests at once (at
+// most 64). Blocks.
+GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct,
+                    size_t depth);
 
 }  // namespace hillinfer

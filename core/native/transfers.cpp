@@ -78,7 +78,7 @@ Transfers &Transfers::instance() {
     return *queue;
 }
 
-int Transfers::run(int fd, bool write, bool direct, const std::vector<Transfer> &transfers,
+int Transfers::run(int fd, bool write, bool direct, size_t depth, const std::vector<Transfer> &transfers,
                    const std::function<void(size_t, const uint8_t *)> &done, uint64_t *moved) {
     std::lock_guard<std::mutex> turn(turn_);
     const uint64_t unit = direct ? kPage : 1;
@@ -107,8 +107,9 @@ int Transfers::run(int fd, bool write, bool direct, const std::vector<Transfer> 
     std::array<InFlight *, kDepth> idle;
     std::array<iocb *, kDepth> waiting;  // prepared, not yet submitted
     std::array<io_event, kDepth> events;
-    for (size_t i = 0; i < kDepth; ++i) idle[i] = &slots[kDepth - 1 - i];
-    size_t idles = kDepth, waits = 0, flying = 0, next = 0;
+    size_t idles = std::clamp<size_t>(depth, 1, kDepth), waits = 0, flying = 0, next = 0;
+
+    for (size_t i = 0; i < idles; ++i) idle[i] = &slots[idles - 1 - i];
 
     while (!error || flying) {
         while (!error && idles && next < transfers.size()) {

@@ -19,18 +19,18 @@ struct Transfer {
 
 class Transfers {
   public:
-    static constexpr size_t kDepth = 64;               // in flight
+    static constexpr size_t kDepth = 64;               // most that are in flight
     static constexpr uint64_t kBufferBytes = 128 << 10; // page-aligned, one for each in flight
 
     // The queue of this process, made at first use and never destroyed.
     static Transfers &instance();
 
-    // Carries out `transfers`, in any order, and calls done(i, memory) after each; returns errno, and the bytes
+    // Carries out `transfers`, in any order and at most `depth` at once, and calls done(i, memory) after each; returns errno, and the bytes
     // that were moved. Short transfers go on, from a multiple of kPage with `direct`. A read that ends before
     // `least` is EIO, a write that the medium takes no more of is ENOSPC. After an error no more are started,
     // and those in flight are waited for. Blocks; calls from different threads take turns. Without `direct`,
     // and where the kernel has no queue to give, transfers are carried out one by one.
-    int run(int fd, bool write, bool direct, const std::vector<Transfer> &transfers,
+    int run(int fd, bool write, bool direct, size_t depth, const std::vector<Transfer> &transfers,
             const std::function<void(size_t, const uint8_t *)> &done, uint64_t *moved);
 
   private:

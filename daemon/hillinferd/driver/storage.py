@@ -39,8 +39,10 @@ class Storage:
     Raises :class:`~hillinfer_core.errors.ConfigError` for what cannot be a pool or is in use, and what
     :meth:`.header.Header.unpack` raises; the methods are those of :class:`.contract.Driver`.
 
-    One thread at a time; only :meth:`read_unpaced` of whole pages may run beside other methods.
+    Up to :attr:`depth` requests of a gather are in flight. One thread at a time; only :meth:`read_unpaced` of whole pages may run beside other methods.
     """
+
+    depth = 64
 
     def __init__(
         self, path: Path, capacity: int, *, keep: bool, direct: bool = True, pacing: Pacing | None = None
@@ -115,7 +117,7 @@ class Storage:
         if int(offsets.max()) + out.shape[1] > self.capacity:
             raise ValueError("a row to gather is beyond the capacity")
         started = self._pacing.now()
-        total, requests = kernel.gather(self._fd, offsets, out.shape[1], out, self.direct_io)
+        total, requests = kernel.gather(self._fd, offsets, out.shape[1], out, self.direct_io, self.depth)
         self._pacing.read(started, total, requests)
         return total
 
@@ -193,7 +195,7 @@ class Storage:
         return header
 
     def _first_page(self) -> bytes:
-        page = memoryview(self._bounce)[:PAGE]
+        page = self._bounce[:PAGE].data
         try:
             count = os.preadv(self._fd, [page], 0)
         except OSError as error:
