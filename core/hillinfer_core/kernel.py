@@ -21,6 +21,7 @@ from .reference import F32, I8, I32, U8, U32, Ranges, fit_ranges, quantise_query
 
 __all__ = [
     "Ranges",
+    "data_checksums",
     "direct_alignment",
     "fit_ranges",
     "gather",
@@ -41,6 +42,7 @@ _VARIANTS = {"portable": 0, "avx2": 1, "avx512vnni": 2}
 _FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2}
 
 _MAX_ROW_BYTES = 16 * PAGE
+_BEAT = 64  # bytes; layout.py
 
 
 def variants() -> list[str]:
@@ -126,6 +128,22 @@ def row_checksums(rows: npt.NDArray[Any]) -> U32:
     if out.size:
         data = _flat_bytes(rows).reshape(out.size, -1)
         _native.row_checksums(_variant() != _VARIANTS["portable"], data, out)
+    return out
+
+
+def data_checksums(tiles: U8) -> U32:
+    """Return the checksums, uint32 [H], of ``tiles`` uint8 [H, T, tile bytes].
+
+    As :func:`hillinfer_core.reference.data_checksum` defines them. ``tiles`` may be a slice of a larger
+    array, as long as only the first axis is strided; it holds one tile or more. One thread.
+    """
+    _require(tiles.dtype == np.uint8 and tiles.ndim == 3, "tiles must be uint8 [H, T, tile bytes]")
+    _require(tiles.shape[1] > 0 and tiles.shape[2] > 0, "a checksum needs one tile or more")
+    _require(tiles.shape[2] % _BEAT == 0, f"tiles must be whole beats of {_BEAT} bytes, not {tiles.shape[2]}")
+    out = np.empty(tiles.shape[0], np.uint32)
+    if out.size:
+        _require(tiles[0].flags.c_contiguous, "only the first axis of tiles may be strided")
+        _native.data_checksums(_variant(), tiles, out)
     return out
 
 

@@ -81,6 +81,17 @@ void py_row_checksums(bool hardware, Array<const uint8_t, 2> rows, Array<uint32_
     row_checksums(hardware, rows.data(), rows.shape(0), rows.shape(1), out.data());
 }
 
+// Only the head axis of `tiles` may be strided.
+void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint32_t, 1> out) {
+    nb::gil_scoped_release released;
+    for (size_t head = 0; head < out.shape(0); ++head) {
+        DataSums sums;
+        add_beats(Variant(variant), tiles.data() + int64_t(head) * tiles.stride(0),
+                  tiles.shape(1) * tiles.shape(2) / kBeatBytes, sums);
+        out.data()[head] = data_checksum(sums);
+    }
+}
+
 std::pair<uint64_t, uint64_t> py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct,
                                         size_t depth) {
     GatherResult result;
@@ -140,6 +151,7 @@ NB_MODULE(_native, module) {
     module.def("top_k", &py_top_k, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert());
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
                nb::arg());
     module.def("read_range", &py_read_range, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg());

@@ -50,6 +50,20 @@ int transfer_range(int fd, bool write, uint64_t offset, uint8_t *memory, uint64_
 // longer than two (docs/storage.md).
 constexpr uint64_t kGatherGap = 2 * kPage;
 
+// The sums behind a data checksum; both zero before the first beat.
+struct DataSums {
+    uint64_t first[kTileTokens] = {};
+    uint64_t second[kTileTokens] = {};
+};
+
+// Adds `count` beats that lie one after another.
+void add_beats(Variant variant, const uint8_t *beats, size_t count, DataSums &sums);
+
+// Makes `sums` those of its beats and then of `following`, which were summed apart.
+void join(DataSums &sums, const DataSums &following, size_t following_beats);
+
+uint32_t data_checksum(const DataSums &sums);
+
 struct GatherResult {
     int error = 0;  // errno, 0 for success
     uint64_t read_bytes = 0;
