@@ -2,8 +2,8 @@
 
 ``python vectors.py FILE`` writes all cases; testbench.cpp reads them. All numbers are little-endian. A case
 is a name (32 bytes, filled with NUL), 12 uint32 (key bits, query bits, heads, key stride in words, tiles,
-begin, end, dim, vectors, k, first id, key words), then keys, queries, blocks, histograms and summaries, each in
-whole 64-byte words as in evaluate.hpp.
+begin, end, dim, vectors, k, first id, key words), then keys, queries, blocks, histograms and summaries, each
+in whole 64-byte words as in evaluate.hpp.
 """
 
 from __future__ import annotations
