@@ -47,13 +47,16 @@ class Database:
 
     ``path`` is made if it does not exist. Every record carries a CRC-32 of its key and body. SQLite does not
     check the pages of a database, nor can it tell a damaged end of its log from an unfinished write: the file
-    ``path`` + ".sequence" holds the number of the last commit, and a database that is behind it is refused.
+    ``path`` + ".sequence" holds the number of the last commit, and a database that is behind it is refused,
+    unless ``forgive_lost_commits``.
+
     Opening reads and checks all of it. One thread at a time; every method blocks and raises
     :class:`DamagedCatalogue`, :class:`PoolFull` or :class:`DeviceUnavailable`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, forgive_lost_commits: bool = False) -> None:
         self._path = path
+        self._forgive = forgive_lost_commits
         self._sequence_path = path.with_name(path.name + ".sequence")
         self.fresh = not path.exists()
         with self._typed():
@@ -151,7 +154,9 @@ class Database:
         count = sum(1 for _ in self._every())
         if count != self._records + 1:
             raise self._damaged(f"{count - 1} of {self._records} records are there")
-        if self._sequence < self._read_sequence():
+        if self._forgive:
+            self._write_sequence()
+        elif self._sequence < self._read_sequence():
             raise self._damaged("its last commits are missing")
 
     def _every(self) -> Iterator[tuple[Key, bytes]]:

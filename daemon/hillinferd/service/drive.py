@@ -415,8 +415,8 @@ class Drive:
         assert identity is not None
         if path is not None and self._records is None:
             raise DamagedCatalogue(
-                f"the pool {identity.path} has no catalogue at {path}; restore it, or delete the pool to begin "
-                "with an empty one"
+                f"the pool {identity.path} has no catalogue at {path}; restore it, or delete the "
+                "pool to begin with an empty one"
             )
         if self._records is not None and self._records.database.pool_id != identity.pool_id:
             await asyncio.to_thread(_bind, self._records, identity.pool_id, identity.path)
