@@ -153,7 +153,7 @@ def test_the_same_to_the_bit_as_in_the_run_that_saved(daemon, session, family, l
             assert torch.equal(scores, expected[1])
             assert_same(everything(cache), state)
         else:
-            # Whether slots are kept may differ for a step, by what the daemon holds; so may the order of sums.
+            # Whether slots are kept depends on what the daemon holds, and the order of sums on that.
             torch.testing.assert_close(scores, expected[1], rtol=1e-4, atol=1e-4)
     if length > 900:
         assert any((layer_ids != EMPTY).any() for layer_ids, _ in state[1]) == (resident == "64MiB")
