@@ -9,7 +9,7 @@ import typer
 from hillinfer_core.errors import HillInferError
 
 from .cec.command import app as cec_app
-from .commands import contexts, pool
+from .commands import contexts, devices, pool
 from .commands.status import status
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command()(status)
 app.add_typer(contexts.app, name="contexts")
 app.command("format")(pool.format_command)
 app.command()(pool.fsck)
+app.add_typer(devices.app)
 app.add_typer(cec_app, name="cec")
 
 

@@ -21,6 +21,7 @@ from .block import device_bytes, discard_device, is_block_device, open_device
 from .contract import Bytes
 from .header import HEADER_BYTES, Header
 from .pacing import Pacing
+from .patience import while_busy
 from .profiles import NONE
 
 _BOUNCE_BYTES = 1 << 20
@@ -249,12 +250,14 @@ def _claim(fd: int, path: Path) -> None:
     info = os.fstat(fd)
     if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
         raise ConfigError(f"pool: {path} is neither a regular file nor a block device")
+    if stat.S_ISBLK(info.st_mode):
+        return  # opened with O_EXCL; and udev locks a device for a moment after every writer closes it
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while_busy(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
         raise ConfigError(f"pool: {path} is in use by another daemon") from None
     # Another daemon that did not keep it may have taken its name since it was opened.
-    if stat.S_ISREG(info.st_mode) and os.fstat(fd).st_nlink == 0:
+    if os.fstat(fd).st_nlink == 0:
         raise ConfigError(f"pool: {path} is in use by another daemon")
 
 

@@ -52,8 +52,8 @@ class PoolReport:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing at all is damaged."""
-        return not any(context.lost or context.damaged_keys for context in self.contexts)
+        """Whether nothing is lost."""
+        return not any(context.lost for context in self.contexts)
 
 
 def check(storage: Storage, records: DurableRecords) -> tuple[PoolReport, list[Durable]]:
