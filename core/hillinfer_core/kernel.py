@@ -163,9 +163,10 @@ def gather(
     two pages apart, up to 128 KiB; else only rows that touch are read together. Rows that follow one another
     in the file as in ``out``, all in whole pages, are read in place.
 
-    With ``direct``, ``depth`` requests (1 to 64) are in flight, by the kernel's asynchronous I/O. Calls from several
-    threads take turns, with those of the functions for ranges too. Raises :class:`OSError` with the errno
-    of a failed read (EIO when the file ends before a row does); ``out`` is then undefined.
+    With ``direct``, ``depth`` requests (1 to 64) are in flight, by the kernel's asynchronous I/O; without, a
+    few threads copy what is much. Calls from several threads take turns, with those of the functions for
+    ranges too. Raises :class:`OSError` with the errno of a failed read (EIO when the file ends before a row
+    does); ``out`` is then undefined.
     """
     _require(offsets.dtype == np.uint64 and offsets.ndim == 1, "offsets must be uint64 [n]")
     _require(1 <= depth <= 64, f"depth must be 1 to 64, not {depth}")

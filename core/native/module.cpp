@@ -1,12 +1,14 @@
 // Python bindings. hillinfer_core/kernel.py checks every argument before it comes here.
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 
 #include <cstring>
 #include <optional>
@@ -122,6 +124,9 @@ void py_write_range(int fd, uint64_t offset, Bytes1 data, bool direct) {
 
 // What statx(2) says of direct I/O on the file: alignment of memory and of offsets in bytes, 0 for "not at all".
 std::optional<std::pair<uint32_t, uint32_t>> py_direct_alignment(int fd) {
+    // A file in memory has no page cache to bypass.
+    struct statfs system {};
+    if (fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return std::pair(0u, 0u);
     struct statx info {};
     if (statx(fd, "", AT_EMPTY_PATH, kStatxDioAlign, &info) || !(info.stx_mask & kStatxDioAlign)) return {};
     uint32_t alignment[2];
