@@ -209,7 +209,7 @@ def test_what_was_made_from_something_else_is_refused(refused, kept, text, quest
 
 def trained(folder):
     """The bundled model after a step of training."""
-    model = ModelDirectory(MODEL).load(torch.float32)
+    model = ModelDirectory(MODEL).load(torch.bfloat16)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.01 * torch.randn_like(weight)
