@@ -1,6 +1,5 @@
 // The dot products. Every variant sums exact integers, so all give the same bits; see layout.py for the tiles.
 #include <algorithm>
-#include <cstring>
 
 #include "native.h"
 
@@ -11,18 +10,11 @@
 namespace hillinfer {
 namespace {
 
-constexpr size_t kMaxGroups = 64;  // 4-byte groups of the query: head dimension 256
-
 // Query heads scored in one pass over the tiles; more are done in further passes.
 constexpr size_t kMaxQueries = 4;
 
-uint32_t load_group(const int8_t *q) {
-    uint32_t group;
-    std::memcpy(&group, q, sizeof group);
-    return group;
-}
-
-void portable(const uint8_t *tile, const int8_t *q, size_t beats, int bits, int32_t *out) {
+template <class Query>
+void portable(const uint8_t *tile, const Query *q, size_t beats, int bits, int32_t *out) {
     int32_t sums[kTileTokens] = {};
     for (size_t j = 0; j < beats; ++j) {
         const uint8_t *beat = tile + j * kBeatBytes;
@@ -36,7 +28,8 @@ void portable(const uint8_t *tile, const int8_t *q, size_t beats, int bits, int3
     std::copy(sums, sums + kTileTokens, out);
 }
 
-void scores_portable(const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t queries, size_t dim,
+template <class Query>
+void scores_portable(const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries, size_t dim,
                      int bits, int32_t *out) {
     const size_t beats = dim * bits / 32;
     for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
@@ -54,48 +47,81 @@ void scores_portable(const uint8_t *tiles, size_t tile_count, const int8_t *q, s
 #define HILLINFER_AVX2 __attribute__((target("avx2")))
 #define HILLINFER_VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
 
-// `merge`: an earlier pass left the best of other query heads in `out`.
-template <size_t kQueries, int kBits>
-HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t dim, bool merge,
-                              int32_t *out) {
-    const size_t beats = dim * kBits / 32;
-    const __m256i low_byte = _mm256_set1_epi16(0x00ff);
-    const __m256i low_nibble = _mm256_set1_epi8(0x0f);
-    const __m256i ones = _mm256_set1_epi16(1);
+// A beat meets the query as bytes where that cannot saturate, and else as 16-bit numbers.
+//
+// Bytes: vpdpbusd sums four products in 32 bits. vpmaddubsw sums two in 16 bits, which is enough for INT4
+// (2 * 15 * 127) but not for INT8 (2 * 255 * 127 > 32767). INT16 queries are never bytes.
+template <class Query, int kBits, bool kVnni>
+constexpr bool kBytes = sizeof(Query) == 1 && (kVnni || kBits == 4);
 
-    // INT8: vpmaddubsw would saturate (2 * 255 * 127 > 32767), so even and odd bytes are widened to 16 bits
-    // and the query is split alike. INT4: 2 * 15 * 127 fits.
-    uint32_t even[kQueries][kMaxGroups], odd[kQueries][kMaxGroups];
-    if (kBits == 8) {
-        for (size_t r = 0; r < kQueries; ++r) {
-            for (size_t j = 0; j < beats; ++j) {
-                const int8_t *group = q + r * dim + 4 * j;
-                even[r][j] = uint16_t(int16_t(group[0])) | uint32_t(uint16_t(int16_t(group[2]))) << 16;
-                odd[r][j] = uint16_t(int16_t(group[1])) | uint32_t(uint16_t(int16_t(group[3]))) << 16;
-            }
-        }
+// Vectors that a beat is taken apart to: bytes of the low and the high nibbles; 16-bit numbers also of the
+// even and the odd bytes.
+template <int kBits, bool kAsBytes>
+constexpr size_t kOperands = (kAsBytes ? 1 : 2) * 8 / kBits;
+
+// The query's side of one operand: what is broadcast to every token.
+template <class Query, bool kAsBytes>
+uint32_t broadcast_word(const Query *group, size_t operand) {
+    uint32_t word = 0;
+    if (kAsBytes) {
+        for (size_t i = 0; i < 4; ++i) word |= uint32_t(uint8_t(group[4 * operand + i])) << (8 * i);
+    } else {
+        const Query *first = group + operand / 2 * 4 + operand % 2;
+        word = uint16_t(int16_t(first[0])) | uint32_t(uint16_t(int16_t(first[2]))) << 16;
     }
+    return word;
+}
+
+template <class Query, int kBits, bool kAsBytes>
+void broadcast_words(const Query *q, size_t beats, uint32_t *words) {
+    constexpr size_t kCount = kOperands<kBits, kAsBytes>;
+    for (size_t j = 0; j < beats; ++j)
+        for (size_t o = 0; o < kCount; ++o)
+            *words++ = broadcast_word<Query, kAsBytes>(q + j * (32 / kBits), o);
+}
+
+template <int kBits, bool kAsBytes>
+HILLINFER_AVX2 inline __m256i avx2_operand(__m256i k, size_t operand) {
+    if (kAsBytes) {
+        if (kBits == 8) return k;
+        return _mm256_and_si256(operand ? _mm256_srli_epi16(k, 4) : k, _mm256_set1_epi8(0x0f));
+    }
+    if (kBits == 8) return operand ? _mm256_srli_epi16(k, 8) : _mm256_and_si256(k, _mm256_set1_epi16(0x00ff));
+    // Operands: low nibbles of even and odd bytes, then the high ones.
+    const int shift = int(operand % 2 * 8 + operand / 2 * 4);
+    return _mm256_and_si256(_mm256_srli_epi16(k, shift), _mm256_set1_epi16(0x000f));
+}
+
+// `merge`: an earlier pass left the best of other query heads in `out`.
+template <class Query, size_t kQueries, int kBits>
+HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
+                              int32_t *out) {
+    constexpr bool kAsBytes = kBytes<Query, kBits, false>;
+    constexpr size_t kCount = kOperands<kBits, kAsBytes>;
+    const size_t beats = dim * kBits / 32;
+    const __m256i ones = _mm256_set1_epi16(1);
+    uint32_t words[kQueries][kMaxDim / 2];
+    for (size_t r = 0; r < kQueries; ++r) broadcast_words<Query, kBits, kAsBytes>(q + r * dim, beats, words[r]);
+
     for (size_t half = 0; half < 2 * tile_count; ++half) {
         const uint8_t *lane = tiles + half / 2 * beats * kBeatBytes + half % 2 * 32;
         __m256i sums[kQueries];
         for (size_t r = 0; r < kQueries; ++r) sums[r] = _mm256_setzero_si256();
         for (size_t j = 0; j < beats; ++j) {
             const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(lane + j * kBeatBytes));
-            const __m256i first = kBits == 8 ? _mm256_and_si256(k, low_byte) : _mm256_and_si256(k, low_nibble);
-            const __m256i second = kBits == 8 ? _mm256_srli_epi16(k, 8)
-                                              : _mm256_and_si256(_mm256_srli_epi16(k, 4), low_nibble);
+            __m256i operands[kCount];
+            for (size_t o = 0; o < kCount; ++o) operands[o] = avx2_operand<kBits, kAsBytes>(k, o);
             for (size_t r = 0; r < kQueries; ++r) {
-                __m256i sum;
-                if (kBits == 8) {
-                    sum = _mm256_add_epi32(_mm256_madd_epi16(first, _mm256_set1_epi32(int(even[r][j]))),
-                                           _mm256_madd_epi16(second, _mm256_set1_epi32(int(odd[r][j]))));
+                const uint32_t *word = words[r] + j * kCount;
+                if (kAsBytes) {
+                    const __m256i low = _mm256_maddubs_epi16(operands[0], _mm256_set1_epi32(int(word[0])));
+                    const __m256i high = _mm256_maddubs_epi16(operands[1], _mm256_set1_epi32(int(word[1])));
+                    sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
                 } else {
-                    const int8_t *group = q + r * dim + 8 * j;
-                    const __m256i a = _mm256_maddubs_epi16(first, _mm256_set1_epi32(int(load_group(group))));
-                    const __m256i b = _mm256_maddubs_epi16(second, _mm256_set1_epi32(int(load_group(group + 4))));
-                    sum = _mm256_madd_epi16(_mm256_add_epi16(a, b), ones);
+                    for (size_t o = 0; o < kCount; ++o)
+                        sums[r] = _mm256_add_epi32(
+                            sums[r], _mm256_madd_epi16(operands[o], _mm256_set1_epi32(int(word[o]))));
                 }
-                sums[r] = _mm256_add_epi32(sums[r], sum);
             }
         }
         auto *target = reinterpret_cast<__m256i *>(out + half * 8);
@@ -106,29 +132,36 @@ HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const int
     }
 }
 
-template <size_t kTiles, size_t kQueries, int kBits>
-HILLINFER_VNNI void vnni_tiles(const uint8_t *tiles, const int8_t *q, size_t dim, bool merge, int32_t *out) {
-    const size_t beats = dim * kBits / 32;
-    const __m512i low_nibble = _mm512_set1_epi8(0x0f);
+template <int kBits, bool kAsBytes>
+HILLINFER_VNNI inline __m512i vnni_operand(__m512i k, size_t operand) {
+    if (kAsBytes) {
+        if (kBits == 8) return k;
+        return _mm512_and_si512(operand ? _mm512_srli_epi16(k, 4) : k, _mm512_set1_epi8(0x0f));
+    }
+    if (kBits == 8) return operand ? _mm512_srli_epi16(k, 8) : _mm512_and_si512(k, _mm512_set1_epi16(0x00ff));
+    const unsigned shift = unsigned(operand % 2 * 8 + operand / 2 * 4);
+    return _mm512_and_si512(_mm512_srli_epi16(k, shift), _mm512_set1_epi16(0x000f));
+}
+
+template <class Query, size_t kTiles, size_t kQueries, int kBits>
+HILLINFER_VNNI void vnni_tiles(const uint8_t *tiles, const uint32_t *words, size_t beats, bool merge,
+                               int32_t *out) {
+    constexpr bool kAsBytes = kBytes<Query, kBits, true>;
+    constexpr size_t kCount = kOperands<kBits, kAsBytes>;
     __m512i sums[kTiles][kQueries];
     for (size_t t = 0; t < kTiles; ++t)
         for (size_t r = 0; r < kQueries; ++r) sums[t][r] = _mm512_setzero_si512();
     for (size_t j = 0; j < beats; ++j) {
         __m512i k[kTiles];
         for (size_t t = 0; t < kTiles; ++t) k[t] = _mm512_loadu_si512(tiles + (t * beats + j) * kBeatBytes);
-        for (size_t r = 0; r < kQueries; ++r) {
-            const int8_t *group = q + r * dim + j * (32 / kBits);
-            const __m512i first = _mm512_set1_epi32(int(load_group(group)));
-            if (kBits == 8) {
-                for (size_t t = 0; t < kTiles; ++t) sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], k[t], first);
-            } else {
-                const __m512i second = _mm512_set1_epi32(int(load_group(group + 4)));
-                for (size_t t = 0; t < kTiles; ++t) {
-                    const __m512i low = _mm512_and_si512(k[t], low_nibble);
-                    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(k[t], 4), low_nibble);
-                    sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], low, first);
-                    sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], high, second);
-                }
+        for (size_t o = 0; o < kCount; ++o) {
+            __m512i operands[kTiles];
+            for (size_t t = 0; t < kTiles; ++t) operands[t] = vnni_operand<kBits, kAsBytes>(k[t], o);
+            for (size_t r = 0; r < kQueries; ++r) {
+                const __m512i word = _mm512_set1_epi32(int(words[(r * beats + j) * kCount + o]));
+                for (size_t t = 0; t < kTiles; ++t)
+                    sums[t][r] = kAsBytes ? _mm512_dpbusd_epi32(sums[t][r], operands[t], word)
+                                          : _mm512_dpwssd_epi32(sums[t][r], operands[t], word);
             }
         }
     }
@@ -141,39 +174,46 @@ HILLINFER_VNNI void vnni_tiles(const uint8_t *tiles, const int8_t *q, size_t dim
     }
 }
 
-template <size_t kQueries, int kBits>
-HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t dim, bool merge,
+template <class Query, size_t kQueries, int kBits>
+HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
                               int32_t *out) {
     constexpr size_t kTiles = 4;  // four tiles hide the latency of vpdpbusd and share each broadcast
-    const size_t tile_bytes = kTileTokens * dim * kBits / 8;
+    constexpr bool kAsBytes = kBytes<Query, kBits, true>;
+    const size_t tile_bytes = kTileTokens * dim * kBits / 8, beats = tile_bytes / kBeatBytes;
+    uint32_t words[kQueries * kMaxDim / 2];
+    for (size_t r = 0; r < kQueries; ++r)
+        broadcast_words<Query, kBits, kAsBytes>(q + r * dim, beats,
+                                                words + r * beats * kOperands<kBits, kAsBytes>);
     size_t tile = 0;
     for (; tile + kTiles <= tile_count; tile += kTiles)
-        vnni_tiles<kTiles, kQueries, kBits>(tiles + tile * tile_bytes, q, dim, merge, out + tile * kTileTokens);
+        vnni_tiles<Query, kTiles, kQueries, kBits>(tiles + tile * tile_bytes, words, beats, merge,
+                                                   out + tile * kTileTokens);
     for (; tile < tile_count; ++tile)
-        vnni_tiles<1, kQueries, kBits>(tiles + tile * tile_bytes, q, dim, merge, out + tile * kTileTokens);
+        vnni_tiles<Query, 1, kQueries, kBits>(tiles + tile * tile_bytes, words, beats, merge,
+                                              out + tile * kTileTokens);
 }
 
-template <size_t kQueries, int kBits>
-void pass(Variant variant, const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t dim, bool merge,
+template <class Query, size_t kQueries, int kBits>
+void pass(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
           int32_t *out) {
     if (variant == Variant::avx512vnni) {
-        vnni_pass<kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
+        vnni_pass<Query, kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
     } else {
-        avx2_pass<kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
+        avx2_pass<Query, kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
     }
 }
 
-template <int kBits>
-void passes(Variant variant, const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t queries,
+template <class Query, int kBits>
+void passes(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries,
             size_t dim, int32_t *out) {
     for (size_t done = 0; done < queries;) {
         const size_t now = std::min(queries - done, kMaxQueries);
-        const int8_t *first = q + done * dim;
+        const Query *first = q + done * dim;
         switch (now) {
-            case 1: pass<1, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            case 2: pass<2, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            case 3: pass<3, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            default: pass<4, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            case 1: pass<Query, 1, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            case 2: pass<Query, 2, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            case 3: pass<Query, 3, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            default: pass<Query, 4, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
         }
         done += now;
     }
@@ -196,16 +236,20 @@ bool supported(Variant variant) {
     }
 }
 
-void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t queries,
+template <class Query>
+void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries,
             size_t dim, int bits, int32_t *out) {
 #if defined(__x86_64__)
     if (variant != Variant::portable) {
-        if (bits == 8) return passes<8>(variant, tiles, tile_count, q, queries, dim, out);
-        return passes<4>(variant, tiles, tile_count, q, queries, dim, out);
+        if (bits == 8) return passes<Query, 8>(variant, tiles, tile_count, q, queries, dim, out);
+        return passes<Query, 4>(variant, tiles, tile_count, q, queries, dim, out);
     }
 #endif
     (void)variant;
     scores_portable(tiles, tile_count, q, queries, dim, bits, out);
 }
+
+template void scores<int8_t>(Variant, const uint8_t *, size_t, const int8_t *, size_t, size_t, int, int32_t *);
+template void scores<int16_t>(Variant, const uint8_t *, size_t, const int16_t *, size_t, size_t, int, int32_t *);
 
 }  // namespace hillinfer
