@@ -47,6 +47,13 @@ void scores_portable(const uint8_t *tiles, size_t tile_count, const Query *q, si
 #define HILLINFER_AVX2 __attribute__((target("avx2")))
 #define HILLINFER_VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
 
+// The processor's own prefetching starts anew at every page.
+constexpr size_t kPrefetchBytes = 4096;
+
+inline void prefetch(const uint8_t *line) {
+    _mm_prefetch(reinterpret_cast<const char *>(line + kPrefetchBytes), _MM_HINT_T0);
+}
+
 // A beat meets the query as bytes where that cannot saturate, and else as 16-bit numbers.
 //
 // Bytes: vpdpbusd sums four products in 32 bits. vpmaddubsw sums two in 16 bits, which is enough for INT4
@@ -72,12 +79,13 @@ uint32_t broadcast_word(const Query *group, size_t operand) {
     return word;
 }
 
-template <class Query, int kBits, bool kAsBytes>
-void broadcast_words(const Query *q, size_t beats, uint32_t *words) {
-    constexpr size_t kCount = kOperands<kBits, kAsBytes>;
-    for (size_t j = 0; j < beats; ++j)
-        for (size_t o = 0; o < kCount; ++o)
-            *words++ = broadcast_word<Query, kAsBytes>(q + j * (32 / kBits), o);
+// [beats][operands][queries]: in the order of use.
+template <class Query, int kBits, bool kAsBytes, size_t kQueries>
+void broadcast_words(const Query *q, size_t dim, uint32_t *words) {
+    for (size_t d = 0; d < dim; d += 32 / kBits)
+        for (size_t o = 0; o < kOperands<kBits, kAsBytes>; ++o)
+            for (size_t r = 0; r < kQueries; ++r)
+                *words++ = broadcast_word<Query, kAsBytes>(q + r * dim + d, o);
 }
 
 template <int kBits, bool kAsBytes>
@@ -93,6 +101,7 @@ HILLINFER_AVX2 inline __m256i avx2_operand(__m256i k, size_t operand) {
 }
 
 // `merge`: an earlier pass left the best of other query heads in `out`.
+// `merge`: an earlier pass left the best of other query heads in `out`.
 template <class Query, size_t kQueries, int kBits>
 HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
                               int32_t *out) {
@@ -100,35 +109,42 @@ HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Que
     constexpr size_t kCount = kOperands<kBits, kAsBytes>;
     const size_t beats = dim * kBits / 32;
     const __m256i ones = _mm256_set1_epi16(1);
-    uint32_t words[kQueries][kMaxDim / 2];
-    for (size_t r = 0; r < kQueries; ++r) broadcast_words<Query, kBits, kAsBytes>(q + r * dim, beats, words[r]);
-
-    for (size_t half = 0; half < 2 * tile_count; ++half) {
-        const uint8_t *lane = tiles + half / 2 * beats * kBeatBytes + half % 2 * 32;
-        __m256i sums[kQueries];
-        for (size_t r = 0; r < kQueries; ++r) sums[r] = _mm256_setzero_si256();
+    uint32_t words[kQueries * kMaxDim / 2];
+    broadcast_words<Query, kBits, kAsBytes, kQueries>(q, dim, words);
+    for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
+        __m256i sums[2][kQueries];  // tokens 0 to 7, and 8 to 15
+        for (auto &half : sums)
+            for (auto &sum : half) sum = _mm256_setzero_si256();
         for (size_t j = 0; j < beats; ++j) {
-            const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(lane + j * kBeatBytes));
-            __m256i operands[kCount];
-            for (size_t o = 0; o < kCount; ++o) operands[o] = avx2_operand<kBits, kAsBytes>(k, o);
-            for (size_t r = 0; r < kQueries; ++r) {
-                const uint32_t *word = words[r] + j * kCount;
-                if (kAsBytes) {
-                    const __m256i low = _mm256_maddubs_epi16(operands[0], _mm256_set1_epi32(int(word[0])));
-                    const __m256i high = _mm256_maddubs_epi16(operands[1], _mm256_set1_epi32(int(word[1])));
-                    sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
-                } else {
-                    for (size_t o = 0; o < kCount; ++o)
-                        sums[r] = _mm256_add_epi32(
-                            sums[r], _mm256_madd_epi16(operands[o], _mm256_set1_epi32(int(word[o]))));
+            const uint8_t *beat = tiles + j * kBeatBytes;
+            prefetch(beat);
+            for (size_t half = 0; half < 2; ++half) {
+                const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(beat + half * 32));
+                __m256i operands[kCount];
+                for (size_t o = 0; o < kCount; ++o) operands[o] = avx2_operand<kBits, kAsBytes>(k, o);
+                const uint32_t *word = words + j * kCount * kQueries;
+                for (size_t r = 0; r < kQueries; ++r, ++word) {
+                    __m256i &sum = sums[half][r];
+                    if (kAsBytes) {
+                        const __m256i low = _mm256_maddubs_epi16(operands[0], _mm256_set1_epi32(int(word[0])));
+                        const __m256i high =
+                            _mm256_maddubs_epi16(operands[1], _mm256_set1_epi32(int(word[kQueries])));
+                        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
+                    } else {
+                        for (size_t o = 0; o < kCount; ++o)
+                            sum = _mm256_add_epi32(
+                                sum, _mm256_madd_epi16(operands[o], _mm256_set1_epi32(int(word[o * kQueries]))));
+                    }
                 }
             }
         }
-        auto *target = reinterpret_cast<__m256i *>(out + half * 8);
-        __m256i best = sums[0];
-        for (size_t r = 1; r < kQueries; ++r) best = _mm256_max_epi32(best, sums[r]);
-        if (merge) best = _mm256_max_epi32(best, _mm256_loadu_si256(target));
-        _mm256_storeu_si256(target, best);
+        for (size_t half = 0; half < 2; ++half) {
+            auto *target = reinterpret_cast<__m256i *>(out + half * 8);
+            __m256i best = sums[half][0];
+            for (size_t r = 1; r < kQueries; ++r) best = _mm256_max_epi32(best, sums[half][r]);
+            if (merge) best = _mm256_max_epi32(best, _mm256_loadu_si256(target));
+            _mm256_storeu_si256(target, best);
+        }
     }
 }
 
@@ -143,54 +159,49 @@ HILLINFER_VNNI inline __m512i vnni_operand(__m512i k, size_t operand) {
     return _mm512_and_si512(_mm512_srli_epi16(k, shift), _mm512_set1_epi16(0x000f));
 }
 
-template <class Query, size_t kTiles, size_t kQueries, int kBits>
-HILLINFER_VNNI void vnni_tiles(const uint8_t *tiles, const uint32_t *words, size_t beats, bool merge,
-                               int32_t *out) {
-    constexpr bool kAsBytes = kBytes<Query, kBits, true>;
-    constexpr size_t kCount = kOperands<kBits, kAsBytes>;
-    __m512i sums[kTiles][kQueries];
-    for (size_t t = 0; t < kTiles; ++t)
-        for (size_t r = 0; r < kQueries; ++r) sums[t][r] = _mm512_setzero_si512();
-    for (size_t j = 0; j < beats; ++j) {
-        __m512i k[kTiles];
-        for (size_t t = 0; t < kTiles; ++t) k[t] = _mm512_loadu_si512(tiles + (t * beats + j) * kBeatBytes);
-        for (size_t o = 0; o < kCount; ++o) {
-            __m512i operands[kTiles];
-            for (size_t t = 0; t < kTiles; ++t) operands[t] = vnni_operand<kBits, kAsBytes>(k[t], o);
-            for (size_t r = 0; r < kQueries; ++r) {
-                const __m512i word = _mm512_set1_epi32(int(words[(r * beats + j) * kCount + o]));
-                for (size_t t = 0; t < kTiles; ++t)
-                    sums[t][r] = kAsBytes ? _mm512_dpbusd_epi32(sums[t][r], operands[t], word)
-                                          : _mm512_dpwssd_epi32(sums[t][r], operands[t], word);
-            }
+template <int kBits, bool kAsBytes, size_t kQueries>
+HILLINFER_VNNI inline void vnni_beat(const uint8_t *beat, const uint32_t *words, __m512i *sums) {
+    prefetch(beat);
+    const __m512i k = _mm512_loadu_si512(beat);
+    for (size_t o = 0; o < kOperands<kBits, kAsBytes>; ++o) {
+        const __m512i operand = vnni_operand<kBits, kAsBytes>(k, o);
+        for (size_t r = 0; r < kQueries; ++r) {
+            const __m512i word = _mm512_set1_epi32(int(*words++));
+            sums[r] = kAsBytes ? _mm512_dpbusd_epi32(sums[r], operand, word)
+                               : _mm512_dpwssd_epi32(sums[r], operand, word);
         }
-    }
-    for (size_t t = 0; t < kTiles; ++t) {
-        __m512i best = sums[t][0];
-        for (size_t r = 1; r < kQueries; ++r) best = _mm512_max_epi32(best, sums[t][r]);
-        int32_t *target = out + t * kTileTokens;
-        if (merge) best = _mm512_max_epi32(best, _mm512_loadu_si512(target));
-        _mm512_storeu_si512(target, best);
     }
 }
 
 template <class Query, size_t kQueries, int kBits>
 HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
                               int32_t *out) {
-    constexpr size_t kTiles = 4;  // four tiles hide the latency of vpdpbusd and share each broadcast
     constexpr bool kAsBytes = kBytes<Query, kBits, true>;
-    const size_t tile_bytes = kTileTokens * dim * kBits / 8, beats = tile_bytes / kBeatBytes;
+    constexpr size_t kWords = kOperands<kBits, kAsBytes> * kQueries;  // for each beat
+    // Sums that do not wait for one another hide the latency of vpdpbusd. They are of beats of one tile, not
+    // of several tiles: memory is then read from front to back, which is what processors foresee best.
+    constexpr size_t kChains = 4 / kQueries > 0 ? 4 / kQueries : 1;
+    const size_t beats = dim * kBits / 32;
     uint32_t words[kQueries * kMaxDim / 2];
-    for (size_t r = 0; r < kQueries; ++r)
-        broadcast_words<Query, kBits, kAsBytes>(q + r * dim, beats,
-                                                words + r * beats * kOperands<kBits, kAsBytes>);
-    size_t tile = 0;
-    for (; tile + kTiles <= tile_count; tile += kTiles)
-        vnni_tiles<Query, kTiles, kQueries, kBits>(tiles + tile * tile_bytes, words, beats, merge,
-                                                   out + tile * kTileTokens);
-    for (; tile < tile_count; ++tile)
-        vnni_tiles<Query, 1, kQueries, kBits>(tiles + tile * tile_bytes, words, beats, merge,
-                                              out + tile * kTileTokens);
+    broadcast_words<Query, kBits, kAsBytes, kQueries>(q, dim, words);
+    for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
+        __m512i sums[kChains][kQueries];
+        for (auto &chain : sums)
+            for (auto &sum : chain) sum = _mm512_setzero_si512();
+        size_t j = 0;
+        for (; j + kChains <= beats; j += kChains)
+            for (size_t c = 0; c < kChains; ++c)
+                vnni_beat<kBits, kAsBytes, kQueries>(tiles + (j + c) * kBeatBytes, words + (j + c) * kWords, sums[c]);
+        for (; j < beats; ++j)
+            vnni_beat<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes, words + j * kWords, sums[0]);
+        __m512i best;
+        for (size_t r = 0; r < kQueries; ++r) {
+            for (size_t c = 1; c < kChains; ++c) sums[0][r] = _mm512_add_epi32(sums[0][r], sums[c][r]);
+            best = r == 0 ? sums[0][0] : _mm512_max_epi32(best, sums[0][r]);
+        }
+        if (merge) best = _mm512_max_epi32(best, _mm512_loadu_si512(out));
+        _mm512_storeu_si512(out, best);
+    }
 }
 
 template <class Query, size_t kQueries, int kBits>
