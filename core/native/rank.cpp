@@ -16,7 +16,7 @@
 namespace hillinfer {
 namespace {
 
-constexpr size_t kBlockBytes = 128 << 10;   // keys: further passes over them read a second-level cache
+constexpr size_t kBlockBytes = 512 << 10;   // keys: further passes over them read a second-level cache
 constexpr size_t kBlockTokens = 4096;       // 16 KiB of scores, half of a first-level cache
 constexpr size_t kJobBytes = 2 << 20;       // keys: larger jobs share the work less evenly
 constexpr size_t kLeastJobBytes = 64 << 10; // keys: smaller jobs cost more than they do
@@ -49,35 +49,34 @@ Bins bins_for(const Query *q, size_t queries, size_t dim, int bits) {
 }
 
 // Scores that can still win, by ascending id.
+struct Kept {
+    std::vector<uint32_t> ids;
+    std::vector<int32_t> scores;
+
+    void drop_below(int32_t threshold) {
+        size_t count = 0;
+        for (size_t i = 0; i < ids.size(); ++i) {
+            ids[count] = ids[i];
+            scores[count] = scores[i];
+            count += scores[count] >= threshold;
+        }
+        ids.resize(count);
+        scores.resize(count);
+    }
+};
+
+// They while a job is going on. A thread keeps the memory: fresh pages would cost more than the work.
 class Candidates {
   public:
-    // Makes room for `more` after dropping what is below `threshold`.
+    void clear() { count_ = 0; }
+
+    // Makes room for `more`, first by dropping what is below `threshold`.
     void reserve(size_t more, int32_t threshold) {
         if (count_ + more + kOvershoot <= capacity_) return;
-        size_t kept = 0;
-        for (size_t i = 0; i < count_; ++i) {
-            ids_[kept] = ids_[i];
-            scores_[kept] = scores_[i];
-            kept += scores_[kept] >= threshold;
-        }
-        count_ = kept;
+        drop_below(threshold);
         // Half of it free, so that dropping is rare.
-        if (2 * (count_ + more) + kOvershoot > capacity_) grow(2 * (count_ + more) + kOvershoot);
-    }
-
-    // Adds those of scores[n] that reach `threshold`, for which there must be room; returns where they begin.
-    size_t add(Variant variant, const int32_t *scores, size_t n, int32_t threshold, uint32_t first_id) {
-        const size_t before = count_;
-        count_ += filter(variant, scores, n, threshold, first_id, ids_.get() + count_, scores_.get() + count_);
-        return before;
-    }
-
-    size_t count() const { return count_; }
-    uint32_t id(size_t i) const { return ids_[i]; }
-    int32_t score(size_t i) const { return scores_[i]; }
-
-  private:
-    void grow(size_t capacity) {
+        const size_t capacity = 2 * (count_ + more) + kOvershoot;
+        if (capacity <= capacity_) return;
         std::unique_ptr<uint32_t[]> ids(new uint32_t[capacity]);
         std::unique_ptr<int32_t[]> scores(new int32_t[capacity]);
         std::copy(ids_.get(), ids_.get() + count_, ids.get());
@@ -85,6 +84,33 @@ class Candidates {
         ids_ = std::move(ids);
         scores_ = std::move(scores);
         capacity_ = capacity;
+    }
+
+    // Adds those of scores[n] that reach `threshold`, for which there must be room; returns how many.
+    size_t add(Variant variant, const int32_t *scores, size_t n, int32_t threshold, uint32_t first_id) {
+        const size_t added =
+            filter(variant, scores, n, threshold, first_id, ids_.get() + count_, scores_.get() + count_);
+        count_ += added;
+        return added;
+    }
+
+    // The scores of the last `n`.
+    const int32_t *last(size_t n) const { return scores_.get() + count_ - n; }
+
+    Kept keep(int32_t threshold) {
+        drop_below(threshold);
+        return {{ids_.get(), ids_.get() + count_}, {scores_.get(), scores_.get() + count_}};
+    }
+
+  private:
+    void drop_below(int32_t threshold) {
+        size_t kept = 0;
+        for (size_t i = 0; i < count_; ++i) {
+            ids_[kept] = ids_[i];
+            scores_[kept] = scores_[i];
+            kept += scores_[kept] >= threshold;
+        }
+        count_ = kept;
     }
 
     std::unique_ptr<uint32_t[]> ids_;
@@ -103,42 +129,44 @@ struct Row {
 // One job's part of one row.
 class Tally {
   public:
-    Tally(Row &row, size_t k, bool all) : row_(row), k_(k), all_(all) {}
-
-    void add(Variant variant, const int32_t *scores, size_t n, uint32_t first_id, Candidates &candidates) {
-        follow(row_.floor.load(std::memory_order_relaxed));
-        const Bins bins = row_.bins;
-        if (all_) {
-            size_t i = 0;
-            // Two counters: neighbours often share a bin, and an increment has to wait for the one before.
-            for (; i + 2 <= n; i += 2) {
-                ++counts_[0][bins.of(scores[i])];
-                ++counts_[1][bins.of(scores[i + 1])];
-            }
-            if (i < n) ++counts_[0][bins.of(scores[i])];
-        }
-        if (k_ == 0) return;
-        const int32_t threshold = bins.edge(floor_);
-        candidates.reserve(n, threshold);
-        const size_t before = candidates.add(variant, scores, n, threshold, first_id);
-        above_ += candidates.count() - before;
-        if (!all_)
-            for (size_t i = before; i < candidates.count(); ++i) ++counts_[0][bins.of(candidates.score(i))];
-        size_t floor = floor_, above = above_;
-        while (above - in(floor) >= k_) above -= in(floor++);
-        if (floor == floor_) return;
-        floor_ = floor;
-        above_ = above;
-        size_t known = row_.floor.load(std::memory_order_relaxed);
-        while (known < floor && !row_.floor.compare_exchange_weak(known, floor, std::memory_order_relaxed)) {}
+    Tally(Row &row, size_t k, bool all, Candidates &candidates)
+        : row_(row), k_(k), all_(all), candidates_(candidates) {
+        candidates.clear();
     }
 
-    void finish() {
+    void add(Variant variant, const int32_t *scores, size_t n, uint32_t first_id) {
+        follow(row_.floor.load(std::memory_order_relaxed));
+        if (all_) count(scores, n);
+        if (k_ == 0) return;
+        const int32_t threshold = row_.bins.edge(floor_);
+        candidates_.reserve(n, threshold);
+        const size_t added = candidates_.add(variant, scores, n, threshold, first_id);
+        if (!all_) count(candidates_.last(added), added);
+        above_ += added;
+        if (above_ - in(floor_) < k_) return;
+        while (above_ - in(floor_) >= k_) above_ -= in(floor_++);
+        size_t known = row_.floor.load(std::memory_order_relaxed);
+        while (known < floor_ && !row_.floor.compare_exchange_weak(known, floor_, std::memory_order_relaxed)) {}
+    }
+
+    Kept finish() {
         std::lock_guard<std::mutex> lock(row_.mutex);
         for (size_t bin = 0; bin < kBins; ++bin) row_.counts[bin] += in(bin);
+        return candidates_.keep(row_.bins.edge(row_.floor.load(std::memory_order_relaxed)));
     }
 
   private:
+    // Two counters: neighbours often share a bin, and an increment has to wait for the one before.
+    void count(const int32_t *scores, size_t n) {
+        const Bins bins = row_.bins;
+        size_t i = 0;
+        for (; i + 2 <= n; i += 2) {
+            ++counts_[0][bins.of(scores[i])];
+            ++counts_[1][bins.of(scores[i + 1])];
+        }
+        if (i < n) ++counts_[0][bins.of(scores[i])];
+    }
+
     uint32_t in(size_t bin) const { return counts_[0][bin] + counts_[1][bin]; }
 
     void follow(size_t floor) {
@@ -147,37 +175,42 @@ class Tally {
 
     Row &row_;
     size_t k_;
-    bool all_;          // count every score, and not just candidates
+    bool all_;  // count every score, and not just candidates
+    Candidates &candidates_;
     size_t floor_ = 0;  // as Row::floor
     size_t above_ = 0;  // scores counted in bin floor_ and above
     uint32_t counts_[2][kBins] = {};
 };
 
-// Chooses the k best of what the jobs of a row kept, in order.
-void choose(const Row &row, const Candidates *kept, size_t jobs, size_t k, uint32_t *ids, int32_t *scores) {
+// Chooses the k best of what the jobs of a row kept, in order. No branch depends on a score: it would be
+// mispredicted.
+void choose(const Row &row, Kept *kept, size_t jobs, size_t k, uint32_t *ids, int32_t *scores) {
     size_t bin = kBins, above = 0;
     do {
         --bin;
         above += row.counts[bin];
     } while (above < k);
     const size_t wanted = k - (above - row.counts[bin]);
-    std::vector<int32_t> members;
-    members.reserve(row.counts[bin]);
-    for (size_t job = 0; job < jobs; ++job)
-        for (size_t i = 0; i < kept[job].count(); ++i)
-            if (row.bins.of(kept[job].score(i)) == bin) members.push_back(kept[job].score(i));
-    Threshold threshold = threshold_of(members, wanted);
-    size_t filled = 0;
+    std::vector<int32_t> members(row.counts[bin] + 1);
+    size_t found = 0;
     for (size_t job = 0; job < jobs; ++job) {
-        for (size_t i = 0; i < kept[job].count() && filled < k; ++i) {
-            const int32_t score = kept[job].score(i);
-            if (score < threshold.score) continue;
-            if (score == threshold.score) {
-                if (threshold.ties == 0) continue;
-                --threshold.ties;
-            }
-            ids[filled] = kept[job].id(i);
-            scores[filled++] = score;
+        kept[job].drop_below(row.bins.edge(bin));
+        for (size_t i = 0; i < kept[job].ids.size(); ++i) {
+            members[found] = kept[job].scores[i];
+            found += row.bins.of(kept[job].scores[i]) == bin;
+        }
+    }
+    members.resize(found);
+    const Threshold threshold = threshold_of(members, wanted);
+    size_t filled = 0, ties = 0;
+    for (size_t job = 0; job < jobs; ++job) {
+        for (size_t i = 0; i < kept[job].ids.size() && filled < k; ++i) {
+            const int32_t score = kept[job].scores[i];
+            ids[filled] = kept[job].ids[i];
+            scores[filled] = score;
+            const size_t tie = score == threshold.score;
+            filled += size_t(score > threshold.score) + (tie & size_t(ties < threshold.ties));
+            ties += tie;
         }
     }
 }
@@ -257,9 +290,12 @@ class Scan {
     }
 
     void scan(size_t head, size_t job) {
+        thread_local std::vector<Candidates> candidates;
+        if (candidates.size() < group_) candidates.resize(group_);
         std::vector<Tally> tallies;
         tallies.reserve(group_);
-        for (size_t g = 0; g < group_; ++g) tallies.emplace_back(rows_[head * group_ + g], r_.k, r_.histogram);
+        for (size_t g = 0; g < group_; ++g)
+            tallies.emplace_back(rows_[head * group_ + g], r_.k, r_.histogram != nullptr, candidates[g]);
         const size_t tokens = std::min(kBlockTokens, kBlockBytes * kTileTokens / tile_bytes_);
         const size_t block = std::max<size_t>(tokens / kTileTokens, 1);
         for (size_t p = starts_[job]; p < starts_[job + 1]; ++p) {
@@ -271,14 +307,14 @@ class Scan {
                 const uint8_t *keys = tiles + tile * tile_bytes_;
                 if (r_.checksums)
                     add_beats(r_.variant, keys, count * tile_bytes_ / kBeatBytes, sums_[p * r_.heads + head]);
-                rank_block(head, job, keys, count, piece.token + (tile - piece.first_tile) * kTileTokens, tallies);
+                rank_block(head, keys, count, piece.token + (tile - piece.first_tile) * kTileTokens, tallies);
             }
         }
-        for (Tally &tally : tallies) tally.finish();
+        for (size_t g = 0; g < group_; ++g) kept_[(head * group_ + g) * jobs() + job] = tallies[g].finish();
         if (unfinished_[head].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(head);
     }
 
-    void rank_block(size_t head, size_t job, const uint8_t *keys, size_t tiles, size_t token,
+    void rank_block(size_t head, const uint8_t *keys, size_t tiles, size_t token,
                     std::vector<Tally> &tallies) {
         const size_t first = std::max(r_.first, token), end = std::min(r_.end, token + tiles * kTileTokens);
         if (first >= end) return;
@@ -286,18 +322,17 @@ class Scan {
         for (size_t g = 0; g < group_; ++g) {
             const size_t row = head * group_ + g;
             scores(r_.variant, keys, tiles, r_.q + row * r_.queries * r_.dim, r_.queries, r_.dim, r_.bits, block);
-            tallies[g].add(r_.variant, block + (first - token), end - first, uint32_t(first),
-                           kept_[row * jobs() + job]);
+            tallies[g].add(r_.variant, block + (first - token), end - first, uint32_t(first));
         }
     }
 
     void finish(size_t head) {
         for (size_t row = head * group_; row < (head + 1) * group_; ++row) {
-            Candidates *kept = &kept_[row * jobs()];
+            Kept *kept = &kept_[row * jobs()];
             if (r_.histogram)
                 std::copy(rows_[row].counts, rows_[row].counts + kBins, r_.histogram + row * kBins);
             if (r_.k) choose(rows_[row], kept, jobs(), r_.k, r_.ids + row * r_.k, r_.scores + row * r_.k);
-            for (size_t job = 0; job < jobs(); ++job) kept[job] = Candidates();
+            for (size_t job = 0; job < jobs(); ++job) kept[job] = Kept();
         }
     }
 
@@ -320,7 +355,7 @@ class Scan {
     std::vector<Piece> pieces_;
     std::vector<size_t> starts_;  // job j of a head has pieces starts_[j] to starts_[j + 1] - 1
     std::vector<Row> rows_;
-    std::vector<Candidates> kept_;  // [rows][jobs]
+    std::vector<Kept> kept_;       // [rows][jobs]
     std::vector<DataSums> sums_;    // [pieces][heads]
     std::vector<std::atomic<size_t>> unfinished_;  // jobs of each head
     std::atomic<bool> failed_{false};

@@ -47,13 +47,6 @@ void scores_portable(const uint8_t *tiles, size_t tile_count, const Query *q, si
 #define HILLINFER_AVX2 __attribute__((target("avx2")))
 #define HILLINFER_VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
 
-// The processor's own prefetching starts anew at every page.
-constexpr size_t kPrefetchBytes = 4096;
-
-inline void prefetch(const uint8_t *line) {
-    _mm_prefetch(reinterpret_cast<const char *>(line + kPrefetchBytes), _MM_HINT_T0);
-}
-
 // A beat meets the query as bytes where that cannot saturate, and else as 16-bit numbers.
 //
 // Bytes: vpdpbusd sums four products in 32 bits. vpmaddubsw sums two in 16 bits, which is enough for INT4
@@ -117,8 +110,7 @@ HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Que
             for (auto &sum : half) sum = _mm256_setzero_si256();
         for (size_t j = 0; j < beats; ++j) {
             const uint8_t *beat = tiles + j * kBeatBytes;
-            prefetch(beat);
-            for (size_t half = 0; half < 2; ++half) {
+                    for (size_t half = 0; half < 2; ++half) {
                 const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(beat + half * 32));
                 __m256i operands[kCount];
                 for (size_t o = 0; o < kCount; ++o) operands[o] = avx2_operand<kBits, kAsBytes>(k, o);
@@ -161,7 +153,6 @@ HILLINFER_VNNI inline __m512i vnni_operand(__m512i k, size_t operand) {
 
 template <int kBits, bool kAsBytes, size_t kQueries>
 HILLINFER_VNNI inline void vnni_beat(const uint8_t *beat, const uint32_t *words, __m512i *sums) {
-    prefetch(beat);
     const __m512i k = _mm512_loadu_si512(beat);
     for (size_t o = 0; o < kOperands<kBits, kAsBytes>; ++o) {
         const __m512i operand = vnni_operand<kBits, kAsBytes>(k, o);
