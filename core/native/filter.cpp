@@ -44,15 +44,21 @@ __attribute__((target("avx512f"))) size_t avx512(const int32_t *scores, size_t n
     const __m512i least = _mm512_set1_epi32(threshold);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     size_t count = 0, i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const __m512i s = _mm512_loadu_si512(scores + i);
-        const __mmask16 mask = _mm512_cmpge_epi32_mask(s, least);
-        if (mask == 0) continue;
-        // Compressed in a register and stored whole: compressing stores are slow on some processors.
-        const __m512i id = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first_id + uint32_t(i))));
-        _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(mask, id));
-        _mm512_storeu_si512(chosen + count, _mm512_maskz_compress_epi32(mask, s));
-        count += size_t(__builtin_popcount(mask));
+    for (; i + 64 <= n; i += 64) {
+        __mmask16 masks[4];
+        for (size_t v = 0; v < 4; ++v)
+            masks[v] = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(scores + i + 16 * v), least);
+        // Few thresholds are so high that 16 scores can be passed over with a branch that is mostly foreseen.
+        if (!(masks[0] | masks[1] | masks[2] | masks[3])) continue;
+        for (size_t v = 0; v < 4; ++v) {
+            // Compressed in a register and stored whole: compressing stores are slow on some processors.
+            const size_t at = i + 16 * v;
+            const __m512i id = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first_id + uint32_t(at))));
+            const __m512i s = _mm512_loadu_si512(scores + at);
+            _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(masks[v], id));
+            _mm512_storeu_si512(chosen + count, _mm512_maskz_compress_epi32(masks[v], s));
+            count += size_t(__builtin_popcount(masks[v]));
+        }
     }
     return count + portable(scores + i, n - i, threshold, first_id + uint32_t(i), ids + count, chosen + count);
 }
