@@ -310,6 +310,7 @@ class Scan {
                 rank_block(head, keys, count, piece.token + (tile - piece.first_tile) * kTileTokens, tallies);
             }
         }
+        if (stopped()) return;
         for (size_t g = 0; g < group_; ++g) kept_[(head * group_ + g) * jobs() + job] = tallies[g].finish();
         if (unfinished_[head].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(head);
     }
@@ -319,7 +320,7 @@ class Scan {
         const size_t first = std::max(r_.first, token), end = std::min(r_.end, token + tiles * kTileTokens);
         if (first >= end) return;
         alignas(64) int32_t block[kBlockTokens];
-        for (size_t g = 0; g < group_; ++g) {
+        for (size_t g = 0; g < group_ && !stopped(); ++g) {
             const size_t row = head * group_ + g;
             scores(r_.variant, keys, tiles, r_.q + row * r_.queries * r_.dim, r_.queries, r_.dim, r_.bits, block);
             tallies[g].add(r_.variant, block + (first - token), end - first, uint32_t(first));
