@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from hillinfer_core.units import parse_budget
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -64,3 +67,52 @@ def _print_kernel(result: dict[str, Any]) -> None:
             )  # fmt: skip
     console.print(table)
     console.print(peers)
+
+
+@app.command("recall")
+def recall_command(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+    ] = None,
+    context_tokens: Annotated[int, typer.Option(min=64, help="Least length of the text.")] = 4096,
+    budget: Annotated[str, typer.Option(help="Tokens chosen: a per cent of the past, or a count.")] = "2%",
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Measure a Qwen3 with random weights after it.")
+    ] = False,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of docs/recall.md.")] = False,
+) -> None:
+    """Say what quantised evaluation keys lose: recall and captured attention mass for each layer.
+
+    The text is the demo's: the Python standard library's sources with notes hidden in them, and a question.
+    """
+    parsed = parse_budget(budget)
+
+    from hillinfer.bench.recall import as_markdown, as_object, measure, untrained_qwen3
+    from hillinfer.demo import make_demo
+    from hillinfer.model_directory import ModelDirectory, bundled_model, dtype_named
+    from hillinfer.progress import progress_for_stderr
+
+    directory = ModelDirectory(model or bundled_model())
+    demo = make_demo(directory.tokenizer, context_tokens)
+    tokens = directory.tokenizer(f"{demo.context}\n{demo.questions[0]}")["input_ids"]
+    models = [(directory.path.name, directory.load(dtype_named("float32")))]
+    if untrained:
+        models.append(("Qwen3, untrained", untrained_qwen3(len(directory.tokenizer))))
+    progress = progress_for_stderr()
+    results = {name: measure(loaded, tokens, parsed, progress) for name, loaded in models}
+    if as_json:
+        told = {"tokens": len(tokens), "budget": budget}
+        print(json.dumps(told | {name: as_object(layers) for name, layers in results.items()}, indent=2))
+        return
+    tables = [
+        as_markdown(f"{name}, {len(tokens):,} tokens, {budget}", each) for name, each in results.items()
+    ]
+    if markdown:
+        print("\n\n".join(tables))
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown("\n\n".join(tables)))

@@ -47,7 +47,7 @@ class PeerMismatchError(HillInferError):
 def bench_kernel(repeats: int, progress: Progress, shapes: tuple[Shape, ...] = SHAPES) -> dict[str, Any]:
     """Measure all shapes, `repeats` interleaved rounds each; return what `--json` prints.
 
-    Takes about 1.3 GB for the first shape. Raises `PeerMismatchError` before anything is timed that is not equal.
+    Takes about 1.3 GB. Raises `PeerMismatchError` for a peer that finds something else, before it is timed.
     """
     with progress("kernel", len(shapes) * len(Precision)) as tick:
         measured: list[dict[str, Any]] = []
