@@ -13,7 +13,7 @@ BLOCK = 4096
 BINS = 2048
 
 
-@numba.njit(parallel=True, cache=False)  # type: ignore[untyped-decorator, unused-ignore]
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator, unused-ignore]
 def score_int8(rows: Array, q: Array, scores: Array) -> None:
     """Write the scores of `rows` uint8 [H, n, D] for `q` int8 [H, D] to int32 [H, n]."""
     heads, tokens, dim = rows.shape
@@ -27,7 +27,7 @@ def score_int8(rows: Array, q: Array, scores: Array) -> None:
             scores[head, token] = total
 
 
-@numba.njit(parallel=True, cache=False)  # type: ignore[untyped-decorator, unused-ignore]
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator, unused-ignore]
 def score_int4(rows: Array, q: Array, scores: Array) -> None:
     """Write the scores of packed `rows` uint8 [H, n, D / 2] for `q` int8 [H, D] to int32 [H, n]."""
     heads, tokens, half = rows.shape
@@ -42,7 +42,7 @@ def score_int4(rows: Array, q: Array, scores: Array) -> None:
             scores[head, token] = total
 
 
-@numba.njit(parallel=True, cache=False)  # type: ignore[untyped-decorator, unused-ignore]
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator, unused-ignore]
 def select(scores: Array, ids: Array, best: Array) -> None:
     """Write the k best of each head to `ids` and `best` [H, k], ties to the lowest id."""
     heads, tokens = scores.shape
