@@ -93,50 +93,56 @@ HILLINFER_AVX2 inline __m256i avx2_operand(__m256i k, size_t operand) {
     return _mm256_and_si256(_mm256_srli_epi16(k, shift), _mm256_set1_epi16(0x000f));
 }
 
-// `merge`: an earlier pass left the best of other query heads in `out`.
+// Half a beat: 8 tokens.
+template <int kBits, bool kAsBytes, size_t kQueries>
+HILLINFER_AVX2 inline void avx2_half(const uint8_t *half, const uint32_t *words, __m256i *sums) {
+    const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(half));
+    if (kAsBytes) {
+        const __m256i low = avx2_operand<kBits, true>(k, 0), high = avx2_operand<kBits, true>(k, 1);
+        for (size_t r = 0; r < kQueries; ++r) {
+            const __m256i pairs =
+                _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_set1_epi32(int(words[r]))),
+                                 _mm256_maddubs_epi16(high, _mm256_set1_epi32(int(words[kQueries + r]))));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+        return;
+    }
+    for (size_t o = 0; o < kOperands<kBits, kAsBytes>; ++o) {
+        const __m256i operand = avx2_operand<kBits, false>(k, o);
+        for (size_t r = 0; r < kQueries; ++r) {
+            const __m256i word = _mm256_set1_epi32(int(*words++));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(operand, word));
+        }
+    }
+}
+
 // `merge`: an earlier pass left the best of other query heads in `out`.
 template <class Query, size_t kQueries, int kBits>
 HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
                               int32_t *out) {
     constexpr bool kAsBytes = kBytes<Query, kBits, false>;
-    constexpr size_t kCount = kOperands<kBits, kAsBytes>;
+    constexpr size_t kWords = kOperands<kBits, kAsBytes> * kQueries;  // for each beat
     const size_t beats = dim * kBits / 32;
-    const __m256i ones = _mm256_set1_epi16(1);
     uint32_t words[kQueries * kMaxDim / 2];
     broadcast_words<Query, kBits, kAsBytes, kQueries>(q, dim, words);
     for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
-        __m256i sums[2][kQueries];  // tokens 0 to 7, and 8 to 15
-        for (auto &half : sums)
-            for (auto &sum : half) sum = _mm256_setzero_si256();
+        __m256i first[kQueries], second[kQueries];  // of tokens 0 to 7, and 8 to 15
+        for (size_t r = 0; r < kQueries; ++r) first[r] = second[r] = _mm256_setzero_si256();
         for (size_t j = 0; j < beats; ++j) {
-            const uint8_t *beat = tiles + j * kBeatBytes;
-                    for (size_t half = 0; half < 2; ++half) {
-                const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(beat + half * 32));
-                __m256i operands[kCount];
-                for (size_t o = 0; o < kCount; ++o) operands[o] = avx2_operand<kBits, kAsBytes>(k, o);
-                const uint32_t *word = words + j * kCount * kQueries;
-                for (size_t r = 0; r < kQueries; ++r, ++word) {
-                    __m256i &sum = sums[half][r];
-                    if (kAsBytes) {
-                        const __m256i low = _mm256_maddubs_epi16(operands[0], _mm256_set1_epi32(int(word[0])));
-                        const __m256i high =
-                            _mm256_maddubs_epi16(operands[1], _mm256_set1_epi32(int(word[kQueries])));
-                        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
-                    } else {
-                        for (size_t o = 0; o < kCount; ++o)
-                            sum = _mm256_add_epi32(
-                                sum, _mm256_madd_epi16(operands[o], _mm256_set1_epi32(int(word[o * kQueries]))));
-                    }
-                }
-            }
+            avx2_half<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes, words + j * kWords, first);
+            avx2_half<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes + 32, words + j * kWords, second);
         }
-        for (size_t half = 0; half < 2; ++half) {
-            auto *target = reinterpret_cast<__m256i *>(out + half * 8);
-            __m256i best = sums[half][0];
-            for (size_t r = 1; r < kQueries; ++r) best = _mm256_max_epi32(best, sums[half][r]);
-            if (merge) best = _mm256_max_epi32(best, _mm256_loadu_si256(target));
-            _mm256_storeu_si256(target, best);
+        for (size_t r = 1; r < kQueries; ++r) {
+            first[0] = _mm256_max_epi32(first[0], first[r]);
+            second[0] = _mm256_max_epi32(second[0], second[r]);
         }
+        auto *target = reinterpret_cast<__m256i *>(out);
+        if (merge) {
+            first[0] = _mm256_max_epi32(first[0], _mm256_loadu_si256(target));
+            second[0] = _mm256_max_epi32(second[0], _mm256_loadu_si256(target + 1));
+        }
+        _mm256_storeu_si256(target, first[0]);
+        _mm256_storeu_si256(target + 1, second[0]);
     }
 }
 
