@@ -6,15 +6,17 @@ import sys
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from hillinfer.bench import kernel as bench
 from hillinfer.bench import peers
 from hillinfer.bench.recall import as_markdown, measure, untrained_qwen3
+from hillinfer.commands import app
 from hillinfer.demo import make_demo
 from hillinfer.model_directory import ModelDirectory, bundled_model
 from hillinfer.progress import silent
 from hillinfer_core import kernel, reference
-from hillinfer_core.errors import InvalidInput
+from hillinfer_core.errors import InvalidInput, UnreadableModel
 from hillinfer_core.layout import Precision, tile_bytes
 from hillinfer_core.units import parse_budget
 
@@ -107,13 +109,24 @@ def test_recall_of_a_short_text_is_refused(text):
         measure(untrained_qwen3(2048), text[:32], parse_budget("2%"), silent)
 
 
-def test_the_commands(hillinfer, tmp_path):
-    done = hillinfer("bench", "recall", "--context-tokens", 200, "--json")
-    assert done.returncode == 0, done.stderr
+def test_the_commands(tmp_path):
+    done = CliRunner().invoke(app, ["bench", "recall", "--context-tokens", "200", "--json"])
+    assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["tokens"] >= 200
     assert len(result["needle-8m"]["layers"]) == 8
-    refused = hillinfer("bench", "recall", "--model", tmp_path / "none")
-    assert refused.returncode == 2
-    assert "is not a directory" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    refused = CliRunner().invoke(app, ["bench", "recall", "--model", str(tmp_path / "none")])
+    assert isinstance(refused.exception, UnreadableModel)
+    shown = CliRunner().invoke(app, ["bench", "--help"]).output
+    assert "kernel" in shown
+    assert "recall" in shown
+
+
+def test_the_kernel_command_prints_json_and_tables(monkeypatch):
+    measured = bench.bench_kernel(3, silent, SMALL)
+    monkeypatch.setattr(bench, "bench_kernel", lambda repeats, progress: measured)
+    done = CliRunner().invoke(app, ["bench", "kernel", "--json"])
+    assert json.loads(done.stdout) == json.loads(json.dumps(measured))
+    table = CliRunner().invoke(app, ["bench", "kernel"]).output
+    assert "4,096 x 2 x 64" in table
+    assert "the same job" in table
