@@ -1,11 +1,17 @@
 // Python bindings. hillinfer_core/kernel.py checks every argument before it comes here.
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/vector.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+
+#include <cstring>
+#include <optional>
 
 #include "native.h"
 
@@ -19,6 +25,10 @@ using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 template <class T, size_t kDims>
 using Strided = nb::ndarray<T, nb::ndim<kDims>, nb::device::cpu>;
 using Bytes1 = Array<const uint8_t, 1>;
+
+// STATX_DIOALIGN of linux/stat.h (Linux 6.1), newer than the headers of some that build this.
+constexpr unsigned kStatxDioAlign = 0x2000;
+constexpr size_t kStatxDioOffset = 0x98;
 
 [[noreturn]] void raise_os_error(int number) {
     errno = number;
@@ -123,14 +133,44 @@ void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint3
     }
 }
 
-uint64_t py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct) {
+std::pair<uint64_t, uint64_t> py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct,
+                                        size_t depth) {
     GatherResult result;
     {
         nb::gil_scoped_release released;
-        result = gather(fd, offsets.data(), offsets.shape(0), out.shape(1), out.data(), direct);
+        result = gather(fd, offsets.data(), offsets.shape(0), out.shape(1), out.data(), direct, depth);
     }
     if (result.error) raise_os_error(result.error);
-    return result.read_bytes;
+    return {result.read_bytes, result.requests};
+}
+
+void transfer(int fd, bool write, uint64_t offset, uint8_t *memory, uint64_t length, bool direct) {
+    int failed;
+    {
+        nb::gil_scoped_release released;
+        failed = transfer_range(fd, write, offset, memory, length, direct);
+    }
+    if (failed) raise_os_error(failed);
+}
+
+void py_read_range(int fd, uint64_t offset, Array<uint8_t, 1> out, bool direct) {
+    transfer(fd, false, offset, out.data(), out.shape(0), direct);
+}
+
+void py_write_range(int fd, uint64_t offset, Bytes1 data, bool direct) {
+    transfer(fd, true, offset, const_cast<uint8_t *>(data.data()), data.shape(0), direct);
+}
+
+// What statx(2) says of direct I/O on the file: alignment of memory and of offsets in bytes, 0 for "not at all".
+std::optional<std::pair<uint32_t, uint32_t>> py_direct_alignment(int fd) {
+    // A file in memory has no page cache to bypass.
+    struct statfs system {};
+    if (fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return std::pair(0u, 0u);
+    struct statx info {};
+    if (statx(fd, "", AT_EMPTY_PATH, kStatxDioAlign, &info) || !(info.stx_mask & kStatxDioAlign)) return {};
+    uint32_t alignment[2];
+    std::memcpy(alignment, reinterpret_cast<const char *>(&info) + kStatxDioOffset, sizeof alignment);
+    return std::pair(alignment[0], alignment[1]);
 }
 
 void py_punch_hole(int fd, int64_t offset, int64_t length) {
@@ -173,6 +213,10 @@ NB_MODULE(_native, module) {
                nb::arg().noconvert());
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
-    module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
+    module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+               nb::arg());
+    module.def("read_range", &py_read_range, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg());
+    module.def("write_range", &py_write_range, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg());
+    module.def("direct_alignment", &py_direct_alignment);
     module.def("punch_hole", &py_punch_hole);
 }

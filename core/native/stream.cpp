@@ -13,7 +13,7 @@
 namespace hillinfer {
 namespace {
 
-constexpr size_t kChunkBytes = 1 << 20;
+constexpr size_t kStreamBytes = 1 << 20;
 
 uint64_t portable(const uint8_t *data, size_t bytes) {
     uint64_t sums[8] = {};
@@ -78,9 +78,9 @@ uint64_t chunk(Variant variant, const uint8_t *data, size_t bytes) {
 
 uint64_t stream_read(Variant variant, const uint8_t *data, size_t bytes, size_t threads) {
     std::atomic<uint64_t> total{0};
-    ComputePool::instance().run((bytes + kChunkBytes - 1) / kChunkBytes, threads, [&](size_t i) {
-        const size_t at = i * kChunkBytes;
-        total += chunk(variant, data + at, std::min(kChunkBytes, bytes - at));
+    ComputePool::instance().run((bytes + kStreamBytes - 1) / kStreamBytes, threads, [&](size_t i) {
+        const size_t at = i * kStreamBytes;
+        total += chunk(variant, data + at, std::min(kStreamBytes, bytes - at));
     });
     return total;
 }

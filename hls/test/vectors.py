@@ -1,9 +1,9 @@
 """Write the shared vectors for the C simulation: inputs, and what ``hillinfer_core.reference`` gives.
 
 ``python vectors.py FILE`` writes all cases; testbench.cpp reads them. All numbers are little-endian. A case
-is a name (32 bytes, filled with NUL), 11 uint32 (key bits, query bits, heads, key stride in words, begin,
-end, dim, vectors, k, first id, key words), then keys, queries, blocks, histograms and summaries, each in
-whole 64-byte words as in evaluate.hpp.
+is a name (32 bytes, filled with NUL), 12 uint32 (key bits, query bits, heads, key stride in words, tiles,
+begin, end, dim, vectors, k, first id, key words), then keys, queries, blocks, histograms and summaries, each
+in whole 64-byte words as in evaluate.hpp.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_case(file: BinaryIO, case: Case) -> None:
     file.write(case.name.encode().ljust(32, b"\0"))
     stride = words if case.tiles.shape[0] == heads else 0
     header = (
-        case.precision.bits, case.q.itemsize * 8, heads, stride, case.begin, case.end,
+        case.precision.bits, case.q.itemsize * 8, heads, stride, case.tiles.shape[1], case.begin, case.end,
         dim, vectors, case.k, case.first_id, case.tiles.size // 64,
     )  # fmt: skip
     file.write(np.array(header, "<u4").tobytes())

@@ -51,12 +51,12 @@ class Maker:
 
     def __call__(
         self, name: str, precision: Precision, rows: int, vectors: int, dim: int, begin: int, end: int,
-        k: int, *, key_heads: int | None = None, dtype: Any = np.int8, first_id: int = 0,
+        k: int, *, key_heads: int | None = None, dtype: Any = np.int8, first_id: int = 0, tiles: int = 0,
     ) -> Case:  # fmt: skip
-        """Return a case of ``end`` tokens, rounded up to tiles."""
+        """Return a case of ``tiles`` tiles, or as many as ``end`` tokens need."""
         limit = np.iinfo(dtype).max
         q = self._rng.integers(-limit, limit + 1, (rows, vectors, dim)).astype(dtype)
-        size = (key_heads or rows, -(-end // TILE_TOKENS), tile_bytes(dim, precision))
+        size = (key_heads or rows, tiles or -(-end // TILE_TOKENS), tile_bytes(dim, precision))
         keys = self._rng.integers(0, 256, size, np.uint8)
         return Case(f"{name}-{precision.value}", precision, keys, q, begin, end, k, first_id)
 
@@ -78,6 +78,9 @@ def cases() -> Iterator[Case]:
             yield made(f"tokens{tokens}", precision, 1, 1, 8, 0, tokens, 7)
         yield made("begin-end", precision, 2, 2, 24, 5, 199, 30, first_id=1_000_000)
         yield made("begin-in-one-tile", precision, 1, 1, 24, 3, 9, 2, first_id=4096)
+        yield made("begin-past-a-tile", precision, 2, 2, 24, 83, 199, 30, first_id=1_000_000)
+        yield made("tiles-past-the-end", precision, 2, 1, 24, 37, 70, 9, tiles=12, first_id=16)
+        yield made("one-token-of-many", precision, 1, 1, 8, 99, 100, 5, tiles=20)
         yield made("k-all", precision, 2, 1, 16, 1, 100, 99)
         yield made("k-above", precision, 1, 1, 16, 1, 100, 2**31 - 1)
         yield made("k-one", precision, 3, 1, 16, 0, 100, 1)

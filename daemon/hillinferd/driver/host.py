@@ -1,164 +1,160 @@
-"""The host driver: the cold pool is a sparse file, read and written with direct I/O where that works."""
+"""The host driver: a pool on a file or drive, and evaluation on the host's cores."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import mmap
-import os
-import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from hillinfer_core import kernel
-from hillinfer_core.errors import ConfigError
-from hillinfer_core.layout import PAGE
+from hillinfer_core.layout import PAGE, TILE_TOKENS
+from hillinfer_core.reference import U8, U32
 
-from .contract import Bytes, Identity
-
-HEADER_BYTES = PAGE
-"""Bytes at the start of the file that hold :data:`MAGIC` and never rows."""
-
-MAGIC = b"hillinfer cold pool 1\n"
-
-_BOUNCE_BYTES = 1 << 20
+from .contract import Bytes, DamagedKeys, Identity, KeySegment, Scan, Winners
+from .pacing import Pacing
+from .profiles import profile
+from .segments import overlapping
+from .settings import DriverSettings
+from .storage import Storage, aligned
 
 
 class HostDriver:
-    """Drives a regular file of ``capacity`` bytes (a multiple of 4096), created sparse.
+    """Drives the pool of ``settings``; see :class:`~hillinferd.driver.contract.Driver`.
 
-    With ``keep_name`` false the file loses its name at once, so that its space comes back whatever happens to
-    the process. A file with content that is no cold pool is refused with :class:`ConfigError`, as is one that
-    another process drives. What the file held is discarded. With ``direct`` false, or where the file system
-    does not offer it, bytes go through the page cache.
+    Loaded evaluation keys are in DRAM. Others are read from the pool for every scan, one segment ahead of the
+    scores, into two buffers as large as the largest segment yet.
     """
 
-    def __init__(self, path: Path, capacity: int, *, keep_name: bool, direct: bool = True) -> None:
-        self._path = path
-        self._capacity = capacity
-        self._fd, self._direct = _open(path, direct)
-        try:
-            _claim(self._fd, path)
-            os.ftruncate(self._fd, 0)
-            os.ftruncate(self._fd, capacity)
-            self._bounce = mmap.mmap(-1, _BOUNCE_BYTES)
-            self._bounce[: len(MAGIC)] = MAGIC
-            self.write(0, memoryview(self._bounce)[:HEADER_BYTES])
-            if not keep_name:
-                os.unlink(path)
-        except BaseException:
-            os.close(self._fd)
-            raise
+    def __init__(self, settings: DriverSettings, *, direct: bool = True) -> None:
+        self._key_memory = settings.key_memory
+        self._pacing = Pacing(profile(settings.profile))
+        self._storage = Storage(
+            Path(settings.path), settings.capacity, keep=settings.keep, direct=direct, pacing=self._pacing
+        )
+        self._keys: dict[int, U8] = {}
+        self._ahead = ThreadPoolExecutor(1, "hillinferd-read-ahead")
+        self._buffers = [aligned(0), aligned(0)]
+        self._scores = np.empty(0, np.int32)
 
     def identify(self) -> Identity:
-        """Return path, capacity and whether the file system takes direct I/O."""
-        return Identity("host", str(self._path), self._direct, self._capacity)
+        """Return what is driven."""
+        storage = self._storage
+        return Identity(
+            driver="host",
+            path=str(storage.path),
+            direct_io=storage.direct_io,
+            capacity=storage.capacity,
+            pool_id=storage.pool_id,
+            fresh=storage.fresh,
+            key_memory=self._key_memory,
+            profile=self._pacing.profile.name,
+        )
 
     def health(self) -> None:
-        """Read the header; raises ``OSError`` if that fails or it is not there."""
-        header = bytearray(len(MAGIC))
-        self.read(0, memoryview(header))
-        if header != MAGIC:
-            raise OSError(errno.EIO, "the header of the cold pool is gone", str(self._path))
+        """Read the pool's header."""
+        self._storage.health()
 
     def write(self, offset: int, data: Bytes) -> None:
-        """Write all of ``data``; see :class:`~hillinferd.driver.contract.Driver`."""
-        if offset % PAGE or len(data) % PAGE:
-            raise ValueError(f"write of {len(data)} bytes at {offset} is not whole pages")
-        if offset + len(data) > self._capacity:
-            raise ValueError(f"write of {len(data)} bytes at {offset} is beyond the capacity")
-        while data:
-            done = os.pwrite(self._fd, data, offset)
-            # A short direct write may end off a page: repeat the page that it tore.
-            done -= done % PAGE
-            if done == 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-            data, offset = data[done:], offset + done
+        """Write whole pages."""
+        self._storage.write(offset, data)
+
+    def flush(self) -> None:
+        """Make what was written safe from a loss of power."""
+        self._storage.flush()
 
     def read(self, offset: int, out: Bytes) -> int:
-        """Fill ``out``; through an aligned buffer when direct I/O could not reach it in place."""
-        if offset + len(out) > self._capacity:
-            raise ValueError(f"read of {len(out)} bytes at {offset} is beyond the capacity")
-        if not self._direct or not (offset % PAGE or len(out) % PAGE or _address(out) % PAGE):
-            self._fill(offset, out)
-            return len(out)
-        total, done = 0, 0
-        while done < len(out):
-            start = (offset + done) // PAGE * PAGE
-            skip = offset + done - start
-            length = min(_BOUNCE_BYTES, -(-(skip + len(out) - done) // PAGE) * PAGE)
-            with memoryview(self._bounce)[:length] as bounce:
-                self._fill(start, bounce)
-                take = min(length - skip, len(out) - done)
-                out[done : done + take] = bounce[skip : skip + take]
-            total += length
-            done += take
-        return total
+        """Read a range."""
+        return self._storage.read(offset, out)
 
     def gather(self, offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> int:
-        """Read scattered rows with the native thread pool, whole pages at a time under direct I/O."""
-        if len(offsets) == 0:
-            return 0
-        if int(offsets.max()) + out.shape[1] > self._capacity:
-            raise ValueError("a row to gather is beyond the capacity")
-        return kernel.gather(self._fd, offsets, out.shape[1], out, self._direct)
+        """Read scattered rows."""
+        return self._storage.gather(offsets, out)
 
     def discard(self, offset: int, length: int) -> None:
-        """Punch a hole; a file system without holes keeps the space until the bytes are overwritten."""
-        try:
-            kernel.punch_hole(self._fd, offset, length)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
+        """Give space back."""
+        self._storage.discard(offset, length)
+
+    def load_keys(self, segment: KeySegment, tiles: U8) -> None:
+        """Keep the array ``tiles`` itself, for as long as the segment is loaded."""
+        if tiles.shape != segment.shape or tiles.dtype != np.uint8:
+            raise ValueError(f"tiles {list(tiles.shape)} are not those of a segment {list(segment.shape)}")
+        others = sum(held.nbytes for offset, held in self._keys.items() if offset != segment.offset)
+        if others + tiles.nbytes > self._key_memory:
+            raise MemoryError(f"{tiles.nbytes} bytes of evaluation keys do not fit beside {others}")
+        started = self._pacing.now()
+        self._keys[segment.offset] = tiles
+        self._pacing.load(started, tiles.nbytes)
+
+    def unload_keys(self, offset: int) -> None:
+        """Drop the array."""
+        self._keys.pop(offset, None)
+
+    def evaluate(self, scan: Scan) -> Winners:
+        """Score tiles where they are, or as they come from the pool; then select."""
+        heads = scan.q.shape[0]
+        origin = scan.first // TILE_TOKENS * TILE_TOKENS
+        segments = overlapping(scan)
+        columns = max(0, -(-scan.end // TILE_TOKENS) * TILE_TOKENS - origin)
+        if self._scores.size < heads * columns:
+            self._scores = np.empty(heads * columns, np.int32)
+        scores = self._scores[: heads * columns].reshape(heads, columns)
+        parts: list[tuple[int, bool]] = []
+        started = self._pacing.now()
+        for segment, tiles, streamed in self._tiles(segments):
+            low = max(origin, segment.first_token)
+            high = min(origin + columns, segment.end_token)
+            begin = (low - segment.first_token) // TILE_TOKENS
+            part = tiles[:, begin : begin + (high - low) // TILE_TOKENS]
+            kernel.scores(part, scan.q, segment.precision, scores[:, low - origin : high - origin])
+            # What is read is looked at as a whole, for its checksum.
+            parts.append((segment.nbytes if streamed else part.size, streamed))
+        ids, best = kernel.top_k(scores[:, scan.first - origin : scan.end - origin], scan.k, scan.first)
+        self._pacing.evaluate(started, parts)
+        scanned = sum(nbytes for nbytes, _ in parts)
+        return Winners(ids, best, scanned, sum(nbytes for nbytes, streamed in parts if streamed))
 
     def close(self) -> None:
-        """Give the file's space back and close it; a named file keeps its header."""
+        """Close the pool."""
+        self._ahead.shutdown()
+        self._storage.close()
+
+    def _tiles(self, segments: Sequence[KeySegment]) -> Iterator[tuple[KeySegment, U8, bool]]:
+        """Yield each segment, its tiles (valid until the next is asked for), and whether they were read."""
+        wanted = [segment for segment in segments if segment.offset not in self._keys]
+        coming: list[Future[U8]] = []
         try:
-            os.ftruncate(self._fd, HEADER_BYTES)
+            for index in range(min(1, len(wanted))):
+                coming.append(self._ahead.submit(self._fetch, wanted[index], index % 2))
+            taken = 0
+            for segment in segments:
+                held = self._keys.get(segment.offset)
+                if held is not None:
+                    yield segment, held, False
+                    continue
+                tiles = coming.pop().result()
+                taken += 1
+                if taken < len(wanted):
+                    coming.append(self._ahead.submit(self._fetch, wanted[taken], taken % 2))
+                if not np.array_equal(key_checksums(tiles), np.array(segment.checksums, np.uint32)):
+                    raise DamagedKeys(segment)
+                yield segment, tiles, True
         finally:
-            os.close(self._fd)
+            # The buffers are free for the next scan only when nothing is on its way to them.
+            for future in coming:
+                future.exception()
 
-    def _fill(self, offset: int, out: Bytes) -> None:
-        while out:
-            done = os.preadv(self._fd, [out], offset)
-            if self._direct:
-                done -= done % PAGE
-            if done == 0:
-                raise OSError(errno.EIO, f"short read at {offset}", str(self._path))
-            out, offset = out[done:], offset + done
-
-
-def _open(path: Path, direct: bool) -> tuple[int, bool]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        if direct:
-            return os.open(path, flags | os.O_DIRECT, 0o600), True
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    return os.open(path, flags, 0o600), False
+    def _fetch(self, segment: KeySegment, side: int) -> U8:
+        padded = -(-segment.nbytes // PAGE) * PAGE
+        if self._buffers[side].size < padded:
+            self._buffers[side] = aligned(padded)
+        buffer = self._buffers[side][:padded]
+        self._storage.read_unpaced(segment.offset, buffer)
+        return buffer[: segment.nbytes].reshape(segment.shape)
 
 
-def _claim(fd: int, path: Path) -> None:
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        raise ConfigError(f"pool: {path} is not a regular file")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"pool: {path} is in use by another daemon") from None
-    if info.st_size == 0:
-        return
-    with (
-        mmap.mmap(fd, len(MAGIC), prot=mmap.PROT_READ)
-        if info.st_size >= len(MAGIC)
-        else mmap.mmap(-1, 1) as head
-    ):
-        if head[:] != MAGIC:
-            raise ConfigError(f"pool: {path} has content that is not a cold pool; name a new file")
-
-
-def _address(buffer: Bytes) -> int:
-    return np.frombuffer(buffer, np.uint8).ctypes.data if len(buffer) else 0
+def key_checksums(tiles: U8) -> U32:
+    """Return the data checksum (docs/evaluation.md), uint32 [kv_heads], of ``tiles``."""
+    return kernel.data_checksums(tiles)

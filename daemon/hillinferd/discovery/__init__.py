@@ -1,0 +1,1 @@
+"""Finds NVMe namespaces and SmartSSDs, and notices when they come and go."""

@@ -1,0 +1,1 @@
+"""Checks of the machine, each with a verdict and a remedy; none changes anything but a scratch file."""
