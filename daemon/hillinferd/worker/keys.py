@@ -187,8 +187,11 @@ class KeyKeeper:
         if self.residency.admit(segment.offset, segment.nbytes):
             try:
                 self._driver.load_keys(segment, tiles)
-            except MemoryError:
+            except (MemoryError, OSError) as error:
+                # They are in the pool: what cannot be kept in memory is streamed.
+                log.warning("evaluation keys are not kept in memory", offset=segment.offset, error=error)
                 self.residency.forget(segment.offset)
+                self._driver.unload_keys(segment.offset)
 
     def _mend(self, store: LayerStore, damaged: KeySegment, traffic: Traffic) -> None:
         self.forget(damaged)
