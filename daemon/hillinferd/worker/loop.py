@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from hillinfer_core.errors import DeviceUnavailable, HillInferError
+from hillinfer_core.errors import DeviceUnavailable, HillInferError, name_of
 
 from ..cec.configurable import Configurable
 from ..driver.open import open_driver
@@ -30,7 +30,7 @@ def serve(sock: socket.socket, settings: DriverSettings) -> None:
             configuration.restore()
         driver.health()
     except HillInferError as error:
-        sock.send(messages.encode(messages.Failed(type(error).__name__, str(error))))
+        sock.send(messages.encode(messages.Failed(name_of(error), str(error))))
         return
     except OSError as error:
         failed = messages.Failed(

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hillinfer_core.arena import Arena
-from hillinfer_core.errors import DeviceUnavailable, HillInferError, InvalidInput, PoolFull, UnknownContext
+from hillinfer_core.errors import (
+    DeviceUnavailable,
+    HillInferError,
+    InvalidInput,
+    PoolFull,
+    UnknownContext,
+    name_of,
+)
 from hillinfer_core.layout import Shape
 
 from ..cec.loader import Status
@@ -51,7 +58,7 @@ class Operations:
         try:
             return self._carry_out(request, fd, traffic)
         except HillInferError as error:
-            return messages.Failed(type(error).__name__, str(error), traffic)
+            return messages.Failed(name_of(error), str(error), traffic)
         except OSError as error:
             log.error("the drive failed", request=type(request).__name__, error=error)
             return _drive_failed(error, traffic)
