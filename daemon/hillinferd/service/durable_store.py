@@ -102,7 +102,9 @@ class DurableStore:
 
 def _open(path: Path) -> DurableRecords:
     if not path.parent.is_dir():
-        raise ConfigError(f"No such file or directory: {path.parent}, for the pool and its catalogue; make it")
+        raise ConfigError(
+            f"No such file or directory: {path.parent}, for pool and catalogue; make it"
+        )
     return DurableRecords(Database(path))
 
 
