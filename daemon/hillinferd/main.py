@@ -129,6 +129,7 @@ async def _until(stop: asyncio.Event, service: ColdPoolService, idle_s: int) -> 
 
 def _drive_settings(drive: config.DriveConfig, settings: config.Config) -> DriveSettings:
     path, catalogue = drive.pool, None
+    state_dir = settings.state_dir or settings.pool_dir
     if path is None:
         try:
             settings.pool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -139,6 +140,7 @@ def _drive_settings(drive: config.DriveConfig, settings: config.Config) -> Drive
         path = settings.pool_dir / f"pool-{os.getpid()}-{drive.name}"
     else:
         catalogue = records.catalogue_path(path, settings.state_dir)
+        state_dir = catalogue.parent
     return DriveSettings(
         drive.name,
         DriverSettings(
@@ -150,6 +152,8 @@ def _drive_settings(drive: config.DriveConfig, settings: config.Config) -> Drive
             drive.profile,
             drive.card,
             str(drive.bitstream or ""),
+            str(drive.configurations or ""),
+            str(state_dir),
         ),
         catalogue,
     )

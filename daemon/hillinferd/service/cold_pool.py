@@ -20,6 +20,7 @@ from ..domain.durable import Durable
 from ..logs import get_logger
 from ..worker import messages
 from . import requests
+from .administration import Administration
 from .drive import Drive, DriveSettings
 from .sessions import Peer, Session, Sessions
 
@@ -41,6 +42,7 @@ class ColdPoolService:
     def __init__(self, drives: Sequence[DriveSettings], limits: Limits, log_level: str) -> None:
         self.sessions = Sessions(limits.arena_limit, limits.session_limit)
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
+        self.administration = Administration(self.drives)
         self._started = time.monotonic()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hillinfer_core.errors import (
     InvalidInput,
 )
 
+from ..cec.loader import Status
 from ..domain.contexts import Catalogue, Context, Quotas
 from ..domain.durable import Durable
 from ..domain.extents import GRANULE, Extent, ExtentAllocator
@@ -157,6 +159,35 @@ class Drive:
                     return 0
             await self._ensure_loaded(context)
             return (await self._call(request)).traffic.read
+
+        return await self.queue.submit(session.session_id, work, deadline)
+
+    @property
+    def card(self) -> str:
+        """PCI address of the FPGA, empty for none."""
+        driver = self._settings.driver
+        return driver.card if driver.kind == "xrt" else ""
+
+    @property
+    def open_contexts(self) -> int:
+        """How many contexts are open, without those that are lost."""
+        return sum(not context.lost for context in self.catalogue)
+
+    async def configure(
+        self, session: Session, request_for: Callable[[int], messages.CecRequest], deadline: float | None
+    ) -> tuple[Status, int]:
+        """Carry out what ``request_for`` makes of the number of open contexts; return what is then, and it.
+
+        Raises :class:`InvalidInput` if the drive has no card, and what the worker raises.
+        """
+        if not self.card:
+            raise InvalidInput(f"drive {self.name} has no FPGA to configure")
+
+        async def work() -> tuple[Status, int]:
+            contexts = self.open_contexts
+            status = (await self._call(request_for(contexts))).bitstreams
+            assert status is not None
+            return status, contexts
 
         return await self.queue.submit(session.session_id, work, deadline)
 

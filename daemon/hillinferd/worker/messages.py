@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from hillinfer_core.layout import Reduction, Shape
 
+from ..cec.loader import Status
 from ..domain.content import Appended
 from ..domain.extents import Extent
 from ..domain.placement import Placed
@@ -153,6 +154,28 @@ class FetchRange:
     rows: Region
 
 
+@dataclass(frozen=True)
+class CecStatus:
+    """Ask what bitstream the card has; the answer to this and the next two is in ``Done.bitstreams``."""
+
+
+@dataclass(frozen=True)
+class CecLoad:
+    """Load the catalogue's bitstream ``name``; refused if the drive has open ``contexts``."""
+
+    name: str
+    contexts: int
+
+
+@dataclass(frozen=True)
+class CecRollback:
+    """Go back to the bitstream that was good before; refused if the drive has open ``contexts``."""
+
+    contexts: int
+
+
+CecRequest: TypeAlias = CecStatus | CecLoad | CecRollback
+
 Request: TypeAlias = (
     AttachArena
     | DetachArena
@@ -166,6 +189,7 @@ Request: TypeAlias = (
     | Evaluate
     | FetchIds
     | FetchRange
+    | CecRequest
 )
 
 
@@ -212,8 +236,8 @@ class Done:
     """A request was carried out.
 
     ``evaluated`` answers :class:`Evaluate`, ``appended`` a durable :class:`Append`, ``sealed``
-    :class:`SealContext` (by layer). ``key_bytes`` of evaluation keys are in fast memory now,
-    ``context_key_bytes`` of them of the context that was opened, loaded or appended to.
+    :class:`SealContext` (by layer), ``bitstreams`` a :data:`CecRequest`. ``key_bytes`` of evaluation keys are
+    in fast memory now, ``context_key_bytes`` of them of the context that was opened, loaded or appended to.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -222,6 +246,7 @@ class Done:
     sealed: list[tuple[int, SealedKeys]] = field(default_factory=list)
     key_bytes: int = 0
     context_key_bytes: int = 0
+    bitstreams: Status | None = None
 
 
 @dataclass(frozen=True)
