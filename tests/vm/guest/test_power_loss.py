@@ -1,0 +1,151 @@
+"""Losing power at any moment: what was flushed before is there, byte for byte, also among torn later writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rig import MIB, Mapped, drive, pages, run, sectors, wipe
+from write_log import Entry, Replay, entries
+
+from hillinfer_core.errors import ConfigError, DamagedCatalogue
+from hillinfer_core.layout import PAGE
+from hillinferd.driver.block import format_device
+from hillinferd.driver.storage import Storage, aligned
+
+EXTENT = 64 << 10
+EXTENTS = 64
+
+
+@pytest.fixture
+def logged() -> Iterator[Mapped]:
+    """A drive whose every write is recorded; the drives of this test are blank."""
+    cold, log, replay = (drive(name) for name in ("cold", "log", "replay"))
+    for device in (cold, log, replay):
+        wipe(device)
+    with Mapped("logged", f"0 {sectors(cold)} log-writes {cold} {log}") as mapped:
+        yield mapped
+
+
+def recorded(mapped: Mapped) -> list[Entry]:
+    """Return the log so far, which ends here."""
+    run("dmsetup", "suspend", "logged")
+    run("dmsetup", "load", "logged", "--table", f"0 {sectors(mapped.path)} zero")
+    run("dmsetup", "resume", "logged")
+    return list(entries(drive("log")))
+
+
+def check(expected: dict[int, np.ndarray], pool_id: str) -> None:
+    """Open what was replayed as a daemon would, and compare the extents of ``expected``."""
+    pool = Storage(drive("replay"), 0, keep=True)
+    try:
+        assert pool.pool_id == pool_id
+        for offset, data in expected.items():
+            out = aligned(data.size)
+            pool.read(offset, memoryview(out))
+            assert np.array_equal(out, data), f"extent at {offset} differs"
+    finally:
+        pool.close()
+
+
+def test_what_was_flushed_before_power_was_lost_is_there_after_it(logged: Mapped) -> None:
+    random = np.random.default_rng(5)
+    pool_id = format_device(logged.path)
+    pool = Storage(logged.path, 0, keep=True)
+    held: dict[int, np.ndarray] = {}
+    promises: dict[str, dict[int, np.ndarray]] = {}
+    for turn in range(40):
+        fresh: dict[int, np.ndarray] = {}
+        for _ in range(int(random.integers(1, 6))):
+            offset = MIB + int(random.integers(EXTENTS)) * EXTENT
+            if offset in held and random.random() < 0.4:
+                # Freed and given to another: neither is promised until the next flush.
+                del held[offset]
+                pool.discard(offset, EXTENT)
+            elif offset not in held:
+                data = pages(EXTENT // PAGE, seed=int(random.integers(1 << 30)))
+                pool.write(offset, memoryview(data))
+                fresh[offset] = held[offset] = data
+        pool.flush()
+        # Without what the next turn may free: a discard may reach the drive before its flush.
+        promises[f"flush-{turn}"] = dict(held)
+        logged.message(f"mark flush-{turn}")
+    pool.close()
+
+    log = recorded(logged)
+    torn = np.random.default_rng(6)
+    replay = Replay(drive("replay"))
+    checked = 0
+    for index, entry in enumerate(log):
+        replay.apply(entry)
+        if not entry.mark:
+            continue
+        promised = promises[entry.mark]
+        replay.sync()
+        check(promised, pool_id)
+        # Later requests may each have got there, in part, in any order; what they aim at is not promised.
+        later = log[index + 1 : index + 30]
+        following = log[index + 1 : next((i for i, e in enumerate(log) if i > index and e.mark), len(log))]
+        touched = {e.offset // EXTENT * EXTENT + place for e in following for place in range(0, max(e.length, 1), EXTENT)}
+        for other in torn.permutation(np.arange(len(following))):
+            replay.apply_torn(following[other], torn)
+        replay.sync()
+        check({offset: data for offset, data in promised.items() if offset not in touched}, pool_id)
+        checked += 1
+        del later
+    replay.close()
+    assert checked == 40
+    print(f"{len(log)} recorded requests, {checked} flushes, each also with torn later writes")
+
+
+def test_the_log_tells_flushed_from_unflushed(logged: Mapped) -> None:
+    """The instrument itself: without the flush, the same check fails."""
+    pool_id = format_device(logged.path)
+    pool = Storage(logged.path, 0, keep=True)
+    data = pages(16, seed=1)
+    pool.write(MIB, memoryview(data))
+    logged.message("mark unflushed")
+    pool.flush()
+    logged.message("mark flushed")
+    pool.close()
+    replay = Replay(drive("replay"))
+    for entry in recorded(logged):
+        replay.apply(entry)
+        if entry.mark == "unflushed":
+            replay.sync()
+            with pytest.raises(AssertionError, match="differs"):
+                check({MIB: data}, pool_id)
+        if entry.mark == "flushed":
+            replay.sync()
+            check({MIB: data}, pool_id)
+    replay.close()
+
+
+def test_power_lost_while_formatting_leaves_a_pool_or_a_refusal(logged: Mapped) -> None:
+    first = format_device(logged.path)
+    pool = Storage(logged.path, 0, keep=True)
+    pool.close()
+    second = format_device(logged.path, force=True)
+    Storage(logged.path, 0, keep=True).close()
+    log = recorded(logged)
+    seen: set[str] = set()
+    replay = Replay(drive("replay"))
+    random = np.random.default_rng(2)
+    for entry in log:
+        for torn in (True, False):
+            if torn:
+                replay.apply_torn(entry, random)
+            else:
+                replay.apply(entry)
+            replay.sync()
+            try:
+                found = Storage(drive("replay"), 0, keep=True)
+            except (ConfigError, DamagedCatalogue):
+                seen.add("refused")
+            else:
+                seen.add(found.pool_id)
+                found.close()
+    replay.close()
+    assert seen == {"refused", first, second}
