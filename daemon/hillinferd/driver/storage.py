@@ -78,7 +78,10 @@ class Storage:
         self._check(offset, len(data))
         if len(data):
             with self._pacing.append(len(data)):
-                kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
+                try:
+                    kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
+                except OSError as error:
+                    raise self._gone(error) from None
 
     def flush(self) -> None:
         """Return once everything written before is safe from a loss of power."""
@@ -126,6 +129,12 @@ class Storage:
     def close(self) -> None:
         """Close the pool; one that was not kept is gone then."""
         os.close(self._fd)
+
+    def _gone(self, error: OSError) -> OSError:
+        """Return ``error``, or ENODEV for a drive that was pulled out, whose end Linux finds at zero."""
+        if self._device and error.errno == errno.ENOSPC and device_bytes(self._fd) < self.capacity:
+            return OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(self.path))
+        return error
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or offset + length > self.capacity:
