@@ -12,7 +12,7 @@ import time
 from image import REPOSITORY, Unavailable, build
 from machine import Machine
 
-LIMIT_SECONDS = 900
+LIMIT_SECONDS = 420
 DEFAULT = ["tests/vm/guest", "tests/driver/test_driver_contract.py"]
 
 
@@ -43,7 +43,10 @@ def main() -> int:
         machine.close()
     print(f"image {built - started:.0f} s, guest {time.monotonic() - built:.0f} s")
     if machine.status is None:
-        print(f"the guest did not finish within {LIMIT_SECONDS} s or died; see {folder}/console.log", file=sys.stderr)
+        print(
+            f"the guest did not finish within {LIMIT_SECONDS} s or died; see {folder}/console.log",
+            file=sys.stderr,
+        )
         return 1
     return machine.status
 

@@ -124,15 +124,15 @@ class Storage:
             (discard_device if self._device else kernel.punch_hole)(self._fd, offset, length)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
-                raise
+                raise self._gone(error) from None
 
     def close(self) -> None:
         """Close the pool; one that was not kept is gone then."""
         os.close(self._fd)
 
     def _gone(self, error: OSError) -> OSError:
-        """Return ``error``, or ENODEV for a drive that was pulled out, whose end Linux finds at zero."""
-        if self._device and error.errno == errno.ENOSPC and device_bytes(self._fd) < self.capacity:
+        """Return ``error``, or ENODEV if the drive was pulled out: Linux calls that a full one, or EINVAL."""
+        if self._device and device_bytes(self._fd) < self.capacity:
             return OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(self.path))
         return error
 

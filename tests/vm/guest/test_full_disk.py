@@ -32,10 +32,14 @@ def test_a_full_file_system_is_enospc_and_costs_nothing_that_was_written(small: 
     pool = Storage(small / "pool", 1 << 30, keep=True)
     written: list[int] = []
     data = pages(CHUNK // 4096, seed=1)
-    with pytest.raises(OSError, match="space") as caught:
+
+    def fill() -> None:
         for offset in range(MIB, 1 << 30, CHUNK):
             pool.write(offset, memoryview(data))
             written.append(offset)
+
+    with pytest.raises(OSError, match="space") as caught:
+        fill()
     assert caught.value.errno == errno.ENOSPC
     assert 4 < len(written) < 12
     pool.flush()

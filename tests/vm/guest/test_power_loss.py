@@ -1,4 +1,4 @@
-"""Losing power at any moment: what was flushed before is there, byte for byte, also among torn later writes."""
+"""Losing power at any moment: what was flushed before is there, byte for byte, beside torn later writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from rig import MIB, Mapped, drive, pages, run, sectors, wipe
+from rig import MIB, Mapped, drive, pages, sectors, wipe
 from write_log import Entry, Replay, entries
 
 from hillinfer_core.errors import ConfigError, DamagedCatalogue
@@ -34,9 +34,7 @@ def logged() -> Iterator[Mapped]:
 
 def recorded(mapped: Mapped) -> list[Entry]:
     """Return the log so far, which ends here."""
-    run("dmsetup", "suspend", "logged")
-    run("dmsetup", "load", "logged", "--table", f"0 {sectors(mapped.path)} zero")
-    run("dmsetup", "resume", "logged")
+    mapped.load(f"0 {sectors(mapped.path)} zero")
     return list(entries(drive("log")))
 
 
@@ -84,7 +82,7 @@ def test_what_was_flushed_before_power_was_lost_is_there_after_it(logged: Mapped
         before = index
         promised = promises[log[index].mark]
         check(replay, promised, pool_id)
-        # What comes next may have got there in part and in any order; extents that it aims at are not promised.
+        # What comes next may have got there in part, in any order; the extents it aims at are not promised.
         later = log[index + 1 : following]
         touched = {(entry.offset - MIB) // EXTENT * EXTENT + MIB for entry in later if entry.length}
         for entry in random.permutation(np.array(later, object)):
