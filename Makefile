@@ -49,7 +49,7 @@ format: setup ## let ruff rewrite what it can
 proto: setup ## generate core/hillinfer_core/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -Ihillinfer_core/v1=proto/hillinfer/v1 \
 		--python_out=core --pyi_out=core --grpc_python_out=core \
-		hillinfer_core/v1/attach.proto hillinfer_core/v1/cold_pool.proto
+		hillinfer_core/v1/admin.proto hillinfer_core/v1/attach.proto hillinfer_core/v1/cold_pool.proto
 
 clean: ## remove .venv, build output and caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

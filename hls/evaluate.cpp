@@ -9,9 +9,8 @@ typedef ap_int<32> Score;
 
 // What the tasks of a head have to know of it.
 struct Job {
-    uint32_t key_stride, begin, end, dim, vectors, k, first_id;
+    uint32_t key_stride, tiles, begin, end, dim, vectors, k, first_id;
 
-    uint32_t tiles() const { return (end + TILE_TOKENS - 1) / TILE_TOKENS; }
     uint32_t chosen() const { return k < end - begin ? k : end - begin; }
 };
 
@@ -64,7 +63,7 @@ ap_uint<16> lanes_of(const Job &job, uint32_t tile) {
 void read_keys(const Word *keys, const Job job, uint32_t head, uint32_t beats, hls::stream<Word> &out) {
     const uint64_t start = uint64_t(head) * job.key_stride;
 read_keys:
-    for (uint32_t i = 0; i < job.tiles() * beats; ++i) {
+    for (uint32_t i = 0; i < job.tiles * beats; ++i) {
 #pragma HLS PIPELINE II = 1
         out.write(keys[start + i]);
     }
@@ -97,7 +96,7 @@ void check_keys(const Job job, uint32_t beats, hls::stream<Word> &in, hls::strea
         sums[i] = 0;
     }
 check_keys:
-    for (uint32_t i = 0; i < job.tiles() * beats; ++i) {
+    for (uint32_t i = 0; i < job.tiles * beats; ++i) {
 #pragma HLS PIPELINE II = 1
         const Word beat = in.read();
         for (int lane = 0; lane < TILE_TOKENS; ++lane) {
@@ -158,7 +157,7 @@ void score_tiles(const Job job, const typename F::Slice query[MAX_VECTORS * F::M
 #pragma HLS ARRAY_PARTITION variable = sums complete
     Word beat_word = 0;
     uint32_t beat = 0, vector = 0;
-    const uint32_t steps = job.tiles() * beats * job.vectors;
+    const uint32_t steps = job.tiles * beats * job.vectors;
 score_tiles:
     for (uint32_t step = 0; step < steps; ++step) {
 #pragma HLS PIPELINE II = 1
@@ -245,7 +244,7 @@ void tally_scores(const Job job, hls::stream<Word> &in, hls::stream<Range> &rang
     clear(tally);
     Word scores = 0;
 tally_scores:
-    for (uint32_t step = 0; step < job.tiles() * Tally::TURNS; ++step) {
+    for (uint32_t step = 0; step < job.tiles * Tally::TURNS; ++step) {
 #pragma HLS PIPELINE
         const uint32_t tile = step / Tally::TURNS;
         if (step % Tally::TURNS == 0) {
@@ -318,7 +317,7 @@ refine:
 #pragma HLS ARRAY_PARTITION variable = tally.counts complete dim = 1
         clear(tally);
     count_again:
-        for (uint32_t step = 0; step < job.tiles() * Tally::TURNS; ++step) {
+        for (uint32_t step = 0; step < job.tiles * Tally::TURNS; ++step) {
 #pragma HLS PIPELINE
             const uint32_t tile = step / Tally::TURNS;
             const Word scores = kept[tile];
@@ -338,7 +337,7 @@ refine:
     const Threshold threshold = {range.low, ap_uint<18>(wanted)};
     threshold_out.write(threshold);
 pass_on:
-    for (uint32_t tile = 0; tile < job.tiles(); ++tile) {
+    for (uint32_t tile = 0; tile < job.tiles; ++tile) {
 #pragma HLS PIPELINE II = 1
         Candidates candidates = {kept[tile], lanes_of(job, tile), tile, 0};
         for (int lane = 0; lane < TILE_TOKENS; ++lane) {
@@ -454,14 +453,14 @@ heads:
 
 template <int KEY_BITS, int QUERY_BITS>
 void evaluate(const Word *keys, const Word *queries, Word *blocks, Word *histograms, Word *summaries,
-              uint32_t heads, uint32_t key_stride, uint32_t begin, uint32_t end, uint32_t dim,
-              uint32_t vectors, uint32_t k, uint32_t first_id) {
-    if (heads == 0 || begin >= TILE_TOKENS || end <= begin || end > MAX_TOKENS || dim == 0 ||
-        dim > MAX_DIM || dim % 8 != 0 || vectors == 0 || vectors > MAX_VECTORS || k == 0) {
+              uint32_t heads, uint32_t key_stride, uint32_t tiles, uint32_t begin, uint32_t end,
+              uint32_t dim, uint32_t vectors, uint32_t k, uint32_t first_id) {
+    if (heads == 0 || tiles > MAX_TOKENS / TILE_TOKENS || end <= begin || end > tiles * TILE_TOKENS ||
+        dim == 0 || dim > MAX_DIM || dim % 8 != 0 || vectors == 0 || vectors > MAX_VECTORS || k == 0) {
         summaries[0] = STATUS_BAD_ARGUMENT;
         return;
     }
-    const Job job = {key_stride, begin, end, dim, vectors, k, first_id};
+    const Job job = {key_stride, tiles, begin, end, dim, vectors, k, first_id};
     evaluate_heads<KEY_BITS, QUERY_BITS>(keys, queries, blocks, histograms, summaries, heads, job);
 }
 
@@ -478,6 +477,7 @@ void evaluate(const Word *keys, const Word *queries, Word *blocks, Word *histogr
         _Pragma("HLS INTERFACE m_axi port=summaries bundle=blocks offset=slave")                                 \
         _Pragma("HLS INTERFACE s_axilite port=heads")                                                               \
         _Pragma("HLS INTERFACE s_axilite port=key_stride")                                                          \
+        _Pragma("HLS INTERFACE s_axilite port=tiles")                                                               \
         _Pragma("HLS INTERFACE s_axilite port=begin")                                                               \
         _Pragma("HLS INTERFACE s_axilite port=end")                                                                 \
         _Pragma("HLS INTERFACE s_axilite port=dim")                                                                 \
@@ -486,7 +486,7 @@ void evaluate(const Word *keys, const Word *queries, Word *blocks, Word *histogr
         _Pragma("HLS INTERFACE s_axilite port=first_id")                                                            \
         _Pragma("HLS INTERFACE s_axilite port=return")                                                              \
         hillinfer::evaluate<KEY_BITS, QUERY_BITS>(keys, queries, blocks, histograms, summaries, heads,              \
-                                                  key_stride, begin, end, dim, vectors, k, first_id);               \
+                                                  key_stride, tiles, begin, end, dim, vectors, k, first_id);        \
     }
 
 HILLINFER_TOP(evaluate_int8, 8, 8)

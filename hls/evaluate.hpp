@@ -13,10 +13,11 @@
 //   summaries  word h: bits 0-31 status, 32-63 pairs written, 64-95 data checksum, 96-127 low, 128-159 shift,
 //              160-191 the least score chosen.
 //
-// Scalars: heads >= 1; tokens begin (below 16) to end (excluded, at most MAX_TOKENS), counted from the first
-// token of the keys; dim a multiple of 8 up to 256; vectors 1 to 8, of which a token gets the greatest score;
-// k >= 1; first_id is the id of the first token of the keys. If one of them is out of its range, summary word 0
-// gets STATUS_BAD_ARGUMENT, no other word is written and nothing is read.
+// Scalars: heads >= 1; tiles of a head, at most MAX_TOKENS / 16, all of which are read, so that the checksum covers
+// them; of these, tokens begin to end (excluded) are scanned, counted from the first token of the keys; dim a
+// multiple of 8 up to 256; vectors 1 to 8, of which a token gets the greatest score; k >= 1; first_id is the id of
+// the first token of the keys. If one of them is out of its range, summary word 0 gets STATUS_BAD_ARGUMENT, no
+// other word is written and nothing is read.
 #pragma once
 
 #include <ap_int.h>
@@ -42,8 +43,8 @@ const uint32_t STATUS_BAD_ARGUMENT = 1;
 #define HILLINFER_EVALUATE(NAME)                                                                          \
     extern "C" void NAME(const hillinfer::Word *keys, const hillinfer::Word *queries,                     \
                          hillinfer::Word *blocks, hillinfer::Word *histograms, hillinfer::Word *summaries, \
-                         uint32_t heads, uint32_t key_stride, uint32_t begin, uint32_t end, uint32_t dim, \
-                         uint32_t vectors, uint32_t k, uint32_t first_id)
+                         uint32_t heads, uint32_t key_stride, uint32_t tiles, uint32_t begin,              \
+                         uint32_t end, uint32_t dim, uint32_t vectors, uint32_t k, uint32_t first_id)
 
 HILLINFER_EVALUATE(evaluate_int8);
 HILLINFER_EVALUATE(evaluate_int4);

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hillinfer.context import Context, Selection
+from hillinfer.durable import DurableContext
 from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
@@ -23,6 +24,7 @@ __all__ = [
     "Brought",
     "Context",
     "DType",
+    "DurableContext",
     "EvaluateItem",
     "Precision",
     "PrivateDaemon",

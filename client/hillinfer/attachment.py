@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from hillinfer.fingerprint import model_fingerprint
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
@@ -62,10 +64,27 @@ class Attachment:
         model.set_attn_implementation(ATTENTION_NAME)
         self._hook = model.register_forward_pre_hook(self._swap_cache, with_kwargs=True)
 
-    def new_cache(self) -> HierarchicalCache:
-        """Return an empty cache for one batch, to pass as `past_key_values` over several turns."""
+    def new_cache(
+        self, *, durable: str | None = None, base: str | None = None, labels: Mapping[str, str] | None = None
+    ) -> HierarchicalCache:
+        """Return a cache for one batch, to pass as `past_key_values` over several turns.
+
+        It begins empty; with `durable`, a name, its one sequence can be kept
+        with `HierarchicalCache.save`; with `base`, the name of a kept one, it
+        begins with all tokens of it. `labels` say what the context is made
+        from, for example {"text": tokens_fingerprint(ids)}, and must be the
+        same ones each time; the model's fingerprint goes with them.
+
+        Raises UnsupportedModel for a name and a model with sliding-window
+        layers, UnknownContext, and ContextMismatch naming what differs. A name
+        for `durable` that is taken is refused at the first step.
+        """
         text = self._model.config.get_text_config(decoder=True)
-        self._last = HierarchicalCache(self.session, text, self._config, self._policy)
+        if durable is not None or base is not None:
+            labels = {**(labels or {}), "model": model_fingerprint(self._model)}
+        self._last = HierarchicalCache(
+            self.session, text, self._config, self._policy, durable=durable, base=base, labels=labels
+        )
         self._caches.add(self._last)
         return self._last
 

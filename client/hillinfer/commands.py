@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,6 +49,14 @@ SocketOption = Annotated[
     Path | None,
     typer.Option(help="Attach socket of a running daemon. [default: the usual one, or a private daemon]"),
 ]
+ContextNameOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Keep the text's KV under this name; later runs on the same text and model do not read it "
+        "again. Without a running daemon, one is started that ends when it is idle.",
+    ),
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Of weights and KV. [default: the model's own]", show_default=False)
 ]
@@ -65,6 +74,7 @@ def run_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     dtype: DtypeOption = None,
     socket: SocketOption = None,
+    context_name: ContextNameOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read a text once and answer questions about it, one after another, each answer one line."""
@@ -76,9 +86,9 @@ def run_command(
     from hillinfer.run import Job, run
 
     directory = ModelDirectory(model)
-    job = Job(text, ask, parsed_budget, parsed_resident, precision, max_new_tokens, socket)
+    job = Job(text, ask, parsed_budget, parsed_resident, precision, max_new_tokens, socket, context_name)
     chosen = dtype_named(dtype.value) if dtype else directory.dtype
-    report = run(job, directory, chosen, progress_for_stderr(), _say_nothing if as_json else _say)
+    report = run(job, directory, chosen, progress_for_stderr(), *_listeners(as_json))
     print(json.dumps(report.as_json(), indent=2) if as_json else f"\n{report.summary()}")
 
 
@@ -89,6 +99,7 @@ def demo_command(
     resident: ResidentOption = None,
     precision: PrecisionOption = Precision.int4,
     socket: SocketOption = None,
+    context_name: ContextNameOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hide notes in the Python standard library's sources and ask the bundled model for four of them."""
@@ -105,10 +116,17 @@ def demo_command(
         print(
             f"{context_tokens:,} tokens of the standard library's sources, notes hidden in them\n", flush=True
         )
-    job = Job(demo.context, demo.questions, parsed_budget, parsed_resident, precision, LONGEST_ANSWER, socket)
-    report = run(
-        job, directory, dtype_named("float32"), progress_for_stderr(), _say_nothing if as_json else _say
+    job = Job(
+        context=demo.context,
+        questions=demo.questions,
+        budget=parsed_budget,
+        resident=parsed_resident,
+        precision=precision,
+        max_new_tokens=LONGEST_ANSWER,
+        socket=socket,
+        context_name=context_name,
     )
+    report = run(job, directory, dtype_named("float32"), progress_for_stderr(), *_listeners(as_json))
     right = sum(task.is_right(answer.text) for task, answer in zip(demo.tasks, report.answers, strict=True))
     if as_json:
         print(json.dumps(report.as_json(), indent=2))
@@ -125,6 +143,11 @@ def _read(path: Path) -> str:
         raise InvalidInput(f"the context {path} is not UTF-8 text") from error
 
 
+def _listeners(as_json: bool) -> tuple[Callable[[Answer], None], Callable[[str], None]]:
+    """Return what prints answers and what prints notes as they come; the JSON object has both."""
+    return (_ignore, _ignore) if as_json else (_say, _note)
+
+
 def _say(answer: Answer) -> None:
     speed = "" if answer.decode_tokens_per_s is None else f", then {answer.decode_tokens_per_s:.1f} tokens/s"
     print(
@@ -133,5 +156,9 @@ def _say(answer: Answer) -> None:
     )
 
 
-def _say_nothing(answer: Answer) -> None:
+def _note(line: str) -> None:
+    print(f"{line}\n", flush=True)
+
+
+def _ignore(_: object) -> None:
     pass

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hillinfer.evaluation import check_query
 from hillinfer.wire import number
-from hillinfer_core.errors import HillInferError, InvalidInput
+from hillinfer_core.errors import CorruptData, HillInferError, InvalidInput
 from hillinfer_core.layout import PAGE, DType, Reduction, Shape
 from hillinfer_core.v1 import cold_pool_pb2
 
@@ -43,21 +43,35 @@ class Context:
     Rows reach the cold pool in whole append units. A shorter rest, the *tail*,
     waits in memory; `fetch` serves it, `evaluate` does not rank it (attend to it
     always: it is the most recent past). Thread-safe by the session's lock.
+
+    One that begins with tokens (a durable context that is continued, or one with
+    a base) goes on as if this process had appended them.
     """
 
-    def __init__(self, session: Session, shape: Shape, context_id: int, append_unit: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        shape: Shape,
+        opened: cold_pool_pb2.OpenContextResponse,
+        durable_name: str | None = None,
+    ) -> None:
         self.session = session
         self.shape = shape
-        self.context_id = context_id
-        self.append_unit = append_unit
-        self.evaluation_key_bytes = 0
+        self.context_id = opened.context_id
+        self.append_unit = opened.append_unit
+        self.durable_name = durable_name
+        """The name under which `save` keeps it; None for a volatile context."""
+        self.saved = False
+        """Whether `save` has made it read-only."""
+        self.evaluation_key_bytes = opened.evaluation_key_bytes
         """Evaluation keys of this context in the daemon's DRAM, as of the last append."""
-        self.checksum_bytes = 0
+        self.checksum_bytes = opened.checksum_bytes
         """Row checksums of this context in the daemon's DRAM, as of the last append."""
-        self._flushed = [0] * shape.layers
+        self._append_limit = opened.append_limit
+        self._flushed = list(opened.layer_tokens) or [0] * shape.layers
         self._tail_tokens = [0] * shape.layers
         self._tails = np.zeros(
-            (shape.layers, shape.kv_heads, append_unit, 2, shape.head_dim), shape.dtype.storage
+            (shape.layers, shape.kv_heads, self.append_unit, 2, shape.head_dim), shape.dtype.storage
         )
 
     @property
@@ -84,7 +98,8 @@ class Context:
 
         Raises `InvalidInput` for another shape or dtype and for numbers that
         are not finite, `PoolFull` and `MemoryLimit` when the daemon has no
-        room. Pieces written before these stay: `length` tells how far it got.
+        room, `InvalidInput` once it is saved. Pieces written before these stay:
+        `length` tells how far it got.
         After `DeadlineExceeded`, `DaemonUnavailable` or an interruption it does
         not tell, and the session is of no further use: connect a new one.
         """
@@ -94,6 +109,7 @@ class Context:
         if values.shape != keys.shape:
             raise InvalidInput(f"keys are {list(keys.shape)} but values {list(values.shape)}")
         with self.session.lock:
+            self._check_writable()
             # Also for tokens that only reach the tail: after an unfinished append they would be misplaced.
             self.session.staging()
             held = self._tail_tokens[layer]
@@ -113,6 +129,8 @@ class Context:
         shape, unit = self.shape, self.append_unit
         staging = self.session.staging()
         piece = staging.nbytes // (shape.kv_heads * shape.row_bytes) // unit * unit
+        if self._append_limit:
+            piece = min(piece, self._append_limit // unit * unit)
         taken = 0
         while (left := (self._tail_tokens[layer] + keys.shape[1] - taken) // unit * unit) > 0:
             count, held = min(piece, left), self._tail_tokens[layer]
@@ -122,23 +140,80 @@ class Context:
             rows[:, :held] = self._tails[layer, :, :held]
             rows[:, held:, 0] = keys[:, fresh]
             rows[:, held:, 1] = values[:, fresh]
-            response = self.session.call(
-                "Append",
-                cold_pool_pb2.AppendRequest(
-                    context_id=self.context_id,
-                    layer=layer,
-                    first_token=self._flushed[layer],
-                    tokens=count,
-                    rows=region,
-                ),
-            )
+            response = self._append(layer, count, region)
             taken = fresh.stop
             self._tail_tokens[layer] = 0
             self._flushed[layer] = response.layer_tokens
-            self.evaluation_key_bytes = response.evaluation_key_bytes
-            self.checksum_bytes = response.checksum_bytes
-            self.session.counters.written_bytes += region.length
         return taken
+
+    def _append(
+        self, layer: int, tokens: int, rows: cold_pool_pb2.Region, *, tail: bool = False
+    ) -> cold_pool_pb2.AppendResponse:
+        request = cold_pool_pb2.AppendRequest(
+            context_id=self.context_id,
+            layer=layer,
+            first_token=self._flushed[layer],
+            tokens=tokens,
+            rows=rows,
+            tail=tail,
+        )
+        response: cold_pool_pb2.AppendResponse = self.session.call("Append", request)
+        self.evaluation_key_bytes = response.evaluation_key_bytes
+        self.checksum_bytes = response.checksum_bytes
+        self.session.counters.written_bytes += rows.length
+        return response
+
+    def save(self) -> None:
+        """Makes a durable context complete and read-only, its tails included.
+
+        From then on any number of contexts may begin with it (`Session.open_context`
+        with `base`); this one still evaluates and fetches. What was appended but
+        not saved when the session ends is lost as far as it was tail. Raises
+        `InvalidInput` for a volatile context and for one that is saved already.
+        """
+        with self.session.lock:
+            if self.durable_name is None:
+                raise InvalidInput("a volatile context cannot be saved: open it with durable=NAME")
+            self._check_writable()
+            for layer, tokens in enumerate(self._tail_tokens):
+                if tokens:
+                    region, rows = self._stage_tail(tokens)
+                    rows[...] = self._tails[layer, :, :tokens]
+                    self._append(layer, tokens, region, tail=True)
+            self.session.call("SaveContext", cold_pool_pb2.SaveContextRequest(context_id=self.context_id))
+            self.saved = True
+
+    def load_tails(self, tokens: Sequence[int]) -> None:
+        """For the library's own use: brings the tails that the daemon kept, `tokens` of each layer.
+
+        Raises `CorruptData` for lengths that no tail can have or rows that do not match their checksums.
+        """
+        with self.session.lock:
+            if len(self._flushed) != self.shape.layers or len(tokens) not in (0, self.shape.layers):
+                raise CorruptData(f"the daemon holds another number of layers than {self.shape.layers}")
+            for layer, count in enumerate(tokens):
+                if count >= self.append_unit:
+                    raise CorruptData(
+                        f"the daemon keeps a tail of {count} tokens, an append unit has {self.append_unit}"
+                    )
+                if count:
+                    region, rows = self._stage_tail(count)
+                    self._fetch(layer, region, tail=cold_pool_pb2.Tail())
+                    self._tails[layer, :, :count] = rows
+                self._tail_tokens[layer] = count
+
+    def _stage_tail(self, tokens: int) -> tuple[cold_pool_pb2.Region, Array]:
+        staging = self.session.staging()
+        staging.reset()
+        shape = self.shape
+        return staging.take((shape.kv_heads, tokens, 2, shape.head_dim), shape.dtype.storage, PAGE)
+
+    def _check_writable(self) -> None:
+        if self.saved:
+            raise InvalidInput(
+                f"{self.durable_name} is saved and read-only: open a context with base={self.durable_name!r} "
+                "to go on from it"
+            )
 
     def evaluate(
         self,

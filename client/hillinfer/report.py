@@ -39,11 +39,23 @@ class KvUse:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A whole run: the context read once, the answers in the order of the questions."""
+    """A whole run: the context read once, the answers in the order of the questions. Times in seconds.
+
+    restored: whether the context was found under `context_name` and not read.
+    notes: what there was to say about the name. prefill_s: until the context
+    was there, read (and saved) or restored. time_to_first_answer_s: the same and
+    the first question, until the first token of its answer. total_s: of all the
+    work, loading the model included.
+    """
 
     model: str
     context_tokens: int
+    context_name: str | None
+    restored: bool
+    notes: tuple[str, ...]
     prefill_s: float
+    time_to_first_answer_s: float
+    total_s: float
     answers: tuple[Answer, ...]
     kv: KvUse
 
@@ -58,9 +70,12 @@ class RunReport:
         decode = f"{sum(rates) / len(rates):.1f} tokens/s" if rates else "-"
         share = f" ({kv.resident_peak_bytes / kv.full_bytes:.0%} of it)" if kv.full_bytes else ""
         hits = "-" if kv.hot_hit_rate is None else f"{kv.hot_hit_rate:.1%}"
+        speed = f"{self.prefill_s:.1f} s ({self.context_tokens / self.prefill_s:,.0f} tokens/s)"
+        prefill = f"skipped, {self.context_name} was saved" if self.restored else speed
         rows = [
             ("context", f"{self.context_tokens:,} tokens"),
-            ("prefill", f"{self.prefill_s:.1f} s ({self.context_tokens / self.prefill_s:,.0f} tokens/s)"),
+            ("prefill", prefill),
+            ("first answer", f"after {self.time_to_first_answer_s:.2f} s"),
             ("decode", decode),
             ("full KV", format_bytes(kv.full_bytes)),
             ("resident, peak", format_bytes(kv.resident_peak_bytes) + share),

@@ -13,7 +13,10 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from hillinfer.attachment import attach
+from hillinfer import shared_daemon
+from hillinfer.attachment import Attachment, attach
+from hillinfer.hkm.cache import HierarchicalCache
+from hillinfer.kept_context import open_kept
 from hillinfer.model_directory import ModelDirectory
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
@@ -21,7 +24,6 @@ from hillinfer.report import Answer, KvUse, RunReport
 from hillinfer.session import Session
 from hillinfer_core.errors import BudgetTooSmall, DaemonUnavailable, InvalidInput
 from hillinfer_core.layout import Precision
-from hillinfer_core.protocol import attach_socket, default_runtime_dir
 from hillinfer_core.units import Budget
 
 SINKS, RECENT = 4, 32
@@ -38,7 +40,9 @@ class Job:
 
     resident: bytes, None for the larger of 16 MiB and a quarter of the
     context's KV. socket: of a running daemon; None takes the one at the default
-    place or, where none answers, a private one for the run.
+    place or, where none answers, a private one for the run. context_name: keep
+    the context under this name, or find it there; where no daemon answers, one is
+    started that programs share (`shared_daemon`).
     """
 
     context: str
@@ -48,6 +52,7 @@ class Job:
     precision: Precision = Precision.int4
     max_new_tokens: int = 32
     socket: Path | None = None
+    context_name: str | None = None
 
 
 def run(
@@ -56,15 +61,24 @@ def run(
     dtype: torch.dtype,
     progress: Progress = silent,
     answered: Callable[[Answer], None] = lambda answer: None,
+    say: Callable[[str], None] = lambda note: None,
 ) -> RunReport:
     """Read the context, then ask the questions in turn; each sees the ones before it and their answers.
 
     An answer is one line: generation stops at the first line end after text,
     at the model's end token, or after `max_new_tokens`. Decoding is greedy.
-    `answered` is called with each answer when it is complete. Blocks.
-    Raises InvalidInput, BudgetTooSmall, UnreadableModel, DaemonUnavailable and
-    what `attach` raises.
+    A context that is kept under the job's name is not read again.
+    `answered` is called with each answer when it is complete, `say` with what
+    there is to say about the name. Blocks. Raises InvalidInput, BudgetTooSmall,
+    UnreadableModel, DaemonUnavailable, ContextMismatch, ContextInUse and what `attach` raises.
     """
+    began = time.perf_counter()
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
     context = _encode(directory, job.context.rstrip("\n") + "\n", special=True)
     questions = [_encode(directory, question, special=False) for question in job.questions]
     _check(job, directory, context.shape[1], sum(question.shape[1] for question in questions))
@@ -72,7 +86,7 @@ def run(
     if resident is None:
         resident = max(LEAST_RESIDENT, directory.row_bytes(dtype) * context.shape[1] // 4)
 
-    with _session(job.socket) as session:
+    with _session(job) as session:
         model = directory.load(dtype)
         with (
             attach(
@@ -86,26 +100,68 @@ def run(
             ) as attachment,
             torch.inference_mode(),
         ):
-            cache = attachment.new_cache()
             started = time.perf_counter()
-            with progress("reading", context.shape[1]) as advance:
-                for first in range(0, context.shape[1], PREFILL_CHUNK):
-                    chunk = context[:, first : first + PREFILL_CHUNK]
-                    model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
-                    advance(first + chunk.shape[1])
+            cache, restored = _read_or_restore(model, attachment, context, job, progress, note)
             prefill_s = time.perf_counter() - started
 
             answers: list[Answer] = []
             past = context
+            first_answer_s = 0.0
             for text, ids in zip(job.questions, questions, strict=True):
                 asked = torch.cat([past, ids], dim=1)
+                asking = time.perf_counter()
                 with progress("answering", job.max_new_tokens) as advance:
                     answer, past = _answer(model, directory, cache, asked, text, job, advance)
+                if not answers:
+                    first_answer_s = asking - started + answer.ttft_s
                 answers.append(answer)
                 answered(answer)
             held = attachment.report()
-    kv = KvUse(**{name: getattr(held, name) for name in KvUse.__dataclass_fields__})
-    return RunReport(directory.path.resolve().name, context.shape[1], prefill_s, tuple(answers), kv)
+    return RunReport(
+        model=directory.path.resolve().name,
+        context_tokens=context.shape[1],
+        context_name=job.context_name,
+        restored=restored,
+        notes=tuple(notes),
+        prefill_s=prefill_s,
+        time_to_first_answer_s=first_answer_s,
+        total_s=time.perf_counter() - began,
+        answers=tuple(answers),
+        kv=KvUse(**{name: getattr(held, name) for name in KvUse.__dataclass_fields__}),
+    )
+
+
+def _read_or_restore(
+    model: Any,
+    attachment: Attachment,
+    context: torch.Tensor,
+    job: Job,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> tuple[HierarchicalCache, bool]:
+    """Return a cache that holds `context` [1, n], and whether it was found under the job's name."""
+    if job.context_name is None:
+        cache = attachment.new_cache()
+        _read(model, cache, context, progress)
+        return cache, False
+    cache, restored = open_kept(attachment, job.context_name, context, note)
+    if not restored:
+        _read(model, cache, context, progress)
+        cache.save()
+        note(f"saved as {job.context_name}")
+    return cache, restored
+
+
+def _read(model: Any, cache: HierarchicalCache, context: torch.Tensor, progress: Progress) -> None:
+    tokens = context.shape[1]
+    with progress("reading", tokens) as advance:
+        first = 0
+        while first < tokens:
+            # A step of a single token would select; reading is exact.
+            end = tokens if tokens - first <= PREFILL_CHUNK + 1 else first + PREFILL_CHUNK
+            model(input_ids=context[:, first:end], past_key_values=cache, logits_to_keep=1)
+            advance(end)
+            first = end
 
 
 def _answer(
@@ -197,20 +253,20 @@ def _check(job: Job, directory: ModelDirectory, context_tokens: int, question_to
 
 
 @contextmanager
-def _session(socket: Path | None) -> Iterator[Session]:
-    if socket is not None:
+def _session(job: Job) -> Iterator[Session]:
+    if job.socket is not None:
         try:
-            session = Session.connect(socket, name=CLIENT_NAME)
+            session = Session.connect(job.socket, name=CLIENT_NAME)
         except DaemonUnavailable as error:
             raise InvalidInput(str(error)) from error  # a mistake on the command line, not a failure
-        with session:
-            yield session
-        return
-    try:
-        session = Session.connect(attach_socket(default_runtime_dir()), name=CLIENT_NAME)
-    except DaemonUnavailable:
-        with PrivateDaemon() as daemon, Session.connect(daemon.socket, name=CLIENT_NAME) as session:
-            yield session
-        return
+    elif job.context_name is not None:
+        session = shared_daemon.connect(CLIENT_NAME)
+    else:
+        try:
+            session = Session.connect(name=CLIENT_NAME)
+        except DaemonUnavailable:
+            with PrivateDaemon() as daemon, Session.connect(daemon.socket, name=CLIENT_NAME) as session:
+                yield session
+            return
     with session:
         yield session

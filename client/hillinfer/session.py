@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket as sockets
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +17,12 @@ import numpy as np
 
 from hillinfer import evaluation, wire
 from hillinfer.context import Context
+from hillinfer.durable import DurableContext
 from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.stream import EvaluateStream
 from hillinfer_core import protocol
 from hillinfer_core.arena import Arena
-from hillinfer_core.errors import DaemonUnavailable, InvalidInput
+from hillinfer_core.errors import DaemonUnavailable, HillInferError, InvalidInput
 from hillinfer_core.layout import Reduction, Shape
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
@@ -28,7 +30,7 @@ __all__ = ["Brought", "Counters", "EvaluateItem", "Session"]
 
 DEFAULT_ARENA_BYTES = 8 << 20
 
-_WITHOUT_ARENA = ("OpenContext", "CloseContext", "Status")
+_WITHOUT_ARENA = ("OpenContext", "CloseContext", "SaveContext", "ListContexts", "DeleteContext", "Status")
 
 
 @dataclass
@@ -47,8 +49,8 @@ class Session:
     """An application's connection to a daemon; made by `connect`, ended by `close` or ``with``.
 
     All contexts of the session, and everything they hold, are freed when it
-    ends, even by the death of the process. Thread-safe: one lock lets one call
-    at a time through. Not usable in a forked child.
+    ends, even by the death of the process; durable contexts alone stay.
+    Thread-safe: one lock lets one call at a time through. Not usable in a forked child.
 
     Every call takes `timeout_s` seconds at most for each request it makes. It
     raises `DaemonUnavailable` when the daemon is gone and `DeadlineExceeded`
@@ -105,13 +107,37 @@ class Session:
         connection, accepted, arena = wire.attach(path, arena_bytes, name, timeout_s)
         return cls(path, connection, accepted, arena, timeout_s)
 
-    def open_context(self, shape: Shape) -> Context:
-        """Opens an empty context.
+    def open_context(
+        self,
+        shape: Shape,
+        *,
+        durable: str | None = None,
+        base: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Context:
+        """Opens a context: an empty, volatile one without further arguments.
 
-        Raises `InvalidInput` for a shape out of range, and when the arena is
-        too small for one append unit of it.
+        `durable` is the name of a context that outlives the session, owned by
+        this user: made new, or one not yet saved that nobody has open, to be
+        continued; its `length` says from where, tails are lost that were not
+        saved. It is written by one session and complete with `Context.save`.
+        `base` is the name of a saved one: the context begins with all its
+        tokens, which it shares with every other reader; what is appended is its
+        own and volatile. `labels` say what a durable context was made from (at
+        most 16, keys of at most 64 and values of at most 256 characters) and
+        must be the same ones each time.
+
+        Raises `InvalidInput` for a shape or name out of range, and when the
+        arena is too small for one append unit of the shape; `ContextMismatch`
+        when shape or labels differ from those of the name, naming what differs;
+        `ContextInUse` when another session writes it or, for `durable`, it is
+        saved; `UnknownContext` when there is none to begin with.
         """
         shape.validate()
+        if durable is not None and base is not None:
+            raise InvalidInput("a context is durable or has a base, not both")
+        if labels and durable is None and base is None:
+            raise InvalidInput("labels are for contexts with a name: give durable or base")
         needed = shape.kv_heads * shape.append_unit * (shape.row_bytes + np.uint32().itemsize)
         with self.lock:
             if self.staging().nbytes < needed:
@@ -127,9 +153,38 @@ class Session:
                     head_dim=shape.head_dim,
                     dtype=wire.number(shape.dtype),
                     precision=wire.number(shape.precision),
+                    durable_name=durable,
+                    base_name=base,
+                    labels=labels,
                 ),
             )
-        return Context(self, shape, response.context_id, response.append_unit)
+            context = Context(self, shape, response, durable)
+            try:
+                context.load_tails(response.tail_tokens)
+            except BaseException:
+                with suppress(HillInferError):
+                    context.close()
+                raise
+        return context
+
+    def list_contexts(self) -> list[DurableContext]:
+        """The durable contexts of this user (of all users for root), by name, then uid."""
+        response = self.call("ListContexts", cold_pool_pb2.ListContextsRequest())
+        return [DurableContext.from_proto(listed) for listed in response.contexts]
+
+    def find_context(self, name: str) -> DurableContext | None:
+        """This user's durable context of that name, None when there is none."""
+        mine = (each for each in self.list_contexts() if (each.name, each.uid) == (name, os.getuid()))
+        return next(mine, None)
+
+    def delete_context(self, name: str, uid: int | None = None) -> int:
+        """Deletes a durable context, of this user unless `uid` says otherwise; returns the bytes freed.
+
+        Raises `UnknownContext`, `ContextInUse`, and `NotAllowed` for another
+        user's unless this is root.
+        """
+        request = cold_pool_pb2.DeleteContextRequest(name=name, uid=os.getuid() if uid is None else uid)
+        return int(self.call("DeleteContext", request).freed_bytes)
 
     def evaluate_and_bring(
         self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction = Reduction.sum

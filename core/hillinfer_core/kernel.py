@@ -21,6 +21,7 @@ from .reference import F32, I8, I32, U8, U32, Ranges, fit_ranges, quantise_query
 
 __all__ = [
     "Ranges",
+    "data_checksums",
     "direct_alignment",
     "fit_ranges",
     "gather",
@@ -41,6 +42,7 @@ _VARIANTS = {"portable": 0, "avx2": 1, "avx512vnni": 2}
 _FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2}
 
 _MAX_ROW_BYTES = 16 * PAGE
+_BEAT = 64  # bytes; layout.py
 
 
 def variants() -> list[str]:
@@ -129,39 +131,61 @@ def row_checksums(rows: npt.NDArray[Any]) -> U32:
     return out
 
 
+def data_checksums(tiles: U8) -> U32:
+    """Return the checksums, uint32 [H], of ``tiles`` uint8 [H, T, tile bytes].
+
+    As :func:`hillinfer_core.reference.data_checksum` defines them. ``tiles`` may be a slice of a larger
+    array, as long as only the first axis is strided; it holds one tile or more. One thread.
+    """
+    _require(tiles.dtype == np.uint8 and tiles.ndim == 3, "tiles must be uint8 [H, T, tile bytes]")
+    _require(tiles.shape[1] > 0 and tiles.shape[2] > 0, "a checksum needs one tile or more")
+    _require(tiles.shape[2] % _BEAT == 0, f"tiles must be whole beats of {_BEAT} bytes, not {tiles.shape[2]}")
+    out = np.empty(tiles.shape[0], np.uint32)
+    if out.size:
+        _require(tiles[0].flags.c_contiguous, "only the first axis of tiles may be strided")
+        _native.data_checksums(_variant(), tiles, out)
+    return out
+
+
 def gather(
-    fd: int, offsets: npt.NDArray[np.uint64], row_bytes: int, out: npt.NDArray[Any], direct: bool
-) -> int:
-    """Read rows that lie scattered in a file; return the bytes read.
+    fd: int,
+    offsets: npt.NDArray[np.uint64],
+    row_bytes: int,
+    out: npt.NDArray[Any],
+    direct: bool,
+    depth: int = 64,
+) -> tuple[int, int]:
+    """Read rows that lie scattered in a file; return the bytes read, and with how many requests.
 
     ``offsets`` uint64 [n] are byte offsets in any order, repeats allowed; row i goes to the i-th
     ``row_bytes`` of ``out``, which is C-contiguous, of any shape and dtype, and has at least n of them. With
-    ``direct`` whole pages are read, as a descriptor opened with O_DIRECT needs; pages and rows that touch
-    are read together.
+    ``direct`` whole pages are read, as a descriptor opened with O_DIRECT needs, and together when at most
+    two pages apart, up to 128 KiB; else only rows that touch are read together. Rows that follow one another
+    in the file as in ``out``, all in whole pages, are read in place.
 
-    Up to 17 reads are in flight at once, from threads that stay for the next call and sleep between calls;
-    each holds a page-aligned buffer of 128 KiB. Calls from several threads take turns. Raises
-    :class:`OSError` with the errno of a failed read (EIO when the file ends before a row does); ``out`` is
-    then undefined.
+    With ``direct``, ``depth`` requests (1 to 64) are in flight, by the kernel's asynchronous I/O. Calls from several
+    threads take turns, with those of the functions for ranges too. Raises :class:`OSError` with the errno
+    of a failed read (EIO when the file ends before a row does); ``out`` is then undefined.
     """
     _require(offsets.dtype == np.uint64 and offsets.ndim == 1, "offsets must be uint64 [n]")
+    _require(1 <= depth <= 64, f"depth must be 1 to 64, not {depth}")
     _require(0 < row_bytes <= _MAX_ROW_BYTES, f"row_bytes must be 1 to {_MAX_ROW_BYTES}, not {row_bytes}")
     count = offsets.size
     _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
     _require(out.nbytes >= count * row_bytes, f"out has {out.nbytes} bytes, not {count * row_bytes}")
     if count == 0:
-        return 0
+        return 0, 0
     _require(int(offsets.max()) < 1 << 62, "offsets must be below 2**62")
     rows = _flat_bytes(out)[: count * row_bytes].reshape(count, row_bytes)
-    return _native.gather(fd, np.ascontiguousarray(offsets), rows, direct)
+    return _native.gather(fd, np.ascontiguousarray(offsets), rows, direct, depth)
 
 
 def read_range(fd: int, offset: int, out: U8, direct: bool) -> None:
     """Fill ``out`` uint8 [n], C-contiguous, from byte ``offset`` of a file.
 
-    The range is split in chunks of 512 KiB that the threads of :func:`gather` read at the same time. With
-    ``direct`` the address, the length and the offset are multiples of 4096. Raises :class:`OSError`: EIO when
-    the file ends too early, else the errno of a failed read; ``out`` is then undefined.
+    The range is split in chunks of 512 KiB, which are in flight together with ``direct``: then the address,
+    the length and the offset are multiples of 4096. Raises :class:`OSError`: EIO when the file ends too
+    early, else the errno of a failed read; ``out`` is then undefined.
     """
     _require(out.dtype == np.uint8 and out.ndim == 1 and out.flags.c_contiguous, "out must be uint8 [n]")
     _require(out.flags.writeable, "out must be writable")

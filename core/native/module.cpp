@@ -81,32 +81,43 @@ void py_row_checksums(bool hardware, Array<const uint8_t, 2> rows, Array<uint32_
     row_checksums(hardware, rows.data(), rows.shape(0), rows.shape(1), out.data());
 }
 
-uint64_t py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct) {
+// Only the head axis of `tiles` may be strided.
+void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint32_t, 1> out) {
+    nb::gil_scoped_release released;
+    for (size_t head = 0; head < out.shape(0); ++head) {
+        DataSums sums;
+        add_beats(Variant(variant), tiles.data() + int64_t(head) * tiles.stride(0),
+                  tiles.shape(1) * tiles.shape(2) / kBeatBytes, sums);
+        out.data()[head] = data_checksum(sums);
+    }
+}
+
+std::pair<uint64_t, uint64_t> py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct,
+                                        size_t depth) {
     GatherResult result;
     {
         nb::gil_scoped_release released;
-        result = gather(fd, offsets.data(), offsets.shape(0), out.shape(1), out.data(), direct);
+        result = gather(fd, offsets.data(), offsets.shape(0), out.shape(1), out.data(), direct, depth);
     }
     if (result.error) raise_os_error(result.error);
-    return result.read_bytes;
+    return {result.read_bytes, result.requests};
+}
+
+void transfer(int fd, bool write, uint64_t offset, uint8_t *memory, uint64_t length, bool direct) {
+    int failed;
+    {
+        nb::gil_scoped_release released;
+        failed = transfer_range(fd, write, offset, memory, length, direct);
+    }
+    if (failed) raise_os_error(failed);
 }
 
 void py_read_range(int fd, uint64_t offset, Array<uint8_t, 1> out, bool direct) {
-    int failed;
-    {
-        nb::gil_scoped_release released;
-        failed = read_range(fd, offset, out.data(), out.shape(0), direct);
-    }
-    if (failed) raise_os_error(failed);
+    transfer(fd, false, offset, out.data(), out.shape(0), direct);
 }
 
 void py_write_range(int fd, uint64_t offset, Bytes1 data, bool direct) {
-    int failed;
-    {
-        nb::gil_scoped_release released;
-        failed = write_range(fd, offset, data.data(), data.shape(0), direct);
-    }
-    if (failed) raise_os_error(failed);
+    transfer(fd, true, offset, const_cast<uint8_t *>(data.data()), data.shape(0), direct);
 }
 
 // What statx(2) says of direct I/O on the file: alignment of memory and of offsets in bytes, 0 for "not at all".
@@ -140,7 +151,9 @@ NB_MODULE(_native, module) {
     module.def("top_k", &py_top_k, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert());
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
-    module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
+    module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+               nb::arg());
     module.def("read_range", &py_read_range, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg());
     module.def("write_range", &py_write_range, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg());
     module.def("direct_alignment", &py_direct_alignment);

@@ -39,20 +39,40 @@ void top_k(const int32_t *scores, size_t n, size_t k, uint32_t first_id, uint32_
 // CRC-32C of each of n rows that lie one after another; with the instruction where `hardware` and there is one.
 void row_checksums(bool hardware, const uint8_t *rows, size_t n, size_t row_bytes, uint32_t *out);
 
+// Longer ranges are transferred in chunks, to have several in flight.
+constexpr uint64_t kChunkBytes = 512 << 10;
+
+// Reads or writes a range of a file; returns errno, 0 for success: EIO where the file ends too early, ENOSPC where
+// it takes no more. With `direct`, offset, length and address are whole pages. Blocks.
+int transfer_range(int fd, bool write, uint64_t offset, uint8_t *memory, uint64_t length, bool direct);
+
+// Direct reads with no more than this between them become one, which reads what is between them too: it takes no
+// longer than two (docs/storage.md).
+constexpr uint64_t kGatherGap = 2 * kPage;
+
+// The sums behind a data checksum; both zero before the first beat.
+struct DataSums {
+    uint64_t first[kTileTokens] = {};
+    uint64_t second[kTileTokens] = {};
+};
+
+// Adds `count` beats that lie one after another.
+void add_beats(Variant variant, const uint8_t *beats, size_t count, DataSums &sums);
+
+// Makes `sums` those of its beats and then of `following`, which were summed apart.
+void join(DataSums &sums, const DataSums &following, size_t following_beats);
+
+uint32_t data_checksum(const DataSums &sums);
+
 struct GatherResult {
     int error = 0;  // errno, 0 for success
     uint64_t read_bytes = 0;
+    uint64_t requests = 0;  // that the file was read with, if none was short
 };
 
-// The largest single transfer; longer ranges are split, to have several in flight.
-constexpr uint64_t kChunkBytes = 512 << 10;
-
-// Transfer a range of a file in chunks, several at a time; return errno, 0 for success. EIO where the file
-// ends too early, ENOSPC where it takes no more. With `direct`, offset, length and address are whole pages. Block.
-int read_range(int fd, uint64_t offset, uint8_t *out, uint64_t length, bool direct);
-int write_range(int fd, uint64_t offset, const uint8_t *data, uint64_t length, bool direct);
-
-// Reads n rows at byte offsets into out [n][row_bytes]; with `direct` in whole pages. Blocks.
-GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct);
+// Reads n rows at byte offsets into out [n][row_bytes]; with `direct` in whole pages, `depth` requests at once (at
+// most 64). Blocks.
+GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct,
+                    size_t depth);
 
 }  // namespace hillinfer

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shutil
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,41 @@ from .logs import LEVELS
 LARGEST_DEFAULT_POOL = 64 << 30
 """Bytes that the cold pool takes at most unless told otherwise."""
 
+UNLIMITED = 1 << 62
+"""Bytes that no quota reaches."""
+
 SMALLEST_POOL = 2 * GRANULE
 """Bytes of a pool that has room for its header and one extent."""
 
 
 @dataclass(frozen=True)
-class Config:
-    """What the daemon runs with; sizes in bytes. ``pool`` is None for a file without a name."""
+class DriveConfig:
+    """One drive; sizes in bytes. ``pool`` is None for a file without a name."""
 
-    runtime_dir: Path
+    name: str
+    driver: str
     pool: Path | None
     pool_capacity: int
     evaluation_keys_dram: int
+    profile: str
+    card: str
+    bitstream: Path | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the daemon runs with; sizes in bytes, times in seconds (0: never)."""
+
+    runtime_dir: Path
+    state_dir: Path | None
+    pool_dir: Path
     arena_limit: int
     session_limit: int
+    user_quota: int
+    context_quota: int
+    exit_when_idle: int
     log_level: str
+    drives: tuple[DriveConfig, ...]
 
 
 @dataclass(frozen=True)
@@ -56,22 +77,45 @@ def load(file: Path | None, overrides: Mapping[str, Any]) -> Config:
     """
     given = _read(file) if file else {}
     given.update({name: value for name, value in overrides.items() if value is not None})
-    names = [key.name for key in KEYS]
+    tables = given.pop("drive", None)
+    if tables is None:
+        values = _values((*KEYS, *DRIVE_KEYS), given, {})
+        drives = [{key.name: values.pop(key.name) for key in DRIVE_KEYS}]
+    else:
+        values = _values(KEYS, given, {})
+        drives = _drives(tables, values["pool_dir"])
+    return Config(**values, drives=tuple(DriveConfig(**drive) for drive in drives))
+
+
+def _drives(tables: Any, pool_dir: Path) -> list[dict[str, Any]]:
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError("drive: write a [[drive]] table for each drive")
+    drives = [
+        _values(DRIVE_KEYS, table, {"pool_dir": pool_dir, "index": index})
+        for index, table in enumerate(tables)
+    ]
+    for what in ("name", "pool"):
+        if len(drives) > 1 and len({drive[what] for drive in drives} - {None}) < len(drives):
+            raise ConfigError(f"{what}: give each [[drive]] a {what} of its own")
+    return drives
+
+
+def _values(keys: Sequence[Key], given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    names = [key.name for key in keys]
     for name in given:
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
             raise ConfigError(f"{name} is not a key; use {close[0] if close else ', '.join(names)}")
     values: dict[str, Any] = {}
     # In the table's order: a default may look at the keys before it.
-    for key in KEYS:
-        values[key.name] = _convert(key, given[key.name]) if key.name in given else key.default(values)
-    return Config(**values)
+    for key in keys:
+        known = key.name in given
+        values[key.name] = _convert(key, given[key.name]) if known else key.default({**before, **values})
+    return values
 
 
-def pool_directory(pool: Path | None) -> Path:
-    """Return the directory of the pool file: of ``pool``, or of the embedded default."""
-    if pool is not None:
-        return pool.parent
+def embedded_pool_dir() -> Path:
+    """Return the directory of a pool without a name."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "hillinfer"
 
@@ -122,8 +166,41 @@ def _level(value: Any) -> str:
     return str(value)
 
 
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value.isidentifier():
+        raise ValueError(value)
+    return value
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    def convert(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(value)
+        return str(value)
+
+    return convert
+
+
+def _card(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", value):
+        raise ValueError(value)
+    return value
+
+
+def _seconds(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(value)
+    return value
+
+
 def _default_capacity(values: Mapping[str, Any]) -> int:
-    directory = pool_directory(values["pool"])
+    pool = values["pool"]
+    if pool is not None and pool.is_block_device():
+        return 0
+    if pool is not None and pool.is_file():
+        # What is there is used; a larger one has to be asked for.
+        return int(pool.stat().st_size)
+    directory = pool.parent if pool is not None else values["pool_dir"]
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
     half = shutil.disk_usage(directory).free // 2
@@ -144,25 +221,19 @@ KEYS = (
         "$XDG_RUNTIME_DIR/hillinfer, /tmp/hillinfer-UID)",
     ),
     Key(
-        "pool",
+        "state_dir",
         _path,
         lambda _: None,
-        "a file",
-        "file of the cold pool (default: one without a name in ~/.cache/hillinfer, gone with the daemon)",
+        "a directory",
+        "directory of the catalogues of durable contexts (default: that of the pool file; "
+        "/var/lib/hillinfer for a device)",
     ),
     Key(
-        "pool_capacity",
-        _size(SMALLEST_POOL),
-        _default_capacity,
-        "a size of at least 128KiB, for example 64GiB",
-        "size of the cold pool (default: half of the free space there, at most 64GiB)",
-    ),
-    Key(
-        "evaluation_keys_dram",
-        _size(0),
-        _quarter_of_memory,
-        "a size, for example 2GiB",
-        "DRAM that evaluation keys may take (default: a quarter of the memory)",
+        "pool_dir",
+        _path,
+        lambda _: embedded_pool_dir(),
+        "a directory",
+        "directory of a pool without a name (default: ~/.cache/hillinfer)",
     ),
     Key(
         "arena_limit",
@@ -178,11 +249,82 @@ KEYS = (
         "a number of at least 1",
         "sessions attached at once (default: 256)",
     ),
+    Key(
+        "user_quota",
+        _size(0),
+        lambda _: UNLIMITED,
+        "a size, for example 100GiB",
+        "what the contexts of one user may take of a drive (default: all)",
+    ),
+    Key(
+        "context_quota",
+        _size(0),
+        lambda _: UNLIMITED,
+        "a size, for example 20GiB",
+        "what one context may take of a drive (default: all)",
+    ),
+    Key(
+        "exit_when_idle",
+        _seconds,
+        lambda _: 0,
+        "a number of seconds, 0 for never",
+        "end after so many seconds without a session (default: never)",
+    ),
     Key("log_level", _level, lambda _: "info", f"one of {', '.join(LEVELS)}", "least level that is logged"),
 )
-"""Every key; the TOML file and the command line know exactly these."""
+"""The daemon's keys; the TOML file and the command line know these and those of a drive."""
+
+DRIVE_KEYS = (
+    Key(
+        "name",
+        _name,
+        lambda values: f"drive{values.get('index', 0)}",
+        "a name of letters, digits and underscores",
+        "what status calls the drive",
+    ),
+    Key(
+        "driver",
+        _one_of("host", "xrt"),
+        lambda _: "host",
+        "host or xrt",
+        "driver of the drive (default: host)",
+    ),
+    Key(
+        "pool",
+        _path,
+        lambda _: None,
+        "a file or a block device",
+        "file or formatted block device of the cold pool, which keeps durable contexts (default: a file "
+        "without a name, gone with the daemon)",
+    ),
+    Key(
+        "pool_capacity",
+        _size(SMALLEST_POOL),
+        _default_capacity,
+        "a size of at least 128KiB, for example 64GiB",
+        "size of the cold pool (default: what it has, for a new file half of the free space, at most 64GiB)",
+    ),
+    Key(
+        "evaluation_keys_dram",
+        _size(0),
+        _quarter_of_memory,
+        "a size, for example 2GiB",
+        "DRAM that evaluation keys may take, the rest is streamed from the drive (default: a quarter of the "
+        "memory)",
+    ),
+    Key(
+        "profile",
+        _one_of("none", "smartssd"),
+        lambda _: "none",
+        "none or smartssd",
+        "device whose speed the host driver keeps to (default: none)",
+    ),
+    Key("card", _card, lambda _: "", "a PCI address such as 0000:3b:00.1", "FPGA of a SmartSSD (xrt)"),
+    Key("bitstream", _path, lambda _: None, "an xclbin file", "bitstream to configure the FPGA with (xrt)"),
+)
+"""The keys of a drive: of the only one, or of each [[drive]] table of the TOML file."""
 
 
 def help_of(name: str) -> str:
     """Return what to say about key ``name``."""
-    return next(key.help for key in KEYS if key.name == name)
+    return next(key.help for key in (*KEYS, *DRIVE_KEYS) if key.name == name)

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +17,14 @@ from hillinfer_core.errors import ConfigError, HillInferError
 from hillinfer_core.layout import PAGE
 from hillinfer_core.protocol import attach_socket
 
-from . import __version__, config
+from . import __version__, config, records
+from .domain.contexts import Quotas
+from .driver.settings import DriverSettings
 from .logs import get_logger, set_up
 from .process import RuntimeLock, die_with_parent, make_runtime_dir
 from .rpc.server import Transports
 from .service.cold_pool import ColdPoolService, Limits
-from .service.supervisor import WorkerSettings
+from .service.drive import DriveSettings
 
 log = get_logger(__name__)
 
@@ -34,11 +38,16 @@ def _serve(
         typer.Option("--config", help="TOML file; its keys are the options below, with underscores"),
     ] = None,
     runtime_dir: Annotated[Path | None, typer.Option(help=config.help_of("runtime_dir"))] = None,
+    state_dir: Annotated[Path | None, typer.Option(help=config.help_of("state_dir"))] = None,
+    driver: Annotated[str | None, typer.Option(help=config.help_of("driver"))] = None,
     pool: Annotated[Path | None, typer.Option(help=config.help_of("pool"))] = None,
+    pool_dir: Annotated[Path | None, typer.Option(help=config.help_of("pool_dir"))] = None,
     pool_capacity: Annotated[str | None, typer.Option(help=config.help_of("pool_capacity"))] = None,
     evaluation_keys_dram: Annotated[
         str | None, typer.Option(help=config.help_of("evaluation_keys_dram"))
     ] = None,
+    profile: Annotated[str | None, typer.Option(help=config.help_of("profile"))] = None,
+    exit_when_idle: Annotated[int | None, typer.Option(help=config.help_of("exit_when_idle"))] = None,
     log_level: Annotated[str | None, typer.Option(help=config.help_of("log_level"))] = None,
     die_with_parent_: Annotated[
         bool, typer.Option("--die-with-parent", help="end when the process that started this one ends")
@@ -54,9 +63,14 @@ def _serve(
         config_file,
         {
             "runtime_dir": runtime_dir,
+            "state_dir": state_dir,
+            "driver": driver,
             "pool": pool,
+            "pool_dir": pool_dir,
             "pool_capacity": pool_capacity,
             "evaluation_keys_dram": evaluation_keys_dram,
+            "profile": profile,
+            "exit_when_idle": exit_when_idle,
             "log_level": log_level,
         },
     )
@@ -82,15 +96,17 @@ async def _run(settings: config.Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    limits = Limits(settings.evaluation_keys_dram, settings.arena_limit, settings.session_limit)
-    service = ColdPoolService(_worker_settings(settings), limits)
+    quotas = Quotas(settings.user_quota, settings.context_quota)
+    limits = Limits(settings.arena_limit, settings.session_limit, quotas)
+    drives = [_drive_settings(drive, settings) for drive in settings.drives]
+    service = ColdPoolService(drives, limits, settings.log_level)
     await service.start()
     try:
         transports = Transports(service, settings.runtime_dir)
         try:
             await transports.start()
             _announce(service, settings)
-            await stop.wait()
+            await _until(stop, service, settings.exit_when_idle)
             log.info("stopping")
         finally:
             await transports.stop()
@@ -99,35 +115,65 @@ async def _run(settings: config.Config) -> None:
     log.info("stopped")
 
 
-def _worker_settings(settings: config.Config) -> WorkerSettings:
-    directory = config.pool_directory(settings.pool)
-    if settings.pool is None:
+async def _until(stop: asyncio.Event, service: ColdPoolService, idle_s: int) -> None:
+    idle_since = time.monotonic()
+    while not stop.is_set():
+        if any(service.sessions):
+            idle_since = time.monotonic()
+        elif idle_s and time.monotonic() - idle_since > idle_s:
+            log.info("nobody is attached any more", idle_s=idle_s)
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), 0.5 if idle_s else None)
+
+
+def _drive_settings(drive: config.DriveConfig, settings: config.Config) -> DriveSettings:
+    path, catalogue = drive.pool, None
+    if path is None:
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            settings.pool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"pool: cannot make {directory}: {error.strerror}; name a file with --pool"
+                f"pool_dir: cannot make {settings.pool_dir}: {error.strerror}; name a file with --pool"
             ) from None
-    path = settings.pool or directory / f"pool-{os.getpid()}"
-    capacity = settings.pool_capacity // PAGE * PAGE
-    return WorkerSettings(str(path), capacity, settings.pool is not None, settings.log_level)
+        path = settings.pool_dir / f"pool-{os.getpid()}-{drive.name}"
+    else:
+        catalogue = records.catalogue_path(path, settings.state_dir)
+    return DriveSettings(
+        drive.name,
+        DriverSettings(
+            drive.driver,
+            str(path),
+            drive.pool_capacity // PAGE * PAGE,
+            drive.pool is not None,
+            drive.evaluation_keys_dram,
+            drive.profile,
+            drive.card,
+            str(drive.bitstream or ""),
+        ),
+        catalogue,
+    )
 
 
 def _announce(service: ColdPoolService, settings: config.Config) -> None:
-    identity = service.worker.identity
-    assert identity is not None
-    if not identity.direct_io:
-        log.warning(
-            "no direct I/O on this file system: the cold pool goes through the page cache", path=identity.path
+    for drive in service.drives:
+        identity = drive.worker.identity
+        assert identity is not None
+        if not identity.direct_io:
+            log.warning(
+                "no direct I/O on this file system: the cold pool goes through the page cache",
+                path=identity.path,
+            )
+        log.info(
+            "drive",
+            name=drive.name,
+            driver=identity.driver,
+            worker=drive.worker.pid,
+            pool=identity.path,
+            capacity_bytes=identity.capacity,
+            direct_io=identity.direct_io,
+            evaluation_keys_bytes=identity.key_memory,
+            profile=identity.profile,
+            durable_contexts=len(drive.catalogue.durables),
         )
-    log.info(
-        "ready",
-        version=__version__,
-        pid=os.getpid(),
-        worker=service.worker.pid,
-        socket=attach_socket(settings.runtime_dir),
-        pool=identity.path,
-        capacity_bytes=identity.capacity,
-        direct_io=identity.direct_io,
-        evaluation_keys_dram=settings.evaluation_keys_dram,
-    )
+    log.info("ready", version=__version__, pid=os.getpid(), socket=attach_socket(settings.runtime_dir))

@@ -15,7 +15,7 @@ namespace {
 
 struct Header {
     char name[32];
-    uint32_t key_bits, query_bits, heads, key_stride, begin, end, dim, vectors, k, first_id, key_words;
+    uint32_t key_bits, query_bits, heads, key_stride, tiles, begin, end, dim, vectors, k, first_id, key_words;
 };
 
 void read_bytes(std::ifstream &file, void *to, size_t size) {
@@ -57,7 +57,7 @@ struct Outputs {
 void launch(const Header &h, const Words &keys, const Words &queries, Outputs &out) {
     auto *kernel = h.key_bits == 4 ? evaluate_int4 : h.query_bits == 16 ? evaluate_int8_q16 : evaluate_int8;
     kernel(keys.data(), queries.data(), out.blocks.data(), out.histograms.data(), out.summaries.data(), h.heads,
-           h.key_stride, h.begin, h.end, h.dim, h.vectors, h.k, h.first_id);
+           h.key_stride, h.tiles, h.begin, h.end, h.dim, h.vectors, h.k, h.first_id);
 }
 
 bool run_case(std::ifstream &file, const Header &h) {
@@ -76,12 +76,12 @@ bool run_case(std::ifstream &file, const Header &h) {
 
 // Empty buffers, apart from one summary: a bad argument must be told before anything is touched.
 bool refuses_bad_arguments() {
-    Header good = {"bad-argument", 8, 8, 1, 1, 0, 16, 8, 1, 1, 0, 0};
-    std::vector<Header> bad(11, good);
+    Header good = {"bad-argument", 8, 8, 1, 1, 1, 0, 16, 8, 1, 1, 0, 0};
+    std::vector<Header> bad(13, good);
     bad[0].heads = 0;
     bad[1].begin = 16;
     bad[2].begin = 5, bad[2].end = 5;
-    bad[3].end = hillinfer::MAX_TOKENS + 1;
+    bad[3].end = 17;
     bad[4].dim = 0;
     bad[5].dim = 12;
     bad[6].dim = 264;
@@ -89,6 +89,8 @@ bool refuses_bad_arguments() {
     bad[8].vectors = 9;
     bad[9].k = 0;
     bad[10].end = 0;
+    bad[11].tiles = hillinfer::MAX_TOKENS / hillinfer::TILE_TOKENS + 1;
+    bad[12].tiles = 0x10000001;  // times 16, it wraps round to 16
     for (size_t i = 0; i < bad.size(); ++i) {
         Outputs out = {Words(), Words(), Words(1)};
         launch(bad[i], Words(), Words(), out);

@@ -1,9 +1,9 @@
 """Write the shared vectors of the evaluation kernel: inputs, and what ``hillinfer_core.reference`` gives.
 
 ``python vectors.py FILE`` writes all cases; testbench.cpp reads them. All numbers are little-endian. A case
-is a name (32 bytes, filled with NUL), 11 uint32 (key bits, query bits, heads, key stride in words, begin,
-end, dim, vectors, k, first id, key words), then keys, queries, blocks, histograms and summaries, each in
-whole 64-byte words as in evaluate.hpp.
+is a name (32 bytes, filled with NUL), 12 uint32 (key bits, query bits, heads, key stride in words, tiles,
+begin, end, dim, vectors, k, first id, key words), then keys, queries, blocks, histograms and summaries, each
+in whole 64-byte words as in evaluate.hpp.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write_case(file: BinaryIO, case: Case) -> None:
     file.write(case.name.encode().ljust(32, b"\0"))
     stride = words if case.tiles.shape[0] == heads else 0
     header = (
-        case.precision.bits, case.q.itemsize * 8, heads, stride, case.begin, case.end,
+        case.precision.bits, case.q.itemsize * 8, heads, stride, case.tiles.shape[1], case.begin, case.end,
         dim, vectors, case.k, case.first_id, case.tiles.size // 64,
     )  # fmt: skip
     file.write(np.array(header, "<u4").tobytes())
@@ -94,7 +94,8 @@ def cases() -> Iterator[Case]:
         name: str, precision: Precision, heads: int, vectors: int, dim: int,
         begin: int, end: int, k: int, **more: Any,
     ) -> Case:  # fmt: skip
-        size = (more.pop("key_heads", heads), -(-end // TILE_TOKENS), tile_bytes(dim, precision))
+        tiles = more.pop("tiles", -(-end // TILE_TOKENS))
+        size = (more.pop("key_heads", heads), tiles, tile_bytes(dim, precision))
         dtype = more.pop("dtype", np.int8)
         limit = np.iinfo(dtype).max
         q = rng.integers(-limit, limit + 1, (heads, vectors, dim)).astype(dtype)
@@ -110,6 +111,9 @@ def cases() -> Iterator[Case]:
             yield made(f"tokens{tokens}", precision, 1, 1, 8, 0, tokens, 7)
         yield made("begin-end", precision, 2, 2, 24, 5, 199, 30, first_id=1_000_000)
         yield made("begin-in-one-tile", precision, 1, 1, 24, 3, 9, 2, first_id=4096)
+        yield made("begin-past-a-tile", precision, 2, 2, 24, 83, 199, 30, first_id=1_000_000)
+        yield made("tiles-past-the-end", precision, 2, 1, 24, 37, 70, 9, tiles=12, first_id=16)
+        yield made("one-token-of-many", precision, 1, 1, 8, 99, 100, 5, tiles=20)
         yield made("k-all", precision, 2, 1, 16, 1, 100, 99)
         yield made("k-above", precision, 1, 1, 16, 1, 100, 2**31 - 1)
         yield made("k-one", precision, 3, 1, 16, 0, 100, 1)

@@ -10,9 +10,12 @@ import pytest
 
 @pytest.fixture
 def hillinfer(tmp_path):
-    """Return a function that runs `hillinfer` in a pipe, with no daemon at the default place."""
+    """Return a function that runs `hillinfer` in a pipe, with no daemon and no pool at the usual places."""
     command = Path(sys.executable).parent / "hillinfer"
-    environment = os.environ | {"HILLINFER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    environment = os.environ | {
+        "HILLINFER_RUNTIME_DIR": str(tmp_path / "runtime"),
+        "XDG_DATA_HOME": str(tmp_path / "data"),
+    }
 
     def run(*arguments, **changes):
         return subprocess.run(

@@ -11,6 +11,18 @@ from hillinfer.demo import make_demo
 from hillinfer.model_directory import bundled_model
 from hillinfer.private_daemon import PrivateDaemon
 
+KEYS = {
+    "model",
+    "context_tokens",
+    "context_name",
+    "restored",
+    "notes",
+    "prefill_s",
+    "time_to_first_answer_s",
+    "total_s",
+    "answers",
+    "kv",
+}
 KV_KEYS = {
     "full_bytes",
     "resident_peak_bytes",
@@ -33,7 +45,9 @@ def test_demo_answers_through_the_cold_pool(hillinfer, demo):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     report = json.loads(done.stdout)
-    assert set(report) == {"model", "context_tokens", "prefill_s", "answers", "kv"}
+    assert set(report) == KEYS
+    assert (report["context_name"], report["restored"], report["notes"]) == (None, False, [])
+    assert 0 < report["prefill_s"] < report["time_to_first_answer_s"] < report["total_s"]
     assert report["model"] == "needle-8m"
     assert report["context_tokens"] >= 4096
     assert [answer["question"] for answer in report["answers"]] == demo.questions
@@ -65,7 +79,15 @@ def test_run_on_a_daemon_that_is_there_speaks_plainly(hillinfer, demo, tmp_path)
     assert "\x1b" not in done.stdout, "colours in a pipe"
     for task in demo.tasks[:2]:
         assert f"Q  {task.question}\nA  {task.answer}." in done.stdout
-    for line in ("prefill", "decode", "full KV", "resident, peak", "cold pool written", "hot hit rate"):
+    for line in (
+        "prefill",
+        "first answer",
+        "decode",
+        "full KV",
+        "resident, peak",
+        "cold pool written",
+        "hot hit rate",
+    ):
         assert line in done.stdout
 
 

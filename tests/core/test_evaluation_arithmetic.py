@@ -27,14 +27,6 @@ def random_rows(rng, heads, tokens, dim, storage):
     return to_storage(rng.normal(size=(heads, tokens, 2, dim)) * spread + rng.normal(size=dim), storage)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512vnni"])
-def variant(request, monkeypatch):
-    if request.param not in kernel.variants():
-        pytest.skip(f"this processor lacks {request.param}")
-    monkeypatch.setenv("HILLINFER_KERNEL", request.param)
-    return request.param
-
-
 @settings(deadline=None, max_examples=60)
 @given(seed=seeds, tokens=st.integers(1, 70), dim=st.sampled_from(DIMS), storage=st.sampled_from(STORAGES),
        precision=st.sampled_from(Precision))  # fmt: skip

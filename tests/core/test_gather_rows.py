@@ -1,8 +1,10 @@
 """Gathering rows from a real file, with O_DIRECT and without."""
 
 import errno
+import mmap
 import os
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -51,12 +53,16 @@ def test_rows_arrive_in_the_order_asked(opened, content, seed, count, row_bytes,
     fd, direct = opened
     offsets = np.random.default_rng(seed).integers(0, span - row_bytes, count).astype(np.uint64)
     out = np.zeros((count, row_bytes), np.uint8)
-    read = kernel.gather(fd, offsets, row_bytes, out, direct)
+    read, requests = kernel.gather(fd, offsets, row_bytes, out, direct)
     np.testing.assert_array_equal(out, rows_at(content, offsets, row_bytes))
+    assert requests <= count
     touched = {page for o in offsets.tolist() for page in range(o // 4096, (o + row_bytes - 1) // 4096 + 1)}
     if direct:
-        # Runs are split at 128 KiB, and a page at a split may be read by both.
-        assert 4096 * len(touched) <= read <= 4096 * (len(touched) + span // 65536)
+        # Requests are split at 128 KiB, a page at a split may be read by both; gaps of two are read.
+        gaps = [b - a - 1 for a, b in pairwise(sorted(touched))]
+        most = len(touched) + sum(gap for gap in gaps if gap <= 2) + span // 65536
+        assert 4096 * len(touched) <= read <= 4096 * most
+        assert requests <= 1 + sum(gap > 2 for gap in gaps) + span // 65536
     else:
         assert read <= count * row_bytes
 
@@ -65,7 +71,7 @@ def test_touching_pages_are_read_once(opened, content):
     fd, direct = opened
     offsets = np.arange(0, 16384, 512, dtype=np.uint64)
     out = np.zeros((32, 512), np.uint8)
-    assert kernel.gather(fd, offsets, 512, out, direct) == 16384
+    assert kernel.gather(fd, offsets, 512, out, direct) == (16384, 1)
     np.testing.assert_array_equal(out.reshape(-1), content[:16384])
 
 
@@ -73,8 +79,40 @@ def test_one_row_reads_one_page_when_direct(opened):
     fd, direct = opened
     out = np.zeros((1, 512), np.uint8)
     assert kernel.gather(fd, np.array([4096 * 7 + 512], np.uint64), 512, out, direct) == (
-        4096 if direct else 512
+        (4096 if direct else 512),
+        1,
     )
+
+
+@pytest.mark.parametrize("count", [1, 32, 33, 200])
+def test_whole_pages_are_read_in_place(opened, content, count):
+    fd, direct = opened
+    offsets = np.concatenate(([8192], np.arange(count) * 4096 + 32768)).astype(np.uint64)
+    memory = np.frombuffer(mmap.mmap(-1, (count + 1) * 4096), np.uint8)
+    for out in (memory.reshape(-1, 4096), np.empty((count + 1, 4096), np.uint8)):
+        out[:] = 0
+        kernel.gather(fd, offsets, 4096, out, direct)
+        np.testing.assert_array_equal(out, rows_at(content, offsets, 4096))
+
+
+@pytest.mark.parametrize("length", [4096, 512 << 10, (512 << 10) + 4096, SIZE - 4096])
+def test_ranges_are_written_and_read(tmp_path, content, opened, length):
+    _, direct = opened
+    memory = np.frombuffer(mmap.mmap(-1, 2 * length), np.uint8)
+    data, out = memory[:length], memory[length:]
+    data[:] = content[:length]
+    fd = os.open(tmp_path / "range", os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0))
+    try:
+        kernel.write_range(fd, 8192, data, direct)
+        kernel.read_range(fd, 8192, out, direct)
+        np.testing.assert_array_equal(out, data)
+        with pytest.raises(OSError, match="error") as caught:
+            kernel.read_range(fd, 12288, out, direct)
+        assert caught.value.errno == errno.EIO
+    finally:
+        os.close(fd)
+    with pytest.raises(OSError, match="descriptor"):
+        kernel.write_range(fd, 0, data, direct)
 
 
 def test_typed_outputs_and_larger_outputs(opened, content):
@@ -104,7 +142,7 @@ def test_errors_of_the_system_are_raised():
 
 
 def test_nothing_to_read():
-    assert kernel.gather(-1, np.empty(0, np.uint64), 512, np.empty((0, 512), np.uint8), True) == 0
+    assert kernel.gather(-1, np.empty(0, np.uint64), 512, np.empty((0, 512), np.uint8), True) == (0, 0)
 
 
 @pytest.mark.parametrize(

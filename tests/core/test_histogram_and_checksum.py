@@ -1,9 +1,10 @@
-"""The reference's histogram and data checksum, against their wording in docs/evaluation.md."""
+"""Histogram and data checksum, against their wording in docs/evaluation.md."""
 
 import numpy as np
 import pytest
 
-from hillinfer_core import reference
+from hillinfer_core import kernel, reference
+from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision, tile_bytes
 
 BINS = reference.HISTOGRAM_BINS
@@ -86,3 +87,25 @@ def test_a_stuck_top_bit_changes_the_checksum():
     right = reference.data_checksum(tiles)[0]
     tiles[0, [0, 2, 4, 6], 3] = 0x80
     assert reference.data_checksum(tiles)[0] != right
+
+
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("dim", [8, 80, 256])
+@pytest.mark.parametrize("tiles", [1, 2, 37])
+def test_native_checksums_follow_the_definition(variant, precision, dim, tiles):
+    keys = random_tiles(5, 3, tiles, dim, precision)
+    np.testing.assert_array_equal(kernel.data_checksums(keys), reference.data_checksum(keys))
+    if tiles > 1:
+        np.testing.assert_array_equal(
+            kernel.data_checksums(keys[1:, 1:]), reference.data_checksum(keys[1:, 1:])
+        )
+    full = np.full_like(keys, 255)
+    np.testing.assert_array_equal(kernel.data_checksums(full), reference.data_checksum(full))
+
+
+def test_checksums_refuse_tiles_that_are_none():
+    keys = np.zeros((2, 4, 128), np.uint8)
+    for bad in (keys.astype(np.int8), keys[0], keys[:, :0], keys[..., :96], keys[:, ::2], keys[:, :, :64]):
+        with pytest.raises(InvalidInput):
+            kernel.data_checksums(bad)
+    assert kernel.data_checksums(keys[:0]).shape == (0,)

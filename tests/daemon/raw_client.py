@@ -100,23 +100,47 @@ class RawClient:
         return pb.Region(offset=offset, length=length, generation=self.accepted.arena_generation)
 
     def open(self, shape: Shape) -> int:
+        response = self.open_named(shape)
+        assert response.append_unit == shape.append_unit
+        return response.context_id
+
+    def open_named(self, shape: Shape, **kind: Any) -> pb.OpenContextResponse:
         request = pb.OpenContextRequest(
             layers=shape.layers,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             dtype=shape.dtype.to_proto(),
             precision=shape.precision.to_proto(),
+            **kind,
         )
-        response = self.call("OpenContext", request)
-        assert response.append_unit == shape.append_unit
-        return response.context_id
+        return self.call("OpenContext", request)
 
-    def append(self, context: int, layer: int, first: int, rows: np.ndarray) -> pb.AppendResponse:
+    def save(self, context: int) -> None:
+        self.call("SaveContext", pb.SaveContextRequest(context_id=context))
+
+    def close_context(self, context: int) -> None:
+        self.call("CloseContext", pb.CloseContextRequest(context_id=context))
+
+    def durable(self) -> dict[str, pb.DurableContext]:
+        return {item.name: item for item in self.call("ListContexts", pb.ListContextsRequest()).contexts}
+
+    def delete(self, name: str) -> int:
+        request = pb.DeleteContextRequest(name=name, uid=os.getuid())
+        return self.call("DeleteContext", request).freed_bytes
+
+    def append(
+        self, context: int, layer: int, first: int, rows: np.ndarray, *, tail: bool = False
+    ) -> pb.AppendResponse:
         self.reset()
         region, view = self.take(rows.shape, rows.dtype, PAGE)
         view[...] = rows
         request = pb.AppendRequest(
-            context_id=context, layer=layer, first_token=first, tokens=rows.shape[1], rows=region
+            context_id=context,
+            layer=layer,
+            first_token=first,
+            tokens=rows.shape[1],
+            rows=region,
+            tail=tail,
         )
         return self.call("Append", request)
 
@@ -125,6 +149,13 @@ class RawClient:
         region, view = self.take((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage)
         which = pb.TokenRange(first_token=first, count=count)
         self.call("Fetch", pb.FetchRequest(context_id=context, layer=layer, range=which, rows=region))
+        return view.copy()
+
+    def fetch_tail(self, context: int, shape: Shape, layer: int, count: int) -> np.ndarray:
+        self.reset()
+        region, view = self.take((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage)
+        request = pb.FetchRequest(context_id=context, layer=layer, tail=pb.Tail(), rows=region)
+        self.call("Fetch", request)
         return view.copy()
 
     def fetch_ids(self, context: int, shape: Shape, layer: int, ids: list[list[int]]) -> np.ndarray:

@@ -10,8 +10,12 @@ from raw_client import RawClient, random_rows
 
 from hillinfer_core import reference
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
+from hillinferd.domain.extents import GRANULE
+from hillinferd.domain.placement import extent_bytes
 
 SHAPE = Shape(2, 2, 64, DType.float16, Precision.int4)
+EXTENT_BYTES = sum(-(-extent_bytes(SHAPE, 256) // GRANULE) * GRANULE for _ in range(2))
+"""Of one layer with 257 to 512 tokens: two extents of 256."""
 
 
 def expected(
@@ -159,7 +163,7 @@ def test_several_contexts_in_one_request_and_two_sessions_do_not_meet(daemon: Pa
         for client in (one, two):
             session = books[client.accepted.session_id]
             assert [context.tokens for context in session.contexts] == [512, 512]
-            assert {context.extent_bytes for context in session.contexts} == {512 * 2 * SHAPE.row_bytes}
+            assert {context.extent_bytes for context in session.contexts} == {EXTENT_BYTES}
 
 
 def test_closing_a_context_frees_its_extents_and_forgets_it(client: RawClient) -> None:

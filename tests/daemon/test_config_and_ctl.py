@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,18 +26,48 @@ def test_command_line_wins_over_file_and_file_over_defaults(tmp_path: Path) -> N
     file = tmp_path / "hillinferd.toml"
     file.write_text(f'pool = "{tmp_path}/pool"\npool_capacity = "2GiB"\nevaluation_keys_dram = 1048576\n')
     loaded = config.load(file, {"pool_capacity": "1GiB", "log_level": None})
-    assert loaded.pool == tmp_path / "pool"
-    assert loaded.pool_capacity == 1 << 30
-    assert loaded.evaluation_keys_dram == 1 << 20
+    assert [drive.pool for drive in loaded.drives] == [tmp_path / "pool"]
+    assert loaded.drives[0].pool_capacity == 1 << 30
+    assert loaded.drives[0].evaluation_keys_dram == 1 << 20
     assert loaded.log_level == "info"
 
 
 def test_defaults_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "there"))
     loaded = config.load(None, {})
-    assert loaded.pool is None
-    assert 0 < loaded.pool_capacity <= config.LARGEST_DEFAULT_POOL
-    assert config.pool_directory(None) == tmp_path / "not" / "there" / "hillinfer"
+    assert loaded.drives[0].pool is None
+    assert 0 < loaded.drives[0].pool_capacity <= config.LARGEST_DEFAULT_POOL
+    assert loaded.pool_dir == tmp_path / "not" / "there" / "hillinfer"
+
+
+def test_several_drives_have_a_table_each(tmp_path: Path) -> None:
+    file = tmp_path / "hillinferd.toml"
+    file.write_text(
+        f'[[drive]]\nname = "fast"\npool = "{tmp_path}/a"\nprofile = "smartssd"\n'
+        f'[[drive]]\npool = "{tmp_path}/b"\npool_capacity = "1GiB"\n'
+    )
+    fast, other = config.load(file, {}).drives
+    assert (fast.name, fast.pool, fast.profile) == ("fast", tmp_path / "a", "smartssd")
+    assert (other.name, other.pool_capacity, other.profile) == ("drive1", 1 << 30, "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("drive = 3", "[[drive]]"),
+        ('pool = "/x"\n[[drive]]\n', "pool is not a key"),
+        ('[[drive]]\nname = "a b"\n', "letters"),
+        ('[[drive]]\npool = "/x"\nname = "a"\n[[drive]]\npool = "/y"\nname = "a"\n', "name of its own"),
+        ('[[drive]]\npool = "/x"\n[[drive]]\n', "pool of its own"),
+        ('[[drive]]\npool = "/x"\n[[drive]]\npool = "/x"\n', "pool of its own"),
+        ('[[drive]]\ncard = "3b:00.1"\n', "0000:3b:00.1"),
+    ],
+)
+def test_drive_tables_that_cannot_be(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "hillinferd.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        config.load(file, {})
 
 
 @pytest.mark.parametrize(
@@ -102,7 +133,7 @@ def test_status_as_json_has_every_key_and_numbers(daemon: Path) -> None:
         done = run("hillinferd.ctl", "status", "--json", "--socket", str(daemon / "attach.sock"))
         assert done.returncode == 0
         status = json.loads(done.stdout)
-        assert set(status) == {"version", "uptime_s", "device", "pool", "sessions"}
+        assert set(status) == {"version", "uptime_s", "device", "pool", "sessions", "drives"}
         assert status["device"]["driver"] == "host"
         assert status["pool"]["used_bytes"] == 0
         mine = [

@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from hillinfer_core.errors import PoolFull
 from hillinfer_core.layout import DType, Shape
 from hillinferd.domain.extents import GRANULE, Extent, ExtentAllocator
-from hillinferd.domain.placement import LARGEST_TOKENS, extend
+from hillinferd.domain.placement import LARGEST_TOKENS, extend, extent_bytes
 
 CAPACITY = 40 * GRANULE
 RESERVED = GRANULE
@@ -94,7 +94,7 @@ def test_extents_of_a_layer_grow_and_every_row_has_its_own_place() -> None:
 
 
 def test_a_fragmented_pool_is_used_in_smaller_extents_and_a_full_one_changes_nothing() -> None:
-    piece = 256 * SHAPE.kv_heads * SHAPE.row_bytes
+    piece = -(-extent_bytes(SHAPE, 256) // GRANULE) * GRANULE
     allocator = ExtentAllocator(12 * piece)
     pieces = [allocator.allocate(piece) for _ in range(12)]
     for extent in pieces[::2]:

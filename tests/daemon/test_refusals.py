@@ -116,7 +116,7 @@ CASES: list[tuple[str, str, str, Change]] = [
     ("Range", "InvalidInput", "range", lambda r: setattr(r.range, "count", 65)),
     ("Range", "InvalidInput", "range", lambda r: setattr(r.range, "first_token", HUGE)),
     ("Range", "InvalidInput", "at least", lambda r: setattr(r.rows, "length", BYTES - 2)),
-    ("Range", "InvalidInput", "by_ids or range", lambda r: r.ClearField("range")),
+    ("Range", "InvalidInput", "by_ids, range or tail", lambda r: r.ClearField("range")),
     ("Ids", "InvalidInput", "count_per_head", lambda r: r.by_ids.count_per_head.append(1)),
     ("Ids", "InvalidInput", "at least", lambda r: setattr(r.rows, "length", 8)),
     ("Ids", "InvalidInput", "ids: ", lambda r: setattr(r.by_ids.ids, "offset", 1)),
@@ -244,7 +244,7 @@ def test_a_session_without_arena_has_no_regions(daemon: Path) -> None:
 @pytest.mark.parametrize(
     ("packet", "error", "says"),
     [
-        (attach_request(protocol_version=2), "VersionMismatch", "protocol 2"),
+        (attach_request(protocol_version=1), "VersionMismatch", "protocol 1"),
         (attach_request(layout_version=7), "VersionMismatch", "layout 7"),
         (b"\xff\xff\xff", "InvalidInput", "not an AttachRequest"),
         (attach_request(client_name="n" * 65), "InvalidInput", "65 characters"),

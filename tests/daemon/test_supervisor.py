@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hillinferd.service.supervisor import Supervisor, WorkerSettings
+from hillinferd.driver.settings import DriverSettings
+from hillinferd.service.supervisor import Supervisor
 from hillinferd.worker import messages
 
 
-def settings(tmp_path: Path) -> WorkerSettings:
-    return WorkerSettings(str(tmp_path / "pool"), 1 << 20, False, "info")
+def settings(tmp_path: Path) -> DriverSettings:
+    return DriverSettings("host", str(tmp_path / "pool"), 1 << 20, keep=False, key_memory=1 << 20)
 
 
 def test_a_worker_that_could_not_be_prepared_is_replaced(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ def test_a_worker_that_could_not_be_prepared_is_replaced(tmp_path: Path) -> None
             if len(prepared) in (2, 3):
                 raise RuntimeError("not this one")
 
-        supervisor = Supervisor(settings(tmp_path), lambda: None, on_ready)
+        supervisor = Supervisor(settings(tmp_path), "info", lambda: None, on_ready)
         await supervisor.start()
         watch = asyncio.create_task(supervisor.watch())
         os.kill(supervisor.pid, signal.SIGKILL)
@@ -52,7 +53,7 @@ def test_a_first_worker_that_could_not_be_prepared_does_not_stay(tmp_path: Path)
             raise RuntimeError("not this one")
 
         pids: list[int] = []
-        supervisor = Supervisor(settings(tmp_path), lambda: None, on_ready)
+        supervisor = Supervisor(settings(tmp_path), "info", lambda: None, on_ready)
         with pytest.raises(RuntimeError, match="not this one"):
             await supervisor.start()
         assert not supervisor.up

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
@@ -19,7 +19,14 @@ from hillinfer.hkm.resident import Division, divide
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import row_dtype
 from hillinfer.session import Session
-from hillinfer_core.errors import BudgetTooSmall, HillInferError, InvalidInput, UnsupportedModel
+from hillinfer_core.errors import (
+    BudgetTooSmall,
+    ContextMismatch,
+    HillInferError,
+    InvalidInput,
+    UnknownContext,
+    UnsupportedModel,
+)
 from hillinfer_core.layout import Precision, Shape
 from hillinfer_core.units import Budget
 
@@ -67,6 +74,10 @@ class HierarchicalCache(Cache):
     """KV cache of one batch of sequences, one context of the daemon for each. Not thread-safe.
 
     Freed by `close` or when garbage-collected.
+
+    durable: the name under which `save` will keep the one sequence; base: the
+    name of a saved one to begin with, as if the model had just read it (blocks;
+    raises UnknownContext, ContextMismatch). `labels` as in `Session.open_context`.
     """
 
     def __init__(
@@ -76,6 +87,10 @@ class HierarchicalCache(Cache):
         config: HkmConfig,
         policy: SelectionPolicy | None = None,
         predictor: QueryPredictor | None = None,
+        *,
+        durable: str | None = None,
+        base: str | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         self.session = session
         self.config = config
@@ -90,8 +105,50 @@ class HierarchicalCache(Cache):
             raise UnsupportedModel(
                 "the model has no full-attention layer: there is nothing to keep in the cold pool"
             )
+        self._named = durable is not None or base is not None
+        self._durable = durable
+        self._labels = labels
+        if self._named and len(self.full_layers) < len(self.layers):
+            raise UnsupportedModel(
+                "the model has sliding-window layers, whose KV is not in the cold pool: its contexts cannot "
+                "be kept under a name"
+            )
         self._usable = True
         self._finalizer = weakref.finalize(self, _close_all, self.contexts)
+        if base is not None:
+            self._begin_with(base)
+
+    def _begin_with(self, name: str) -> None:
+        saved = self.session.find_context(name)
+        if saved is None:
+            raise UnknownContext(f"there is no context named {name!r}: hillinferctl contexts lists them")
+        # Heads and dtype are the stored ones until the model's first step shows its own, see `open_contexts`.
+        shape = replace(saved.shape, layers=len(self.full_layers), precision=self.config.precision)
+        self._add_context(self.session.open_context(shape, base=name, labels=self._labels))
+        for layer in self.full_layers:
+            layer.begin_with(self.contexts[0].length(layer.index))
+
+    def save(self) -> None:
+        """Keep what the cache holds under its `durable` name, complete and read-only, and go on after it.
+
+        What is appended from here on belongs to this cache alone; it goes on
+        exactly as one that begins with the name does. Blocks. Raises
+        InvalidInput for a cache without a name, and for one that holds padding.
+        """
+        self.check_usable()
+        if self._durable is None or not self.contexts:
+            raise InvalidInput(
+                "there is nothing to save: begin with new_cache(durable=NAME), and run the model"
+            )
+        writer = self.contexts[0]
+        if any(writer.length(layer.index) != layer.get_seq_length() for layer in self.full_layers):
+            raise InvalidInput("a context with padding cannot be saved: give the text without any")
+        writer.save()
+        self.contexts[0] = self.session.open_context(writer.shape, base=self._durable, labels=self._labels)
+        self._durable = None
+        writer.close()
+        for layer in self.full_layers:
+            layer.forget_selection()
 
     def check_usable(self) -> None:
         """Raise InvalidInput once the cache is closed, or a step failed half-way through the layers."""
@@ -115,15 +172,32 @@ class HierarchicalCache(Cache):
     ) -> Sequence[Context]:
         """Open one context for each sequence, once; later calls check that the layers are alike."""
         shape = Shape(len(self.full_layers), kv_heads, head_dim, row_dtype(dtype), self.config.precision)
+        if self._named and batch != 1:
+            raise InvalidInput(f"a context with a name holds one sequence, not a batch of {batch}")
         if self.contexts and (self.contexts[0].shape != shape or len(self.contexts) != batch):
-            raise UnsupportedModel(
-                f"layers of different shapes are not supported: {self.contexts[0].shape}, {shape}"
-            )
+            held = self.contexts[0].shape
+            if not any(layer.is_initialized for layer in self.full_layers):
+                raise ContextMismatch(f"the saved context holds {held}, the model makes {shape}")
+            raise UnsupportedModel(f"layers of different shapes are not supported: {held}, {shape}")
         while len(self.contexts) < batch:
-            self.contexts.append(self.session.open_context(shape))
-        per_token = kv_heads * shape.row_bytes
-        self.block_tokens = max(shape.append_unit, min(2048, self.session.arena_bytes // 2 // per_token))
+            self._add_context(self._open_empty(shape))
         return self.contexts
+
+    def _open_empty(self, shape: Shape) -> Context:
+        context = self.session.open_context(shape, durable=self._durable, labels=self._labels)
+        if any(context.length(layer) for layer in range(shape.layers)):
+            context.close()
+            raise InvalidInput(
+                f"{self._durable} was begun but never saved, and holds a part of its text: "
+                "delete it (Session.delete_context), or choose another name"
+            )
+        return context
+
+    def _add_context(self, context: Context) -> None:
+        self.contexts.append(context)
+        shape = context.shape
+        per_token = shape.kv_heads * shape.row_bytes
+        self.block_tokens = max(shape.append_unit, min(2048, self.session.arena_bytes // 2 // per_token))
 
     def selection_size(self, tokens: int, slots: Slots) -> int:
         """Tokens to select by rank in a sequence of `tokens`, besides the pinned ones."""

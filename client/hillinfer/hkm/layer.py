@@ -17,6 +17,7 @@ from hillinfer.session import Brought, EvaluateItem
 from hillinfer_core.errors import CorruptData, UnsupportedModel
 
 if TYPE_CHECKING:
+    from hillinfer.context import Context
     from hillinfer.hkm.cache import HierarchicalCache
 
 LAYER_ATTRIBUTE = (
@@ -54,6 +55,27 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype),
         )
         self.is_initialized = True
+        for row, context in enumerate(contexts):
+            self._fill_pinned(row, context, key_states)
+
+    def begin_with(self, tokens: int) -> None:
+        """Count the tokens that the context holds before the model's first step."""
+        self._seen = tokens
+
+    def _fill_pinned(self, row: int, context: Context, like: torch.Tensor) -> None:
+        """Put sinks and recent window where they would be, had this cache seen the context's tokens."""
+        slots, held = self.slots, context.length(self.index)
+        sinks = min(slots.sinks, held)
+        window = min(slots.recent, held - sinks)
+        for first, count in ((0, sinks), (held - window, window)):
+            kv = to_rows(context.fetch_range(self.index, first, count), like)
+            slots.lengths[row] = first
+            slots.append(row, kv[:, :, 0], kv[:, :, 1])
+
+    def forget_selection(self) -> None:
+        """Empty the slots of selected tokens and the hot pool."""
+        self.slots.resize(0)
+        self.hot.resize(0)
 
     @property
     def slots(self) -> Slots:

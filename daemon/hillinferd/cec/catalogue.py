@@ -95,7 +95,7 @@ def parse_manifest(data: bytes) -> tuple[Entry, ...]:
     tables = document["bitstream"]
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ConfigError("bitstream must be an array of tables: write [[bitstream]]")
-    entries = tuple(_entry(table, f"bitstream {number}") for number, table in enumerate(tables, start=1))
+    entries = tuple(entry_of(table, f"bitstream {number}") for number, table in enumerate(tables, start=1))
     for key, values in (("file", [e.file for e in entries]), ("sha256", [e.sha256 for e in entries])):
         if len(set(values)) < len(values):
             raise ConfigError(f"two bitstreams have the same {key}")
@@ -111,8 +111,6 @@ def check_bitstream(xclbin: Xclbin, entry: Entry, interface_uuids: Iterable[uuid
         raise BadBitstream(
             f"{entry.file} has sha256 {xclbin.sha256}, the manifest says {entry.sha256}: it is not that file"
         )
-    if not xclbin.for_hardware:
-        raise BadBitstream(f"{entry.file} was built for emulation ({xclbin.mode}); build it with TARGET=hw")
     if xclbin.interface_uuid != entry.interface_uuid:
         raise BadBitstream(
             f"{entry.file} has interface uuid {xclbin.interface_uuid}, "
@@ -121,11 +119,18 @@ def check_bitstream(xclbin: Xclbin, entry: Entry, interface_uuids: Iterable[uuid
     # An instance is "kernel:instance".
     if entry.kernel.name not in {name.partition(":")[0] for name in xclbin.kernels}:
         raise BadBitstream(f"{entry.file} has kernels {', '.join(xclbin.kernels)}, not {entry.kernel.name}")
+    check_shell(xclbin, entry.file, interface_uuids)
+
+
+def check_shell(xclbin: Xclbin, file: str, interface_uuids: Iterable[uuid.UUID]) -> None:
+    """Raise :class:`BadBitstream` unless ``xclbin``, the file ``file``, is for hardware with such a shell."""
+    if not xclbin.for_hardware:
+        raise BadBitstream(f"{file} was built for emulation ({xclbin.mode}); build it with TARGET=hw")
     shells = list(interface_uuids)
     if xclbin.interface_uuid not in shells:
         has = ", ".join(map(str, shells)) or "none"
         raise BadBitstream(
-            f"{entry.file} was built for shell interface {xclbin.interface_uuid}, the card has {has}; "
+            f"{file} was built for shell interface {xclbin.interface_uuid}, the card has {has}; "
             "build it for the card's platform"
         )
 
@@ -147,7 +152,8 @@ def parse_uuid(text: object) -> uuid.UUID:
     return value
 
 
-def _entry(table: Mapping[str, Any], where: str) -> Entry:
+def entry_of(table: Mapping[str, Any], where: str) -> Entry:
+    """Return the entry that ``table`` of a manifest holds; raises :class:`ConfigError` naming ``where``."""
     _keys(table, tuple(_FIELDS), where)
     values: dict[str, Any] = {}
     for key, (convert, allowed) in _FIELDS.items():
@@ -161,6 +167,18 @@ def _entry(table: Mapping[str, Any], where: str) -> Entry:
             f"{where}: {entry.kernel.name} has precision {entry.kernel.precision}, not {entry.precision}"
         )
     return entry
+
+
+def table_of(entry: Entry) -> dict[str, Any]:
+    """Return the table that :func:`entry_of` reads."""
+    return {
+        "file": entry.file,
+        "sha256": entry.sha256,
+        "kernel": entry.kernel.name,
+        "precision": entry.precision.value,
+        "head_dims": list(entry.head_dims),
+        "interface_uuid": entry.interface_uuid.hex,
+    }
 
 
 def _keys(table: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:

@@ -92,23 +92,18 @@ def _problems(path: Path, node: str, size: int, signature: str | None, usage: Us
             f"clear it with blockdev --setrw {node}; a drive at the end of its life stays read-only",
         )
     partitions = [place.parent for place in children(path, f"{path.name}p*/partition")]
+    free = []
     for place in (path, *partitions):
-        mount = usage.mounts.get(text(place / "dev")) or usage.mounts.get(f"/dev/{place.name}")
-        if mount == "swap":
-            yield Problem(f"/dev/{place.name} is swap", f"use another drive, or swapoff /dev/{place.name}")
-        elif mount:
-            yield Problem(
-                f"/dev/{place.name} is mounted at {mount}",
-                f"keep it, and name a file there as the pool; or unmount it: umount {mount}",
-            )
-        if holders := [entry.name for entry in children(place / "holders", "*")]:
-            yield Problem(
-                f"/dev/{place.name} is held by {', '.join(holders)}",
-                "it is part of a volume or an array: name a file or a volume there as the pool",
-            )
+        used = list(_uses(place, usage))
+        yield from used
+        if not used:
+            free.append(f"/dev/{place.name}")
     if partitions:
-        names = ", ".join(f"/dev/{place.name}" for place in partitions)
-        yield Problem(f"{node} has partitions", f"name one that is free as the pool: {names}")
+        names = ", ".join(name for name in free if name != node)
+        yield Problem(
+            f"{node} has partitions",
+            f"name one that nobody needs as the pool: {names}" if names else "name a file there as the pool",
+        )
     elif signature is None:
         yield Problem(
             f"it is not known what is on {node}: udev has not examined it",
@@ -118,6 +113,20 @@ def _problems(path: Path, node: str, size: int, signature: str | None, usage: Us
         yield Problem(
             f"{node} has content: {signature}",
             f"if nobody needs it, erase its marks: wipefs --all {node}; else use a file there as the pool",
+        )
+
+
+def _uses(place: Path, usage: Usage) -> Iterator[Problem]:
+    node = f"/dev/{place.name}"
+    mount = usage.mounts.get(text(place / "dev")) or usage.mounts.get(node)
+    if mount == "swap":
+        yield Problem(f"{node} is swap", "use another drive, or take it out of /etc/fstab and swapoff")
+    elif mount:
+        yield Problem(f"{node} is mounted at {mount}", f"name a file below {mount} as the pool")
+    if holders := [entry.name for entry in children(place / "holders", "*")]:
+        yield Problem(
+            f"{node} is held by {', '.join(holders)}",
+            "it is part of a volume or an array: name a file or a volume there as the pool",
         )
 
 

@@ -42,7 +42,7 @@ def list_devices() -> Listing:
     context = _context()
     functions = tuple(sorted(Path(device.sys_path) for device in context.list_devices(subsystem="pci")))
     disks = [
-        (Path(device.sys_path), dict(device.properties) if device.is_initialized else None)
+        (Path(device.sys_path), dict(device.properties) if "USEC_INITIALIZED" in device.properties else None)
         for device in context.list_devices(subsystem="block", DEVTYPE="disk")
     ]
     return Listing(functions, tuple(sorted(disks, key=lambda disk: disk[0])))

@@ -13,11 +13,11 @@ from .model import Inventory, Namespace, SmartSsd
 from .udev import Change, Monitor
 
 READY_WITHIN_S = 60.0
-"""Longest wait for a card whose driver is bound to say that it is ready, and for its drive to show. Our
-choice: we know of no vendor document that gives a time."""
+"""Longest wait for a card whose driver is bound to say that it is ready and for its drive to show, and for
+udev to examine a drive. Our choice: we know of no vendor document that gives a time."""
 
 POLL_S = 0.5
-"""Between two looks at a card that is not ready; no event tells when it is. Our choice."""
+"""Between two looks at what is not ready; no event tells when a card is. Our choice."""
 
 _GONE = frozenset({"remove", "unbind"})
 _NEW = {"pci": frozenset({"bind"}), "block": frozenset({"add", "change"})}
@@ -67,7 +67,7 @@ class Tracker:
 
     @property
     def waiting(self) -> bool:
-        """Whether a card is not ready yet, so that the machine should be looked at again soon."""
+        """Whether a device is not ready yet, so that the machine should be looked at again soon."""
         return bool(self._waiting)
 
     def handle(self, changes: Iterable[Change] | None) -> list[Event]:
@@ -89,17 +89,15 @@ class Tracker:
 
     def _refresh(self) -> list[Event]:
         found, now = self._look(), self._clock()
-        here: dict[Identity, Device] = {drive.identity: drive for drive in found.namespaces}
+        here: dict[Identity, Device] = {}
         waiting: dict[Identity, float] = {}
-        for card in found.cards:
-            if not card.fpga.driver:
-                continue
-            deadline = self._waiting.get(card.identity, now + self._ready_within_s)
-            settled = card.fpga.ready and card.namespace is not None
-            if settled or now >= deadline or card.identity in self._known:
-                here[card.identity] = card
+        devices: list[Device] = [*found.namespaces, *(card for card in found.cards if card.fpga.driver)]
+        for device in devices:
+            deadline = self._waiting.get(device.identity, now + self._ready_within_s)
+            if device.identity in self._known or _settled(device) or now >= deadline:
+                here[device.identity] = device
             else:
-                waiting[card.identity] = deadline
+                waiting[device.identity] = deadline
         self._waiting = waiting
         events = self._drop([device for identity, device in self._known.items() if identity not in here])
         events += [Appeared(device) for identity, device in here.items() if identity not in self._known]
@@ -149,3 +147,10 @@ def _rests_on(device: Device, path: Path) -> bool:
     return any(place.is_relative_to(path) for place in device.fpga.paths) or (
         device.namespace is not None and _rests_on(device.namespace, path)
     )
+
+
+def _settled(device: Device) -> bool:
+    if isinstance(device, Namespace):
+        # Till udev has examined it, nobody knows what is on it.
+        return device.signature is not None
+    return device.fpga.ready is True and device.namespace is not None and _settled(device.namespace)

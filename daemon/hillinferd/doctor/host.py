@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -32,7 +33,7 @@ def discovery(machine: Machine) -> Finding:
     """pyudev and libudev are there, and udevd runs, without which nothing that is plugged in is noticed."""
     if machine.inventory is None:
         return failed(machine.trouble, "install what is missing; the host driver on a file works without")
-    found = f"{len(machine.inventory.namespaces)} NVMe namespaces, {len(machine.cards)} SmartSSDs"
+    found = f"NVMe namespaces: {len(machine.inventory.namespaces)}, SmartSSDs: {len(machine.cards)}"
     if not _UDEVD.exists():
         return warning(
             f"{found}; udevd does not run: what comes and goes is not noticed", "start systemd-udevd"
@@ -83,11 +84,11 @@ def direct_io(machine: Machine) -> Finding:
                 _read_direct(scratch.name)
         else:
             _read_direct(place)
-    except PermissionError as error:
-        return failed(f"{place}: {error.strerror}", "name a place that you may write to with --pool")
     except OSError as error:
+        if error.errno != errno.EINVAL:
+            return failed(f"{place}: {error.strerror}", "name a place that you may write to with --pool")
         return warning(
-            f"{place}: no direct I/O ({error.strerror}); rows go through the page cache, which takes memory",
+            f"{place}: no direct I/O; rows go through the page cache, which takes memory",
             "put the pool on ext4, xfs or a block device",
         )
     return ok(f"{place} takes direct I/O")

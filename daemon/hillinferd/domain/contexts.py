@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from hillinfer_core.errors import DeviceUnavailable, InvalidInput, MemoryLimit, OutOfOrder, UnknownContext
+from hillinfer_core.errors import (
+    ContextInUse,
+    DamagedCatalogue,
+    DeviceUnavailable,
+    InvalidInput,
+    OutOfOrder,
+    QuotaExceeded,
+    UnknownContext,
+)
 from hillinfer_core.layout import TILE_TOKENS, Shape
 from hillinfer_core.units import format_bytes
 
+from .durable import Durable, append_limit, check_labels, check_name, check_shape
 from .extents import Extent, ExtentAllocator
-from .placement import Placed, extend
+from .layers import Layer
+from .placement import Placed, extend, extent_bytes, next_tokens
 
 CHECKSUM_BYTES = 4
 """Bytes of a row's checksum: CRC-32C."""
 
+MAX_APPEND = 1 << 20
+"""Tokens of one append to a volatile context: what an arena can hold bounds it far earlier."""
 
-@dataclass
-class Layer:
-    """One layer's tokens and the extents that hold them, ascending by token."""
-
-    tokens: int = 0
-    placed: list[Placed] = field(default_factory=list)
-
-    @property
-    def covered(self) -> int:
-        """Tokens that fit in the extents the layer already has."""
-        return self.placed[-1].end_token if self.placed else 0
+_ids = itertools.count(1)
+"""Numbers of contexts, never used twice by one daemon, whichever its drive."""
 
 
 @dataclass
 class Context:
-    """A volatile context of one session. ``lost`` once the worker that held its keys has died."""
+    """An open context of one session.
+
+    ``durable`` is what it writes, ``base`` what it began with; a context with neither is volatile and began
+    empty. ``lost`` once the worker that held its keys has died, unless it can be restored.
+    """
 
     context_id: int
     session_id: int
+    uid: int
     shape: Shape
     layers: list[Layer]
+    durable: Durable | None = None
+    base: Durable | None = None
     lost: bool = False
+    evaluation_key_bytes: int = 0
 
     @property
     def row_count(self) -> int:
@@ -45,19 +58,32 @@ class Context:
         return sum(layer.tokens for layer in self.layers) * self.shape.kv_heads
 
     @property
-    def evaluation_key_bytes(self) -> int:
-        """Bytes of evaluation keys in DRAM."""
-        return self.row_count // TILE_TOKENS * self.shape.key_tile_bytes
-
-    @property
     def checksum_bytes(self) -> int:
         """Bytes of row checksums in DRAM."""
         return self.row_count * CHECKSUM_BYTES
 
     @property
-    def extents(self) -> list[Extent]:
-        """Every extent of every layer."""
-        return [placed.extent for layer in self.layers for placed in layer.placed]
+    def own_extents(self) -> list[Extent]:
+        """Every extent that goes when the context is closed: none of a durable one."""
+        if self.durable:
+            return []
+        return [placed.extent for layer in self.layers for placed in layer.own]
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes of the pool that hold its tokens, shared ones included."""
+        return sum(placed.extent.length for layer in self.layers for placed in layer.placed)
+
+    @property
+    def append_limit(self) -> int:
+        """Tokens that one append takes at most."""
+        return append_limit(self.shape) if self.durable else MAX_APPEND
+
+    @property
+    def tails(self) -> list[int]:
+        """Tokens kept aside for each layer."""
+        kept = self.durable or self.base
+        return kept.tails if kept else [0] * self.shape.layers
 
     def layer(self, index: int) -> Layer:
         """Return layer ``index``; raises :class:`InvalidInput` if the shape has no such layer."""
@@ -66,21 +92,109 @@ class Context:
         return self.layers[index]
 
 
+@dataclass(frozen=True)
+class Quotas:
+    """Bytes of the cold pool that one user, and one context, may take."""
+
+    user: int
+    context: int
+
+
 class Catalogue:
-    """All open contexts and their extents. Not thread-safe; nothing here blocks."""
+    """All contexts of one drive and their extents. Not thread-safe; nothing here blocks."""
 
-    def __init__(self, allocator: ExtentAllocator, evaluation_key_limit: int) -> None:
+    def __init__(self, allocator: ExtentAllocator, quotas: Quotas) -> None:
         self.allocator = allocator
-        self.evaluation_key_limit = evaluation_key_limit
-        self.evaluation_key_bytes = 0
+        self._quotas = quotas
         self._contexts: dict[int, Context] = {}
-        self._ids = itertools.count(1)
+        self._durables: dict[tuple[int, str], Durable] = {}
+        self._used: Counter[int] = Counter()  # bytes, by user
 
-    def open(self, session_id: int, shape: Shape) -> Context:
-        """Register a new, empty context; raises :class:`InvalidInput` for a shape out of range."""
+    @property
+    def durables(self) -> list[Durable]:
+        """Every durable context, by name, then user."""
+        return sorted(self._durables.values(), key=lambda durable: (durable.name, durable.uid))
+
+    def __contains__(self, context_id: int) -> bool:
+        return context_id in self._contexts
+
+    def __iter__(self) -> Iterator[Context]:
+        return iter(list(self._contexts.values()))
+
+    def restore(self, durable: Durable) -> None:
+        """Take in a durable context of an earlier run; raises :class:`DamagedCatalogue` if it cannot be."""
+        key = durable.uid, durable.name
+        if key in self._durables:
+            raise DamagedCatalogue(f"two contexts of user {durable.uid} are called {durable.name!r}")
+        durable.context_id = next(_ids)
+        for extent in durable.extents:
+            try:
+                self.allocator.claim(extent)
+            except ValueError:
+                raise DamagedCatalogue(
+                    f"context {durable.name!r} of user {durable.uid} has an extent at {extent.offset} "
+                    "not in the pool or of another; see what can be kept with `hillinferctl fsck`"
+                ) from None
+        self._used[durable.uid] += durable.extent_bytes
+        self._durables[key] = durable
+
+    def open(self, session_id: int, uid: int, shape: Shape) -> Context:
+        """Register a new, empty, volatile context; raises :class:`InvalidInput` for a shape out of range."""
         shape.validate()
-        context = Context(next(self._ids), session_id, shape, [Layer() for _ in range(shape.layers)])
+        return self._register(session_id, uid, shape, [Layer() for _ in range(shape.layers)])
+
+    def find_durable(self, uid: int, name: str) -> Durable:
+        """Return a user's durable context; raises :class:`UnknownContext`."""
+        durable = self._durables.get((uid, name))
+        if durable is None:
+            raise UnknownContext(
+                f"there is no context {name!r}; `hillinferctl contexts` lists those there are"
+            )
+        return durable
+
+    def open_writer(
+        self, session_id: int, uid: int, name: str, shape: Shape, labels: Mapping[str, str], new: Durable
+    ) -> Context:
+        """Register a context that writes the durable context ``name``; ``new`` becomes it if there is none.
+
+        Raises :class:`InvalidInput`, ``ContextMismatch``, or :class:`ContextInUse` for one that is saved or
+        being written.
+        """
+        shape.validate()
+        check_name(name)
+        check_labels(labels)
+        check_shape(shape)
+        durable = self._durables.get((uid, name))
+        if durable is None:
+            durable = new
+            durable.context_id = next(_ids)
+            durable.layers = [Layer() for _ in range(shape.layers)]
+            durable.tails = [0] * shape.layers
+            durable.loaded = False
+            self._durables[uid, name] = durable
+        else:
+            durable.check_matches(shape, labels)
+            durable.check_writable()
+            durable.check_free("cannot write")
+        context = Context(durable.context_id, session_id, uid, shape, durable.layers, durable=durable)
+        durable.writer = context.context_id
         self._contexts[context.context_id] = context
+        return context
+
+    def open_reader(
+        self, session_id: int, uid: int, name: str, shape: Shape, labels: Mapping[str, str]
+    ) -> Context:
+        """Register a volatile context that begins with the saved durable context ``name``.
+
+        Raises :class:`UnknownContext`, ``ContextMismatch``, or :class:`ContextInUse` for one not saved.
+        """
+        durable = self.find_durable(uid, name)
+        durable.check_matches(shape, labels)
+        if not durable.saved:
+            raise ContextInUse(f"context {name!r} is not saved yet; continue it, or delete it")
+        context = self._register(session_id, uid, shape, [layer.continued() for layer in durable.layers])
+        context.base = durable
+        durable.readers.add(context.context_id)
         return context
 
     def get(self, session_id: int, context_id: int) -> Context:
@@ -108,52 +222,91 @@ class Catalogue:
         return [context for context in self._contexts.values() if context.session_id == session_id]
 
     def mark_lost(self) -> int:
-        """Mark every context lost, because the worker's memory is gone; return how many are open."""
-        for context in self._contexts.values():
+        """Note that the worker's memory is gone; return how many open contexts are lost by that.
+
+        What a durable context holds is in the pool and in the catalogue file: it is loaded again when needed.
+        """
+        for durable in self._durables.values():
+            durable.loaded = False
+        gone = [context for context in self._contexts.values() if not context.durable]
+        for context in gone:
             context.lost = True
-        self.evaluation_key_bytes = 0
-        return len(self._contexts)
+        return len(gone)
 
     def reserve(self, context: Context, layer_index: int, first_token: int, tokens: int) -> list[Placed]:
         """Check an append and allocate the extents it needs beyond those the layer has (may be none).
 
-        Raises :class:`OutOfOrder`, :class:`InvalidInput`, :class:`MemoryLimit` or :class:`PoolFull`, with
+        Raises :class:`OutOfOrder`, :class:`InvalidInput`, :class:`QuotaExceeded` or ``PoolFull``, with
         nothing changed. Follow with :meth:`commit` or :meth:`rollback`.
         """
         layer, shape = context.layer(layer_index), context.shape
+        if context.durable:
+            context.durable.check_writable()
         if first_token != layer.tokens:
             raise OutOfOrder(
                 f"layer {layer_index} holds {layer.tokens} tokens; append cannot start at {first_token}"
             )
         if tokens == 0 or tokens % shape.append_unit:
             raise InvalidInput(f"append takes multiples of {shape.append_unit} tokens, not {tokens}")
-        keys = tokens // TILE_TOKENS * shape.kv_heads * shape.key_tile_bytes
-        if self.evaluation_key_bytes + keys > self.evaluation_key_limit:
-            raise MemoryLimit(
-                f"evaluation keys hold {format_bytes(self.evaluation_key_bytes)} of "
-                f"{format_bytes(self.evaluation_key_limit)}; close contexts, use int4, "
-                "or raise evaluation_keys_dram"
-            )
-        return extend(self.allocator, shape, layer.covered, first_token + tokens)
+        if tokens > context.append_limit:
+            raise InvalidInput(f"append takes at most {context.append_limit} tokens, not {tokens}")
+        self._check_quotas(context, layer, first_token + tokens)
+        placed = extend(self.allocator, shape, layer.covered, first_token + tokens)
+        self._used[context.uid] += sum(item.extent.length for item in placed)
+        return placed
 
     def commit(self, context: Context, layer_index: int, tokens: int, placed: list[Placed]) -> None:
         """Account an append that the worker has carried out."""
-        layer, before = context.layers[layer_index], context.evaluation_key_bytes
+        layer = context.layers[layer_index]
         layer.placed.extend(placed)
         layer.tokens += tokens
-        # The worker may have died between its answer and this call.
-        if not context.lost:
-            self.evaluation_key_bytes += context.evaluation_key_bytes - before
 
-    def rollback(self, placed: list[Placed]) -> None:
+    def rollback(self, context: Context, placed: list[Placed]) -> None:
         """Free what :meth:`reserve` allocated."""
-        for item in placed:
-            self.allocator.free(item.extent)
+        self._free(context.uid, [item.extent for item in placed])
 
     def close(self, context: Context) -> None:
-        """Forget the context and free its extents."""
+        """Forget the context; free its extents unless they belong to a durable context."""
         del self._contexts[context.context_id]
-        if not context.lost:
-            self.evaluation_key_bytes -= context.evaluation_key_bytes
-        for extent in context.extents:
+        if context.durable:
+            context.durable.writer = 0
+        if context.base:
+            context.base.readers.discard(context.context_id)
+        self._free(context.uid, context.own_extents)
+
+    def delete(self, durable: Durable) -> None:
+        """Forget a durable context that nobody has open, and free its extents."""
+        del self._durables[durable.uid, durable.name]
+        self._free(durable.uid, durable.extents)
+
+    def _register(self, session_id: int, uid: int, shape: Shape, layers: list[Layer]) -> Context:
+        context = Context(next(_ids), session_id, uid, shape, layers)
+        self._contexts[context.context_id] = context
+        return context
+
+    def _check_quotas(self, context: Context, layer: Layer, needed: int) -> None:
+        new, covered = 0, layer.covered
+        while covered < needed:
+            tokens = next_tokens(covered)
+            new += extent_bytes(context.shape, tokens)
+            covered += tokens
+        own = sum(placed.extent.length for each in context.layers for placed in each.own)
+        for what, used, limit in (
+            ("context", own, self._quotas.context),
+            ("user", self._used[context.uid], self._quotas.user),
+        ):
+            if new and used + new > limit:
+                raise QuotaExceeded(
+                    f"this {what} has {format_bytes(used)} of the cold pool and may have "
+                    f"{format_bytes(limit)}; close or delete contexts, or raise {what}_quota"
+                )
+
+    def _free(self, uid: int, extents: list[Extent]) -> None:
+        for extent in extents:
             self.allocator.free(extent)
+            self._used[uid] -= extent.length
+
+
+def key_bytes(shape: Shape, tokens: int) -> int:
+    """Return the bytes of the evaluation keys of ``tokens`` tokens (a multiple of 16) of one layer."""
+    return tokens // TILE_TOKENS * shape.kv_heads * shape.key_tile_bytes

@@ -70,6 +70,18 @@ class ExtentAllocator:
         self.used_bytes += length
         return extent
 
+    def claim(self, extent: Extent) -> None:
+        """Mark ``extent``, known from an earlier run, as in use; raises ``ValueError`` if it is not free."""
+        index = bisect_left(self._free, Extent(extent.offset + 1, 0)) - 1
+        hole = self._free[index] if index >= 0 else Extent(0, 0)
+        if extent.length < 1 or extent.offset % GRANULE or extent.length % GRANULE or extent.end > hole.end:
+            raise ValueError(f"{extent} is not free")
+        before = Extent(hole.offset, extent.offset - hole.offset)
+        after = Extent(extent.end, hole.end - extent.end)
+        self._free[index : index + 1] = [part for part in (before, after) if part.length]
+        self._used[extent.offset] = extent
+        self.used_bytes += extent.length
+
     def free(self, extent: Extent) -> None:
         """Give ``extent`` back, joined with free neighbours; raises ``ValueError`` if it is not in use."""
         if self._used.get(extent.offset) != extent:

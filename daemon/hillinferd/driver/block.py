@@ -17,6 +17,7 @@ from hillinfer_core.errors import ConfigError
 from hillinfer_core.layout import PAGE
 
 from .header import HEADER_BYTES, MAGIC, Header
+from .patience import while_busy
 
 # linux/fs.h
 _BLKSSZGET = 0x1268
@@ -42,7 +43,7 @@ def open_device(path: Path, flags: int) -> int:
     or that needs transfers above 4096 bytes.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | flags)
+        fd = while_busy(lambda: os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | flags))
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise ConfigError(

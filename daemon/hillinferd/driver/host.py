@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hillinfer_core import kernel, reference
+from hillinfer_core import kernel
 from hillinfer_core.layout import PAGE, TILE_TOKENS
 from hillinfer_core.reference import U8, U32
 
 from .contract import Bytes, DamagedKeys, Identity, KeySegment, Scan, Winners
 from .pacing import Pacing
 from .profiles import profile
+from .segments import overlapping
 from .settings import DriverSettings
 from .storage import Storage, aligned
 
@@ -83,8 +84,9 @@ class HostDriver:
         others = sum(held.nbytes for offset, held in self._keys.items() if offset != segment.offset)
         if others + tiles.nbytes > self._key_memory:
             raise MemoryError(f"{tiles.nbytes} bytes of evaluation keys do not fit beside {others}")
-        with self._pacing.load(tiles.nbytes):
-            self._keys[segment.offset] = tiles
+        started = self._pacing.now()
+        self._keys[segment.offset] = tiles
+        self._pacing.load(started, tiles.nbytes)
 
     def unload_keys(self, offset: int) -> None:
         """Drop the array."""
@@ -94,23 +96,25 @@ class HostDriver:
         """Score tiles where they are, or as they come from the pool; then select."""
         heads = scan.q.shape[0]
         origin = scan.first // TILE_TOKENS * TILE_TOKENS
-        segments = _overlapping(scan)
+        segments = overlapping(scan)
         columns = max(0, -(-scan.end // TILE_TOKENS) * TILE_TOKENS - origin)
         if self._scores.size < heads * columns:
             self._scores = np.empty(heads * columns, np.int32)
         scores = self._scores[: heads * columns].reshape(heads, columns)
-        scanned = read = 0
-        with self._pacing.evaluate([(item.nbytes, item.offset not in self._keys) for item in segments]):
-            for segment, tiles, streamed in self._tiles(segments):
-                low = max(origin, segment.first_token)
-                high = min(origin + columns, segment.end_token)
-                begin = (low - segment.first_token) // TILE_TOKENS
-                part = tiles[:, begin : begin + (high - low) // TILE_TOKENS]
-                kernel.scores(part, scan.q, segment.precision, scores[:, low - origin : high - origin])
-                scanned += segment.nbytes if streamed else part.size
-                read += segment.nbytes if streamed else 0
-            ids, best = kernel.top_k(scores[:, scan.first - origin : scan.end - origin], scan.k, scan.first)
-        return Winners(ids, best, scanned, read)
+        parts: list[tuple[int, bool]] = []
+        started = self._pacing.now()
+        for segment, tiles, streamed in self._tiles(segments):
+            low = max(origin, segment.first_token)
+            high = min(origin + columns, segment.end_token)
+            begin = (low - segment.first_token) // TILE_TOKENS
+            part = tiles[:, begin : begin + (high - low) // TILE_TOKENS]
+            kernel.scores(part, scan.q, segment.precision, scores[:, low - origin : high - origin])
+            # What is read is looked at as a whole, for its checksum.
+            parts.append((segment.nbytes if streamed else part.size, streamed))
+        ids, best = kernel.top_k(scores[:, scan.first - origin : scan.end - origin], scan.k, scan.first)
+        self._pacing.evaluate(started, parts)
+        scanned = sum(nbytes for nbytes, _ in parts)
+        return Winners(ids, best, scanned, sum(nbytes for nbytes, streamed in parts if streamed))
 
     def close(self) -> None:
         """Close the pool."""
@@ -153,17 +157,4 @@ class HostDriver:
 
 def key_checksums(tiles: U8) -> U32:
     """Return the data checksum (docs/evaluation.md), uint32 [kv_heads], of ``tiles``."""
-    return reference.data_checksum(tiles)
-
-
-def _overlapping(scan: Scan) -> list[KeySegment]:
-    """Return the segments that hold tokens of the scan; raises ``ValueError`` if some token is in none."""
-    found = [item for item in scan.segments if item.first_token < scan.end and item.end_token > scan.first]
-    reached = scan.first
-    for segment in found:
-        if segment.first_token > reached:
-            break
-        reached = segment.end_token
-    if reached < scan.end:
-        raise ValueError(f"no segment holds token {reached} of a scan of {scan.first} to {scan.end}")
-    return found
+    return kernel.data_checksums(tiles)

@@ -21,6 +21,7 @@ from .block import device_bytes, discard_device, is_block_device, open_device
 from .contract import Bytes
 from .header import HEADER_BYTES, Header
 from .pacing import Pacing
+from .patience import while_busy
 from .profiles import NONE
 
 _BOUNCE_BYTES = 1 << 20
@@ -39,8 +40,10 @@ class Storage:
     Raises :class:`~hillinfer_core.errors.ConfigError` for what cannot be a pool or is in use, and what
     :meth:`.header.Header.unpack` raises; the methods are those of :class:`.contract.Driver`.
 
-    One thread at a time; only :meth:`read_unpaced` of whole pages may run beside other methods.
+    Up to :attr:`depth` requests of a gather are in flight. One thread at a time; only :meth:`read_unpaced` of whole pages may run beside other methods.
     """
+
+    depth = 64
 
     def __init__(
         self, path: Path, capacity: int, *, keep: bool, direct: bool = True, pacing: Pacing | None = None
@@ -66,6 +69,10 @@ class Storage:
         """The UUID in the pool's header."""
         return self._header.pool_id
 
+    def fileno(self) -> int:
+        """Return the descriptor, open until :meth:`close`."""
+        return self._fd
+
     def health(self) -> None:
         """Read the header; raises ``OSError`` if that fails or it is not the pool's."""
         if self._first_page() != self._header.pack():
@@ -77,11 +84,12 @@ class Storage:
             raise ValueError(f"write of {len(data)} bytes at {offset} is not whole pages")
         self._check(offset, len(data))
         if len(data):
-            with self._pacing.append(len(data)):
-                try:
-                    kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
-                except OSError as error:
-                    raise self._gone(error) from None
+            started = self._pacing.now()
+            try:
+                kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
+            except OSError as error:
+                raise self._gone(error) from None
+            self._pacing.append(started, len(data))
 
     def flush(self) -> None:
         """Return once everything written before is safe from a loss of power."""
@@ -93,8 +101,10 @@ class Storage:
         self._check(offset, target.size)
         if not target.size:
             return 0
-        with self._pacing.read(target.size):
-            return self.read_unpaced(offset, target)
+        started = self._pacing.now()
+        total = self.read_unpaced(offset, target)
+        self._pacing.read(started, total)
+        return total
 
     def read_unpaced(self, offset: int, target: U8) -> int:
         """Read as :meth:`read` does, into uint8 [n], for an operation that is paced as a whole."""
@@ -105,13 +115,15 @@ class Storage:
         return target.size
 
     def gather(self, offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> int:
-        """Read rows, many at a time; whole pages under direct I/O. See :func:`hillinfer_core.kernel.gather`."""
+        """Read rows, many requests at a time; see :func:`hillinfer_core.kernel.gather`."""
         if len(offsets) == 0:
             return 0
         if int(offsets.max()) + out.shape[1] > self.capacity:
             raise ValueError("a row to gather is beyond the capacity")
-        with self._pacing.gather(offsets, out.shape[1]):
-            return kernel.gather(self._fd, offsets, out.shape[1], out, self.direct_io)
+        started = self._pacing.now()
+        total, requests = kernel.gather(self._fd, offsets, out.shape[1], out, self.direct_io, self.depth)
+        self._pacing.read(started, total, requests)
+        return total
 
     def discard(self, offset: int, length: int) -> None:
         """Give a range back; where that cannot be done its space is kept until the bytes are overwritten."""
@@ -181,7 +193,7 @@ class Storage:
         return fresh, header
 
     def _existing(self, size: int) -> Header:
-        page = self._first_page() if size >= PAGE else os.pread(self._fd, PAGE, 0)
+        page = self._first_page()
         if self._device and not any(page):
             raise ConfigError(f"pool: {self.path} is not formatted; run `hillinferctl format {self.path}`")
         header = Header.unpack(page, str(self.path))
@@ -193,13 +205,13 @@ class Storage:
         return header
 
     def _first_page(self) -> bytes:
-        page = self._bounce[:PAGE]
+        page = self._bounce[:PAGE].data
         try:
-            kernel.read_range(self._fd, 0, page, self.direct_io)
+            count = os.preadv(self._fd, [page], 0)
         except OSError as error:
             self._without_direct(error)
-            kernel.read_range(self._fd, 0, page, False)
-        return page.tobytes()
+            count = os.preadv(self._fd, [page], 0)
+        return page[:count].tobytes()
 
     def _write_header(self, header: Header) -> None:
         page = self._bounce[:PAGE]
@@ -258,14 +270,12 @@ def _claim(fd: int, path: Path) -> None:
     info = os.fstat(fd)
     if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
         raise ConfigError(f"pool: {path} is neither a regular file nor a block device")
-    if stat.S_ISBLK(info.st_mode):
-        return  # opened with O_EXCL; and udev locks a device for a moment after every writer closes it
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while_busy(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
         raise ConfigError(f"pool: {path} is in use by another daemon") from None
     # Another daemon that did not keep it may have taken its name since it was opened.
-    if os.fstat(fd).st_nlink == 0:
+    if stat.S_ISREG(info.st_mode) and os.fstat(fd).st_nlink == 0:
         raise ConfigError(f"pool: {path} is in use by another daemon")
 
 

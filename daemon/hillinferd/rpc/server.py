@@ -17,6 +17,7 @@ from hillinfer_core.v1 import cold_pool_pb2, cold_pool_pb2_grpc
 
 from ..logs import get_logger
 from ..service.cold_pool import ColdPoolService
+from ..service.supervisor import Supervisor
 from .attach import AttachServer
 from .interceptor import ErrorInterceptor
 from .servicer import ColdPoolServicer
@@ -35,8 +36,8 @@ class Transports:
     """The attach socket and the gRPC server in ``runtime_dir``, which the caller has locked."""
 
     def __init__(self, service: ColdPoolService, runtime_dir: Path) -> None:
-        self._worker = service.worker
-        self._follower: asyncio.Task[None] | None = None
+        self._workers = [drive.worker for drive in service.drives]
+        self._followers: list[asyncio.Task[None]] = []
         self._attach_path = attach_socket(runtime_dir)
         self._grpc_path = grpc_socket(runtime_dir)
         # The lock is ours: what lies there was left by a daemon that was killed.
@@ -56,24 +57,25 @@ class Transports:
     async def start(self) -> None:
         """Begin to serve: gRPC first, as a client is sent there by the attach socket."""
         await self._server.start()
-        await self._set_health(self._worker.up)
-        self._follower = asyncio.create_task(self._follow_worker())
+        await self._set_health()
+        self._followers = [asyncio.create_task(self._follow(worker)) for worker in self._workers]
         self._attach.start()
 
     async def stop(self) -> None:
         """Say NOT_SERVING, end calls and sessions, and remove the sockets."""
-        if self._follower is not None:
-            self._follower.cancel()
+        for follower in self._followers:
+            follower.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(STOP_GRACE_S)
         await self._attach.stop()
         self._unlink()
 
-    async def _follow_worker(self) -> None:
-        async for up in self._worker.changes():
-            await self._set_health(up)
+    async def _follow(self, worker: Supervisor) -> None:
+        async for _ in worker.changes():
+            await self._set_health()
 
-    async def _set_health(self, up: bool) -> None:
+    async def _set_health(self) -> None:
+        up = any(worker.up for worker in self._workers)
         for name in ("", _SERVICE):
             await self._health.set(name, _SERVING if up else _NOT_SERVING)
 

@@ -20,7 +20,7 @@ from .. import __version__
 from ..service import requests
 from ..service.cold_pool import ColdPoolService
 from ..service.sessions import Session
-from .status import status_response
+from .status import durable_context, status_response
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -32,7 +32,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
         self._service = service
 
     async def OpenContext(self, request: pb.OpenContextRequest, context: Context) -> pb.OpenContextResponse:
-        """Open a volatile context."""
+        """Open a context."""
         shape = Shape(
             request.layers,
             request.kv_heads,
@@ -40,8 +40,19 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             DType.from_proto(request.dtype),
             Precision.from_proto(request.precision),
         )
-        opened = await self._service.open_context(self._session(context), shape, _deadline(context))
-        return pb.OpenContextResponse(context_id=opened.context_id, append_unit=shape.append_unit)
+        ask = requests.OpenContext(shape, request.durable_name, request.base_name, dict(request.labels))
+        if request.WhichOneof("kind") and not (ask.durable_name or ask.base_name):
+            raise InvalidInput("the name of a durable context is empty")
+        opened = await self._service.open_context(self._session(context), ask, _deadline(context))
+        return pb.OpenContextResponse(
+            context_id=opened.context_id,
+            append_unit=shape.append_unit,
+            append_limit=opened.append_limit,
+            layer_tokens=[layer.tokens for layer in opened.layers],
+            tail_tokens=opened.tails,
+            evaluation_key_bytes=opened.evaluation_key_bytes,
+            checksum_bytes=opened.checksum_bytes,
+        )
 
     async def CloseContext(
         self, request: pb.CloseContextRequest, context: Context
@@ -53,7 +64,12 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
     async def Append(self, request: pb.AppendRequest, context: Context) -> pb.AppendResponse:
         """Append rows to a layer."""
         ask = requests.Append(
-            request.context_id, request.layer, request.first_token, request.tokens, _region(request.rows)
+            request.context_id,
+            request.layer,
+            request.first_token,
+            request.tokens,
+            _region(request.rows),
+            request.tail,
         )
         done = await self._service.append(self._session(context), ask, _deadline(context))
         return pb.AppendResponse(
@@ -89,7 +105,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
         """Bring rows by id or by range."""
-        ask: requests.FetchIds | requests.FetchRange
+        ask: requests.FetchIds | requests.FetchRange | requests.FetchTail
         which = request.WhichOneof("which")
         if which == "by_ids":
             ask = requests.FetchIds(
@@ -107,10 +123,33 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
                 request.range.count,
                 _region(request.rows),
             )
+        elif which == "tail":
+            ask = requests.FetchTail(request.context_id, request.layer, _region(request.rows))
         else:
-            raise InvalidInput("fetch needs by_ids or range")
+            raise InvalidInput("fetch needs by_ids, range or tail")
         read = await self._service.fetch(self._session(context), ask, _deadline(context))
         return pb.FetchResponse(read_bytes=read)
+
+    async def SaveContext(self, request: pb.SaveContextRequest, context: Context) -> pb.SaveContextResponse:
+        """Make a durable context complete and read-only."""
+        await self._service.save_context(self._session(context), request.context_id, _deadline(context))
+        return pb.SaveContextResponse()
+
+    async def ListContexts(
+        self, request: pb.ListContextsRequest, context: Context
+    ) -> pb.ListContextsResponse:
+        """List durable contexts; waits for nothing."""
+        found = self._service.list_contexts(self._session(context))
+        return pb.ListContextsResponse(contexts=[durable_context(*each) for each in found])
+
+    async def DeleteContext(
+        self, request: pb.DeleteContextRequest, context: Context
+    ) -> pb.DeleteContextResponse:
+        """Delete a durable context."""
+        freed = await self._service.delete_context(
+            self._session(context), request.uid, request.name, _deadline(context)
+        )
+        return pb.DeleteContextResponse(freed_bytes=freed)
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Describe device, pool and sessions; waits for nothing."""

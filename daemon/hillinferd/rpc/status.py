@@ -5,48 +5,87 @@ from __future__ import annotations
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 
 from ..domain.contexts import Context
+from ..domain.durable import Durable
 from ..service.cold_pool import ColdPoolService
+from ..service.drive import Drive
 from ..service.sessions import Session
 
 
 def status_response(service: ColdPoolService, version: str) -> pb.StatusResponse:
     """Return the state of this moment; blocks for nothing and changes nothing."""
-    allocator = service.catalogue.allocator
+    drives = [_drive(drive) for drive in service.drives]
     return pb.StatusResponse(
         version=version,
         uptime_s=service.uptime_s,
-        device=_device(service),
+        device=drives[0].device,
         pool=pb.PoolStatus(
-            capacity_bytes=allocator.capacity, used_bytes=allocator.used_bytes, extents=allocator.count
+            capacity_bytes=sum(drive.pool.capacity_bytes for drive in drives),
+            used_bytes=sum(drive.pool.used_bytes for drive in drives),
+            extents=sum(drive.pool.extents for drive in drives),
         ),
         sessions=[_session(service, session) for session in service.sessions],
+        drives=drives,
     )
 
 
-def _device(service: ColdPoolService) -> pb.DeviceStatus:
-    worker, identity = service.worker, service.worker.identity
-    return pb.DeviceStatus(
-        driver=identity.driver if identity else "",
-        path=identity.path if identity else "",
-        direct_io=identity.direct_io if identity else False,
-        worker_pid=worker.pid,
-        worker_restarts=worker.restarts,
-        written_bytes=worker.traffic.written,
-        read_bytes=worker.traffic.read,
-        evaluated_bytes=worker.traffic.evaluated,
-        evaluation_key_bytes=service.catalogue.evaluation_key_bytes,
-        evaluation_key_limit_bytes=service.catalogue.evaluation_key_limit,
+def durable_context(drive: Drive, durable: Durable) -> pb.DurableContext:
+    """Return what a user may know of a durable context."""
+    shape = durable.shape
+    return pb.DurableContext(
+        name=durable.name,
+        uid=durable.uid,
+        saved=durable.saved,
+        tokens=durable.layers[0].tokens + durable.tails[0],
+        extent_bytes=durable.extent_bytes,
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=pb.DType.Name(shape.dtype.to_proto()),
+        precision=pb.Precision.Name(shape.precision.to_proto()),
+        labels=durable.labels,
+        created_unix_s=durable.created_unix_s,
+        users=len(durable.readers) + bool(durable.writer),
+        drive=drive.name,
+    )
+
+
+def _drive(drive: Drive) -> pb.DriveStatus:
+    worker, identity, allocator = drive.worker, drive.worker.identity, drive.catalogue.allocator
+    durables = drive.catalogue.durables
+    return pb.DriveStatus(
+        name=drive.name,
+        state="serving" if worker.up else "restarting",
+        device=pb.DeviceStatus(
+            driver=identity.driver if identity else "",
+            path=identity.path if identity else "",
+            direct_io=identity.direct_io if identity else False,
+            worker_pid=worker.pid,
+            worker_restarts=worker.restarts,
+            written_bytes=worker.traffic.written,
+            read_bytes=worker.traffic.read,
+            evaluated_bytes=worker.traffic.evaluated,
+            evaluation_key_bytes=drive.key_bytes,
+            evaluation_key_limit_bytes=identity.key_memory if identity else 0,
+            profile=identity.profile if identity else "",
+            streamed_bytes=worker.traffic.streamed,
+        ),
+        pool=pb.PoolStatus(
+            capacity_bytes=allocator.capacity, used_bytes=allocator.used_bytes, extents=allocator.count
+        ),
+        durable_contexts=len(durables),
+        durable_bytes=sum(durable.extent_bytes for durable in durables),
     )
 
 
 def _session(service: ColdPoolService, session: Session) -> pb.SessionStatus:
+    contexts = (drive.catalogue.of_session(session.session_id) for drive in service.drives)
     return pb.SessionStatus(
         session_id=session.session_id,
         client_name=session.client_name,
         pid=session.peer.pid,
         uid=session.peer.uid,
         arena_bytes=session.arena.nbytes,
-        contexts=[_context(context) for context in service.catalogue.of_session(session.session_id)],
+        contexts=[_context(context) for each in contexts for context in each],
     )
 
 
@@ -55,7 +94,7 @@ def _context(context: Context) -> pb.ContextStatus:
     return pb.ContextStatus(
         context_id=context.context_id,
         tokens=context.layers[0].tokens,
-        extent_bytes=sum(extent.length for extent in context.extents),
+        extent_bytes=context.extent_bytes,
         layers=shape.layers,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,

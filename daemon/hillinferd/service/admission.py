@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hillinfer_core.errors import InvalidInput
+from hillinfer_core.errors import InvalidInput, OutOfOrder
 from hillinfer_core.layout import PAGE
 
 from ..domain.contexts import Catalogue, Context
@@ -28,6 +28,33 @@ def append_rows(session: Session, context: Context, ask: requests.Append) -> Reg
     context.layer(ask.layer)
     nbytes = context.shape.kv_heads * ask.tokens * context.shape.row_bytes
     return _check(session, "rows", ask.rows, align=PAGE, exactly=nbytes)
+
+
+def append_tail(session: Session, context: Context, ask: requests.Append) -> Region:
+    """Check an append of tokens that are kept aside; raises :class:`InvalidInput` or what an append does."""
+    layer, shape = context.layer(ask.layer), context.shape
+    if context.durable is None:
+        raise InvalidInput("a tail is kept for durable contexts only")
+    context.durable.check_writable()
+    if not 1 <= ask.tokens < shape.append_unit:
+        raise InvalidInput(f"a tail has 1 to {shape.append_unit - 1} tokens, not {ask.tokens}")
+    if ask.first_token != layer.tokens:
+        raise OutOfOrder(
+            f"layer {ask.layer} holds {layer.tokens} tokens; a tail cannot start at {ask.first_token}"
+        )
+    nbytes = shape.kv_heads * ask.tokens * shape.row_bytes
+    return _check(session, "rows", ask.rows, align=shape.dtype.itemsize, exactly=nbytes)
+
+
+def fetch_tail(session: Session, context: Context, ask: requests.FetchTail) -> Region:
+    """Check a fetch of the tokens kept aside; raises :class:`InvalidInput`."""
+    context.layer(ask.layer)
+    shape, tokens = context.shape, context.tails[ask.layer]
+    if tokens == 0:
+        return NOT_WANTED
+    nbytes = shape.kv_heads * tokens * shape.row_bytes
+    region = _check(session, "rows", ask.rows, align=shape.dtype.itemsize, at_least=nbytes)
+    return Region(region.offset, nbytes)
 
 
 def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> messages.Evaluate:

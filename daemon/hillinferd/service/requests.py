@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from hillinfer_core.layout import Reduction
+from hillinfer_core.layout import Reduction, Shape
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,16 @@ class RawRegion:
 
 
 @dataclass(frozen=True)
+class OpenContext:
+    """See ``OpenContextRequest`` in cold_pool.proto; at most one of the names is not empty."""
+
+    shape: Shape
+    durable_name: str = ""
+    base_name: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Append:
     """See ``AppendRequest`` in cold_pool.proto."""
 
@@ -25,6 +36,7 @@ class Append:
     first_token: int
     tokens: int
     rows: RawRegion
+    tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,4 +92,13 @@ class FetchRange:
     layer: int
     first_token: int
     count: int
+    rows: RawRegion
+
+
+@dataclass(frozen=True)
+class FetchTail:
+    """See ``FetchRequest.tail`` in cold_pool.proto."""
+
+    context_id: int
+    layer: int
     rows: RawRegion

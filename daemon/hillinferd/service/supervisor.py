@@ -6,11 +6,11 @@ import asyncio
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 
 from hillinfer_core.errors import DeviceUnavailable, by_name
 
 from ..driver.contract import Identity
+from ..driver.settings import DriverSettings
 from ..logs import get_logger
 from ..worker import messages
 
@@ -25,16 +25,6 @@ START_TIMEOUT_S = 30.0
 _LONGEST_PAUSE_S = 10.0
 
 
-@dataclass(frozen=True)
-class WorkerSettings:
-    """What a worker is started with: the pool file, its bytes, and whether the file keeps its name."""
-
-    path: str
-    capacity: int
-    keep_name: bool
-    log_level: str
-
-
 class Supervisor:
     """Starts the worker, restarts it when it dies, and kills it when it hangs.
 
@@ -44,11 +34,13 @@ class Supervisor:
 
     def __init__(
         self,
-        settings: WorkerSettings,
+        settings: DriverSettings,
+        log_level: str,
         on_death: Callable[[], None],
         on_ready: Callable[[], Awaitable[None]],
     ) -> None:
         self._settings = settings
+        self._log_level = log_level
         self._on_death = on_death
         self._on_ready = on_ready
         self._process: asyncio.subprocess.Process | None = None
@@ -87,8 +79,7 @@ class Supervisor:
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "hillinferd.worker", str(theirs.fileno())),
-                *(self._settings.path, str(self._settings.capacity)),
-                *(str(int(self._settings.keep_name)), self._settings.log_level),
+                *(self._settings.to_json(), self._log_level),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 # A terminal's Ctrl-C is for the daemon, which then stops the worker in order.
@@ -148,6 +139,11 @@ class Supervisor:
                 log.info("device worker restarted", pid=self.pid, restarts=self.restarts)
                 pause = 0.1
 
+    def replace(self) -> None:
+        """Kill the worker, so that :meth:`watch` starts another; harmless while there is none."""
+        self._gone()
+        self._kill()
+
     async def stop(self) -> None:
         """End the worker: by hang-up, and after 5 s by force."""
         self._close_socket()
@@ -177,9 +173,7 @@ class Supervisor:
             self._kill()
             raise DeviceUnavailable(f"the device worker is gone ({error}); it is being restarted") from None
         if isinstance(reply, messages.Done | messages.Failed):
-            self.traffic.written += reply.traffic.written
-            self.traffic.read += reply.traffic.read
-            self.traffic.evaluated += reply.traffic.evaluated
+            self.traffic.add(reply.traffic)
         if not isinstance(reply, messages.Done):
             raise _error_of(reply)
         return reply

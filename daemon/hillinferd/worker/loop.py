@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 from hillinfer_core.errors import DeviceUnavailable, HillInferError
 
-from ..driver.host import HostDriver
+from ..driver.open import open_driver
+from ..driver.settings import DriverSettings
 from ..logs import get_logger
 from . import messages
 from .operations import Operations
@@ -16,17 +16,17 @@ from .operations import Operations
 log = get_logger(__name__)
 
 
-def serve(sock: socket.socket, pool: Path, capacity: int, *, keep_name: bool) -> None:
+def serve(sock: socket.socket, settings: DriverSettings) -> None:
     """Open the pool, say :class:`~hillinferd.worker.messages.Ready`, and serve until hang-up."""
     try:
-        driver = HostDriver(pool, capacity, keep_name=keep_name)
+        driver = open_driver(settings)
         driver.health()
     except HillInferError as error:
         sock.send(messages.encode(messages.Failed(type(error).__name__, str(error))))
         return
     except OSError as error:
         failed = messages.Failed(
-            DeviceUnavailable.__name__, f"cannot open the cold pool {pool}: {error.strerror}"
+            DeviceUnavailable.__name__, f"cannot open the cold pool {settings.path}: {error.strerror}"
         )
         sock.send(messages.encode(failed))
         return

@@ -13,8 +13,10 @@ from typing import TypeAlias
 
 from hillinfer_core.layout import Reduction, Shape
 
+from ..domain.content import Appended
 from ..domain.extents import Extent
 from ..domain.placement import Placed
+from ..domain.quantisation import SealedKeys
 from ..domain.regions import Region
 from ..driver.contract import Identity
 
@@ -42,10 +44,26 @@ class DetachArena:
 
 @dataclass(frozen=True)
 class OpenContext:
-    """Begin a context with no tokens."""
+    """Begin a context: with no tokens, or with those of the saved context ``base``, which is loaded."""
 
     context_id: int
     shape: Shape
+    base: int = 0
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """Load a durable context; its layers come along as a file with a pickled list of ``LayerContent``."""
+
+    context_id: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class SealContext:
+    """Write the evaluation keys that are not in the pool yet; the answer is in ``Done.sealed``."""
+
+    context_id: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,11 @@ class DropContext:
     """Forget a context, if it is known."""
 
     context_id: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """See whether the drive answers."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,11 @@ class Discard:
 
 @dataclass(frozen=True)
 class Append:
-    """Append ``tokens`` from ``rows`` [kv_heads][tokens][2][head_dim]; ``placed`` are new extents."""
+    """Append ``tokens`` from ``rows`` [kv_heads][tokens][2][head_dim]; ``placed`` are new extents.
+
+    With ``durable`` the answer comes when all is safe from a loss of power, and says in ``Done.appended``
+    what to record.
+    """
 
     session_id: int
     context_id: int
@@ -73,6 +100,7 @@ class Append:
     tokens: int
     rows: Region
     placed: list[Placed]
+    durable: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +157,10 @@ Request: TypeAlias = (
     AttachArena
     | DetachArena
     | OpenContext
+    | LoadContext
+    | SealContext
     | DropContext
+    | Health
     | Discard
     | Append
     | Evaluate
@@ -140,11 +171,22 @@ Request: TypeAlias = (
 
 @dataclass
 class Traffic:
-    """Bytes written to and read from the drive, and bytes of evaluation keys scanned."""
+    """Bytes written to and read from the drive, and bytes of evaluation keys scanned.
+
+    Of those, ``streamed`` had to be read from the drive; ``read`` counts them too.
+    """
 
     written: int = 0
     read: int = 0
     evaluated: int = 0
+    streamed: int = 0
+
+    def add(self, other: Traffic) -> None:
+        """Add ``other`` to this."""
+        self.written += other.written
+        self.read += other.read
+        self.evaluated += other.evaluated
+        self.streamed += other.streamed
 
 
 @dataclass(frozen=True)
@@ -167,10 +209,19 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
-    """A request was carried out; ``evaluated`` answers :class:`Evaluate`."""
+    """A request was carried out.
+
+    ``evaluated`` answers :class:`Evaluate`, ``appended`` a durable :class:`Append`, ``sealed``
+    :class:`SealContext` (by layer). ``key_bytes`` of evaluation keys are in fast memory now,
+    ``context_key_bytes`` of them of the context that was opened, loaded or appended to.
+    """
 
     traffic: Traffic = field(default_factory=Traffic)
     evaluated: list[Evaluated] = field(default_factory=list)
+    appended: Appended | None = None
+    sealed: list[tuple[int, SealedKeys]] = field(default_factory=list)
+    key_bytes: int = 0
+    context_key_bytes: int = 0
 
 
 @dataclass(frozen=True)

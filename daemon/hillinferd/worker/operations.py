@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,14 +13,24 @@ from hillinfer_core.arena import Arena
 from hillinfer_core.errors import DeviceUnavailable, HillInferError, InvalidInput, PoolFull, UnknownContext
 from hillinfer_core.layout import Shape
 
+from ..domain.content import Appended, LayerContent
+from ..domain.quantisation import SealedKeys
 from ..driver.contract import Driver
 from ..logs import get_logger
 from . import messages, rows
 from .append import append
-from .evaluate import Scratch, evaluate
+from .evaluate import evaluate
+from .keys import KeyKeeper
+from .messages import Done, Traffic
 from .store import LayerStore
 
 log = get_logger(__name__)
+
+
+@dataclass
+class _Context:
+    shape: Shape
+    layers: dict[int, LayerStore] = field(default_factory=dict)
 
 
 class Operations:
@@ -26,15 +38,15 @@ class Operations:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self._keys = KeyKeeper(driver)
         self._arenas: dict[int, Arena] = {}
-        self._contexts: dict[int, tuple[Shape, dict[int, LayerStore]]] = {}
-        self._scratch = Scratch()
+        self._contexts: dict[int, _Context] = {}
 
     def carry_out(self, request: messages.Request, fd: int | None) -> messages.Reply:
         """Carry out ``request`` with the descriptor that came along, and return the reply; raises nothing."""
-        traffic = messages.Traffic()
+        traffic = Traffic()
         try:
-            return messages.Done(traffic, self._carry_out(request, fd, traffic))
+            return self._carry_out(request, fd, traffic)
         except HillInferError as error:
             return messages.Failed(type(error).__name__, str(error), traffic)
         except OSError as error:
@@ -46,23 +58,29 @@ class Operations:
                 HillInferError.__name__, f"internal error in the worker: {error!r}", traffic
             )
 
-    def _carry_out(
-        self, request: messages.Request, fd: int | None, traffic: messages.Traffic
-    ) -> list[messages.Evaluated]:
+    def _carry_out(self, request: messages.Request, fd: int | None, traffic: Traffic) -> messages.Reply:
         match request:
             case messages.Evaluate():
-                return self._evaluate(request, traffic)
+                return self._done(traffic, evaluated=self._evaluate(request, traffic))
             case messages.Append():
                 store = self._layer(request.context_id, request.layer)
-                append(self._driver, self._arenas[request.session_id], store, request, traffic)
+                arena = self._arenas[request.session_id]
+                done = append(self._driver, self._keys, arena, store, request, traffic)
+                return self._done(traffic, request.context_id, appended=done if request.durable else None)
             case messages.FetchIds():
                 self._fetch_ids(request, traffic)
             case messages.FetchRange():
                 self._fetch_range(request, traffic)
             case messages.OpenContext():
-                self._contexts[request.context_id] = (request.shape, {})
+                self._contexts[request.context_id] = self._opened(request)
+                return self._done(traffic, request.context_id)
+            case messages.LoadContext():
+                self._load(request, fd, traffic)
+                return self._done(traffic, request.context_id)
+            case messages.SealContext():
+                return self._done(traffic, request.context_id, sealed=self._seal(request, traffic))
             case messages.DropContext():
-                self._contexts.pop(request.context_id, None)
+                self._drop(request.context_id)
             case messages.Discard():
                 for extent in request.extents:
                     self._driver.discard(extent.offset, extent.length)
@@ -72,17 +90,75 @@ class Operations:
                 self._arenas[request.session_id] = Arena(fd, request.nbytes, verify=True)
             case messages.DetachArena():
                 self._arenas.pop(request.session_id, None)
-        return []
+            case messages.Health():
+                self._driver.health()
+        return self._done(traffic)
 
-    def _evaluate(self, request: messages.Evaluate, traffic: messages.Traffic) -> list[messages.Evaluated]:
+    def _done(
+        self,
+        traffic: Traffic,
+        context_id: int | None = None,
+        *,
+        evaluated: list[messages.Evaluated] | None = None,
+        appended: Appended | None = None,
+        sealed: list[tuple[int, SealedKeys]] | None = None,
+    ) -> Done:
+        held = 0
+        if context_id is not None:
+            layers = self._contexts[context_id].layers.values()
+            held = sum(self._keys.loaded_bytes(store) for store in layers)
+        return Done(traffic, evaluated or [], appended, sealed or [], self._keys.residency.used_bytes, held)
+
+    def _opened(self, request: messages.OpenContext) -> _Context:
+        context = _Context(request.shape)
+        if request.base:
+            base = self._context(request.base)
+            context.layers = {index: store.continued() for index, store in base.layers.items()}
+        return context
+
+    def _load(self, request: messages.LoadContext, fd: int | None, traffic: Traffic) -> None:
+        if fd is None:
+            raise InvalidInput("no descriptor came with the context")
+        with open(os.dup(fd), "rb") as file:
+            contents: list[LayerContent] = pickle.load(file)
+        context = _Context(request.shape)
+        self._contexts[request.context_id] = context
+        try:
+            for index, content in enumerate(contents):
+                store = LayerStore.restored(request.shape, content)
+                self._keys.rebuild_unsealed(store, traffic)
+                context.layers[index] = store
+        except BaseException:
+            self._drop(request.context_id)
+            raise
+
+    def _seal(self, request: messages.SealContext, traffic: Traffic) -> list[tuple[int, SealedKeys]]:
+        written = [
+            (index, store, *self._keys.write_unsealed(store, segment, store.tokens, traffic))
+            for index, store in self._context(request.context_id).layers.items()
+            for segment in store.segments
+            if segment.sealed is None and segment.placed.first_token < store.tokens
+        ]
+        self._driver.flush()
+        for _, store, segment, sealed, tiles in written:
+            self._keys.seal(store, segment, sealed, tiles)
+        return [(index, sealed) for index, _, _, sealed, _ in written]
+
+    def _drop(self, context_id: int) -> None:
+        context = self._contexts.pop(context_id, None)
+        if context is not None:
+            for store in context.layers.values():
+                self._keys.drop(store)
+
+    def _evaluate(self, request: messages.Evaluate, traffic: Traffic) -> list[messages.Evaluated]:
         arena = self._arenas[request.session_id]
         results = []
         for item in request.evaluations:
             store = self._layer(item.context_id, request.layer)
-            results.append(evaluate(self._driver, arena, store, request, item, self._scratch, traffic))
+            results.append(evaluate(self._driver, self._keys, arena, store, request, item, traffic))
         return results
 
-    def _fetch_ids(self, request: messages.FetchIds, traffic: messages.Traffic) -> None:
+    def _fetch_ids(self, request: messages.FetchIds, traffic: Traffic) -> None:
         store = self._layer(request.context_id, request.layer)
         arena = self._arenas[request.session_id]
         count = sum(request.count_per_head)
@@ -96,7 +172,7 @@ class Operations:
         out = arena.view(request.rows.offset, (count, store.shape.row_bytes), np.uint8)
         traffic.read += rows.gather(self._driver, store, heads, ids, out)
 
-    def _fetch_range(self, request: messages.FetchRange, traffic: messages.Traffic) -> None:
+    def _fetch_range(self, request: messages.FetchRange, traffic: Traffic) -> None:
         store = self._layer(request.context_id, request.layer)
         arena = self._arenas[request.session_id]
         shape = (store.shape.kv_heads, request.count, 2, store.shape.head_dim)
@@ -104,16 +180,19 @@ class Operations:
         _, read = rows.read_range(self._driver, store, request.first_token, request.count, out)
         traffic.read += read
 
-    def _layer(self, context_id: int, layer: int) -> LayerStore:
+    def _context(self, context_id: int) -> _Context:
         if context_id not in self._contexts:
             raise UnknownContext(f"the worker has no context {context_id}")
-        shape, layers = self._contexts[context_id]
-        if layer not in layers:
-            layers[layer] = LayerStore(shape)
-        return layers[layer]
+        return self._contexts[context_id]
+
+    def _layer(self, context_id: int, layer: int) -> LayerStore:
+        context = self._context(context_id)
+        if layer not in context.layers:
+            context.layers[layer] = LayerStore(context.shape)
+        return context.layers[layer]
 
 
-def _drive_failed(error: OSError, traffic: messages.Traffic) -> messages.Failed:
+def _drive_failed(error: OSError, traffic: Traffic) -> messages.Failed:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         message = "the disk under the cold pool is full; free space there or name another with pool"
         return messages.Failed(PoolFull.__name__, message, traffic)

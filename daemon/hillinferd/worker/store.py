@@ -1,19 +1,21 @@
-"""What the worker keeps in DRAM about a layer: evaluation keys, their ranges, and row checksums."""
+"""What the worker keeps in DRAM about a layer: where its tokens lie, row checksums, and unsealed keys."""
 
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hillinfer_core import kernel
 from hillinfer_core.layout import TILE_TOKENS, Shape
-from hillinfer_core.reference import U8, U32, Ranges
+from hillinfer_core.reference import U8, U32
 
+from ..domain.content import LayerContent
 from ..domain.placement import Placed
+from ..domain.quantisation import Quantisation, SealedKeys
+from ..driver.contract import KeySegment
 
 Rows = npt.NDArray[Any]
 U64 = npt.NDArray[np.uint64]
@@ -21,30 +23,36 @@ U64 = npt.NDArray[np.uint64]
 
 @dataclass
 class Segment:
-    """The evaluation keys of one placed extent: ``tiles`` [kv_heads, tokens / 16, tile bytes]."""
+    """A placed extent and its evaluation keys.
 
-    placed: Placed
-    tiles: U8
-
-    @classmethod
-    def empty(cls, placed: Placed, shape: Shape) -> Segment:
-        """Return a segment without keys; its memory is taken page by page as it is filled."""
-        tiles = _lazy((shape.kv_heads, placed.tokens // TILE_TOKENS, shape.key_tile_bytes), np.uint8)
-        return cls(placed, tiles)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Evaluation keys made with one set of ranges.
-
-    ``fitted_tokens`` had their keys looked at to fit the ranges; of the key elements of ``later_tokens``,
-    quantised since, ``clipped`` lay outside them.
+    The keys are ``tiles`` [kv_heads, stride / 16, tile bytes] while the extent fills up, and ``sealed`` once
+    they have been written to it. ``shared`` if the extent belongs to the durable context begun with.
     """
 
-    ranges: Ranges
-    fitted_tokens: int
-    later_tokens: int = 0
-    clipped: int = 0
+    placed: Placed
+    tiles: U8 | None = None
+    sealed: KeySegment | None = None
+    shared: bool = False
+
+    def seal(self, shape: Shape, keys: SealedKeys) -> None:
+        """Note that the keys are in the extent."""
+        self.sealed = KeySegment(
+            self.placed.keys_offset(shape),
+            keys.first_token,
+            keys.tokens,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.precision,
+            keys.checksums,
+        )
+        self.tiles = None
+
+    @property
+    def record(self) -> SealedKeys | None:
+        """Sealed keys as the catalogue file keeps them, None while they are not sealed."""
+        if self.sealed is None:
+            return None
+        return SealedKeys(self.sealed.first_token, self.sealed.tokens, self.sealed.checksums)
 
 
 class LayerStore:
@@ -53,20 +61,55 @@ class LayerStore:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.tokens = 0
-        self.generation = 0
-        self.keys: Keys | None = None
+        self.quantisation: Quantisation | None = None
         self.segments: list[Segment] = []
         self._starts = np.empty(0, np.int64)
-        self._spans = np.empty(0, np.int64)
+        self._strides = np.empty(0, np.int64)
         self._bases = np.empty(0, np.int64)
         self._checksums: U32 = np.empty((shape.kv_heads, 0), np.uint32)
 
+    @classmethod
+    def restored(cls, shape: Shape, content: LayerContent) -> LayerStore:
+        """Return the store of a durable layer; segments whose keys are not sealed are still without keys."""
+        store = cls(shape)
+        store.tokens, store.quantisation = content.tokens, content.quantisation
+        store._checksums = content.row_checksums
+        sealed = {item.first_token: item for item in content.sealed}
+        segments = [Segment(placed) for placed in content.placed]
+        for segment in segments:
+            if segment.placed.first_token in sealed:
+                segment.seal(shape, sealed[segment.placed.first_token])
+        store.add_segments(segments)
+        return store
+
+    def continued(self) -> LayerStore:
+        """Return a store that begins with these tokens, all of them sealed, and shares their keys."""
+        store = LayerStore(self.shape)
+        store.tokens, store.quantisation = self.tokens, self.quantisation
+        # Not a copy: it is replaced, not written, when the new store grows.
+        store._checksums = self._checksums[:, : self.tokens]
+        for item in self.segments:
+            if item.sealed:
+                placed = replace(item.placed, tokens=item.sealed.tokens)
+                store.add_segments([Segment(placed, None, item.sealed, shared=True)])
+        return store
+
+    @property
+    def sealed_end(self) -> int:
+        """First token after those whose keys are sealed."""
+        ends = [item.sealed.end_token for item in self.segments if item.sealed]
+        return max(ends, default=0)
+
     def add_segments(self, segments: list[Segment]) -> None:
         """Add segments after those there are; their tokens count once :attr:`tokens` is raised."""
-        self.segments.extend(segments)
+        self.set_segments(self.segments + segments)
+
+    def set_segments(self, segments: list[Segment]) -> None:
+        """Put ``segments`` in place of those there are."""
+        self.segments = segments
         placed = [segment.placed for segment in self.segments]
         self._starts = np.array([item.first_token for item in placed], np.int64)
-        self._spans = np.array([item.tokens for item in placed], np.int64)
+        self._strides = np.array([item.stride for item in placed], np.int64)
         self._bases = np.array([item.extent.offset for item in placed], np.int64)
 
     def put_checksums(self, first_token: int, checksums: U32) -> None:
@@ -74,7 +117,7 @@ class LayerStore:
         end = first_token + checksums.shape[1]
         held = self._checksums.shape[1]
         if end > held:
-            grown = _lazy((self.shape.kv_heads, max(end, 2 * held)), np.uint32)
+            grown = lazy((self.shape.kv_heads, max(end, 2 * held)), np.uint32)
             grown[:, :first_token] = self._checksums[:, :first_token]
             self._checksums = grown
         self._checksums[:, first_token:end] = checksums
@@ -90,7 +133,7 @@ class LayerStore:
         The vector form of :meth:`hillinferd.domain.placement.Placed.row_offset`.
         """
         index = np.searchsorted(self._starts, tokens, side="right") - 1
-        rows = heads * self._spans[index] + tokens - self._starts[index]
+        rows = heads * self._strides[index] + tokens - self._starts[index]
         offsets: U64 = (self._bases[index] + rows * self.shape.row_bytes).astype(np.uint64)
         return offsets
 
@@ -98,33 +141,10 @@ class LayerStore:
         """Split tokens ``first .. end - 1`` by extent: (extent, first token, end token) of each part."""
         return split([segment.placed for segment in self.segments], first, end)
 
-    def score(self, q: npt.NDArray[np.int8], first: int, end: int, out: npt.NDArray[np.int32]) -> int:
-        """Score the tiles that cover tokens ``first .. end - 1``; return the bytes of keys scanned.
 
-        ``out`` int32 [kv_heads, at least the tokens of those tiles] starts at the first tile's first token.
-        """
-        scanned, origin = 0, first // TILE_TOKENS
-        for segment in self.segments:
-            start = segment.placed.first_token // TILE_TOKENS
-            low = max(origin, start)
-            high = min(-(-end // TILE_TOKENS), start + segment.tiles.shape[1])
-            if low < high:
-                part = segment.tiles[:, low - start : high - start]
-                columns = slice((low - origin) * TILE_TOKENS, (high - origin) * TILE_TOKENS)
-                kernel.scores(part, q, self.shape.precision, out[:, columns])
-                scanned += part.size
-        return scanned
-
-
-def put_tiles(segments: list[Segment], first_token: int, tiles: U8) -> None:
-    """Copy ``tiles`` [kv_heads, n / 16, tile bytes] of tokens from ``first_token`` on to their segments."""
-    end = first_token + tiles.shape[1] * TILE_TOKENS
-    for segment in segments:
-        start = segment.placed.first_token
-        low, high = max(first_token, start), min(end, segment.placed.end_token)
-        if low < high:
-            source = tiles[:, (low - first_token) // TILE_TOKENS : (high - first_token) // TILE_TOKENS]
-            segment.tiles[:, (low - start) // TILE_TOKENS : (high - start) // TILE_TOKENS] = source
+def empty_tiles(shape: Shape, tokens: int) -> U8:
+    """Return room for the keys of ``tokens`` tokens; its memory is taken page by page as it is filled."""
+    return lazy((shape.kv_heads, tokens // TILE_TOKENS, shape.key_tile_bytes), np.uint8)
 
 
 def split(placed: list[Placed], first: int, end: int) -> list[tuple[Placed, int, int]]:
@@ -137,7 +157,12 @@ def split(placed: list[Placed], first: int, end: int) -> list[tuple[Placed, int,
     return parts
 
 
-def _lazy(shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    # A mapping of its own: untouched pages cost nothing, and all of it goes back to the system when freed.
+def lazy(shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """Return a page-aligned array in a mapping of its own, all zero.
+
+    Untouched pages cost nothing, and all of it goes back to the system when it is freed.
+    """
     count = int(np.prod(shape))
+    if count == 0:
+        return np.empty(shape, dtype)
     return np.frombuffer(mmap.mmap(-1, count * np.dtype(dtype).itemsize), dtype, count).reshape(shape)

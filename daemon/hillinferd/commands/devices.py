@@ -14,12 +14,12 @@ from rich.table import Table
 
 from hillinfer_core.units import format_bytes
 
-from .config import SMALLEST_POOL, load, pool_directory
-from .discovery.inventory import scan
-from .discovery.model import Inventory, Link, Namespace, Problem, SmartSsd
-from .discovery.udev import UdevUnavailable
-from .doctor.examine import examine
-from .doctor.model import Check, Machine, Verdict
+from ..config import SMALLEST_POOL, embedded_pool_dir, load
+from ..discovery.inventory import scan
+from ..discovery.model import Inventory, Link, Namespace, Problem, SmartSsd
+from ..discovery.udev import UdevUnavailable
+from ..doctor.examine import examine
+from ..doctor.model import Check, Machine, Verdict
 
 NOTHING = (
     "No NVMe drive and no SmartSSD was found. None is needed: "
@@ -61,7 +61,7 @@ def doctor(
         Machine(
             inventory,
             trouble,
-            (pool or pool_directory(None)).expanduser().absolute(),
+            (pool or embedded_pool_dir()).expanduser().absolute(),
             SMALLEST_POOL,
             load(None, {}).arena_limit,
         )

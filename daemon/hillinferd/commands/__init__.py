@@ -1,0 +1,1 @@
+"""The commands of ``hillinferctl``, one module for what belongs together."""

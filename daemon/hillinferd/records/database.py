@@ -1,0 +1,235 @@
+"""The catalogue file: checksummed records in SQLite, and a counter beside it that shows a lost commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hillinfer_core.errors import DamagedCatalogue, DeviceUnavailable, PoolFull
+
+FORMAT = 1
+"""Version of the records; a file of another version is refused."""
+
+_SCHEMA = """
+CREATE TABLE record (
+    kind TEXT NOT NULL, context INTEGER NOT NULL, layer INTEGER NOT NULL, first INTEGER NOT NULL,
+    body BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (kind, context, layer, first)
+) WITHOUT ROWID
+"""
+
+_LARGEST = (1 << 63) - 1
+
+_SEQUENCE = struct.Struct("<QI")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What names a record: its kind, and as far as they apply the context, the layer and the first token."""
+
+    kind: str
+    context: int = 0
+    layer: int = 0
+    first: int = 0
+
+
+_META = Key("meta")
+
+
+class Database:
+    """Records by :class:`Key`, changed in transactions that survive a crash and a loss of power.
+
+    ``path`` is made if it does not exist. Every record carries a CRC-32 of its key and body. SQLite does not
+    check the pages of a database, nor can it tell a damaged end of its log from an unfinished write: the file
+    ``path`` + ".sequence" holds the number of the last commit, and a database that is behind it is refused,
+    unless ``forgive_lost_commits``.
+
+    Opening reads and checks all of it. One thread at a time; every method blocks and raises
+    :class:`DamagedCatalogue`, :class:`PoolFull` or :class:`DeviceUnavailable`.
+    """
+
+    def __init__(self, path: Path, *, forgive_lost_commits: bool = False) -> None:
+        self._path = path
+        self._forgive = forgive_lost_commits
+        self._sequence_path = path.with_name(path.name + ".sequence")
+        self.fresh = not path.exists()
+        with self._typed():
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
+
+    @property
+    def pool_id(self) -> str:
+        """The pool that the records belong to, empty while there is none."""
+        return self._pool_id
+
+    def bind(self, pool_id: str) -> None:
+        """Let the records belong to a pool from now on."""
+        with self.transaction():
+            self._pool_id = pool_id
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make the changes inside durable together, or none of them."""
+        with self._typed():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._sequence += 1
+                self._write(_META, self._meta())
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                self._load_meta()
+                raise
+            self._write_sequence()
+
+    def put(self, key: Key, body: bytes) -> None:
+        """Write a record in place of any that is there; inside :meth:`transaction`."""
+        if self._get(key) is None:
+            self._records += 1
+        self._write(key, body)
+
+    def delete(self, context: int) -> None:
+        """Delete all records of a context; inside :meth:`transaction`."""
+        gone = self._db.execute("DELETE FROM record WHERE context = ?", (context,)).rowcount
+        self._records -= gone
+
+    def get(self, key: Key) -> bytes | None:
+        """Return the body of a record, or None if there is none."""
+        with self._typed():
+            return self._get(key)
+
+    def all(
+        self, kind: str, context: int | None = None, layer: int | None = None
+    ) -> Iterator[tuple[Key, bytes]]:
+        """Yield the records of a kind, of one context and layer if they are named, ascending by key."""
+        query = (
+            "SELECT kind, context, layer, first, body, crc FROM record WHERE kind = ? "
+            "AND context BETWEEN ? AND ? AND layer BETWEEN ? AND ? ORDER BY context, layer, first"
+        )
+        contexts = (0, _LARGEST) if context is None else (context, context)
+        layers = (0, _LARGEST) if layer is None else (layer, layer)
+        with self._typed():
+            for *parts, body, crc in self._db.execute(query, (kind, *contexts, *layers)):
+                yield Key(*parts), self._checked(Key(*parts), body, crc)
+
+    def settle(self) -> None:
+        """Move the log into the database file, so that later damage to the log can cost nothing."""
+        with self._typed():
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Settle and close."""
+        try:
+            self.settle()
+        finally:
+            self._db.close()
+
+    def _open(self) -> None:
+        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+            self._db.execute(f"PRAGMA {pragma}")
+        self._sequence, self._records, self._pool_id = 0, 0, ""
+        if self.fresh:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(_SCHEMA)
+            self._write(_META, self._meta())
+            self._db.execute("COMMIT")
+            self._write_sequence()
+            return
+        problems = [row[0] for row in self._db.execute("PRAGMA integrity_check(1)") if row[0] != "ok"]
+        if problems:
+            raise self._damaged(str(problems[0]))
+        self._load_meta()
+        count = sum(1 for _ in self._every())
+        if count != self._records + 1:
+            raise self._damaged(f"{count - 1} of {self._records} records are there")
+        if self._forgive:
+            self._write_sequence()
+        elif self._sequence < self._read_sequence():
+            raise self._damaged("its last commits are missing")
+
+    def _every(self) -> Iterator[tuple[Key, bytes]]:
+        for *parts, body, crc in self._db.execute(
+            "SELECT kind, context, layer, first, body, crc FROM record"
+        ):
+            yield Key(*parts), self._checked(Key(*parts), body, crc)
+
+    def _meta(self) -> bytes:
+        meta = {"format": FORMAT, "sequence": self._sequence, "records": self._records, "pool": self._pool_id}
+        return json.dumps(meta).encode()
+
+    def _load_meta(self) -> None:
+        body = self._get(_META)
+        if body is None:
+            raise self._damaged("its first record is missing")
+        meta = json.loads(body)  # written by us: its checksum has just been verified
+        if meta["format"] != FORMAT:
+            raise self._damaged(f"its format is {meta['format']}, this daemon knows {FORMAT}")
+        self._sequence, self._records, self._pool_id = meta["sequence"], meta["records"], meta["pool"]
+
+    def _get(self, key: Key) -> bytes | None:
+        row = self._db.execute(
+            "SELECT body, crc FROM record WHERE kind = ? AND context = ? AND layer = ? AND first = ?",
+            (key.kind, key.context, key.layer, key.first),
+        ).fetchone()
+        return None if row is None else self._checked(key, *row)
+
+    def _write(self, key: Key, body: bytes) -> None:
+        values = (key.kind, key.context, key.layer, key.first, body, _crc(key, body))
+        self._db.execute("INSERT OR REPLACE INTO record VALUES (?, ?, ?, ?, ?, ?)", values)
+
+    def _checked(self, key: Key, body: object, crc: object) -> bytes:
+        if not isinstance(body, bytes) or _crc(key, body) != crc:
+            raise self._damaged(f"a record of kind {key.kind!r} fails its checksum")
+        return body
+
+    def _write_sequence(self) -> None:
+        number = struct.pack("<Q", self._sequence)
+        fd = os.open(self._sequence_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.pwrite(fd, _SEQUENCE.pack(self._sequence, zlib.crc32(number)), 0)
+        finally:
+            os.close(fd)
+
+    def _read_sequence(self) -> int:
+        try:
+            number, crc = _SEQUENCE.unpack(self._sequence_path.read_bytes())
+        except (OSError, struct.error):
+            raise self._damaged(f"{self._sequence_path.name} cannot be read") from None
+        if zlib.crc32(struct.pack("<Q", number)) != crc:
+            raise self._damaged(f"{self._sequence_path.name} fails its checksum")
+        return int(number)
+
+    def _damaged(self, what: str) -> DamagedCatalogue:
+        return DamagedCatalogue(
+            f"the catalogue {self._path} is damaged: {what}; restore it together with its pool from a "
+            "copy, or see what can be kept with `hillinferctl fsck`"
+        )
+
+    @contextmanager
+    def _typed(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            # The lower byte is the class of an error, as sqlite.org/rescode.html has it.
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            if code == sqlite3.SQLITE_FULL:
+                raise PoolFull(f"no room for the catalogue {self._path}; free space there") from error
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+                raise self._damaged(str(error)) from error
+            raise DeviceUnavailable(f"the catalogue {self._path} cannot be used: {error}") from error
+
+
+def _crc(key: Key, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(f"{key.kind}/{key.context}/{key.layer}/{key.first}/".encode()))

@@ -1,0 +1,253 @@
+"""Evaluation keys: sealed into the pool, kept in fast memory as far as it goes, made anew when damaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hillinfer_core import kernel
+from hillinfer_core.errors import CorruptData, MemoryLimit
+from hillinfer_core.layout import PAGE, TILE_TOKENS
+from hillinfer_core.reference import I8, I32, U8, U32
+from hillinfer_core.units import format_bytes
+
+from ..domain.contexts import key_bytes
+from ..domain.placement import Placed
+from ..domain.quantisation import Quantisation, SealedKeys
+from ..domain.residency import Residency
+from ..driver.contract import DamagedKeys, Driver, KeySegment, Scan, Winners
+from ..driver.host import key_checksums
+from ..logs import get_logger
+from . import rows
+from .messages import Traffic
+from .store import LayerStore, Segment, empty_tiles, lazy, split
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Rank tokens ``first .. end - 1`` of a layer for ``q`` int8 [kv_heads, R, head_dim]; the best ``k``."""
+
+    q: I8
+    first: int
+    end: int
+    k: int
+
+
+class KeyKeeper:
+    """All evaluation keys of a worker. Blocks; one thread only."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.residency = Residency(driver.identify().key_memory)
+
+    def put(self, store: LayerStore, segments: list[Segment], first_token: int, tiles: U8) -> None:
+        """Copy ``tiles`` [kv_heads, n / 16, tile bytes] of new tokens to the unsealed ``segments``.
+
+        Call :meth:`make_room` first.
+        """
+        end = first_token + tiles.shape[1] * TILE_TOKENS
+        for segment in segments:
+            start = segment.placed.first_token
+            low, high = max(first_token, start), min(end, segment.placed.end_token)
+            if low < high and segment.sealed is None:
+                if segment.tiles is None:
+                    segment.tiles = empty_tiles(store.shape, segment.placed.stride)
+                source = tiles[:, (low - first_token) // TILE_TOKENS : (high - first_token) // TILE_TOKENS]
+                segment.tiles[:, (low - start) // TILE_TOKENS : (high - start) // TILE_TOKENS] = source
+
+    def make_room(self, store: LayerStore, tokens: int) -> None:
+        """Take room for the keys of ``tokens`` more unsealed tokens; raises :class:`MemoryLimit`."""
+        out = self.residency.grow_unsealed(key_bytes(store.shape, tokens))
+        if out is None:
+            raise MemoryLimit(
+                f"evaluation keys not yet written to the pool hold "
+                f"{format_bytes(self.residency.unsealed_bytes)} of {format_bytes(self.residency.capacity)}; "
+                "close contexts, use int4, or raise evaluation_keys_dram"
+            )
+        for offset in out:
+            self._driver.unload_keys(offset)
+
+    def give_room_back(self, store: LayerStore, tokens: int) -> None:
+        """Undo :meth:`make_room`."""
+        self.residency.shrink_unsealed(key_bytes(store.shape, tokens))
+
+    def write(self, store: LayerStore, placed: Placed, tiles: U8, traffic: Traffic) -> SealedKeys:
+        """Write ``tiles`` [kv_heads, n / 16, tile bytes] to their extent; they count once they are sealed."""
+        padded = _padded(tiles)
+        self._driver.write(placed.keys_offset(store.shape), padded.data)
+        traffic.written += padded.size
+        checksums = tuple(int(checksum) for checksum in key_checksums(tiles))
+        return SealedKeys(placed.first_token, tiles.shape[1] * TILE_TOKENS, checksums)
+
+    def write_unsealed(
+        self, store: LayerStore, segment: Segment, end: int, traffic: Traffic
+    ) -> tuple[Segment, SealedKeys, U8]:
+        """Write the segment's keys up to token ``end``; give the result to :meth:`seal` when all is done."""
+        assert segment.tiles is not None
+        tokens = min(segment.placed.end_token, end) - segment.placed.first_token
+        tiles = _packed(segment.tiles, tokens)
+        return segment, self.write(store, segment.placed, tiles, traffic), tiles
+
+    def seal(self, store: LayerStore, segment: Segment, sealed: SealedKeys, tiles: U8) -> None:
+        """Count keys that were written as sealed; they stay in fast memory if there is room."""
+        self.give_room_back(store, sealed.tokens)
+        segment.seal(store.shape, sealed)
+        assert segment.sealed is not None
+        self._load(segment.sealed, tiles)
+
+    def forget(self, segment: KeySegment) -> None:
+        """Take a segment's keys out of fast memory."""
+        self.residency.forget(segment.offset)
+        self._driver.unload_keys(segment.offset)
+
+    def drop(self, store: LayerStore) -> None:
+        """Forget all keys that only ``store`` uses."""
+        for segment in store.segments:
+            if segment.sealed and not segment.shared:
+                self.forget(segment.sealed)
+        self.give_room_back(store, store.tokens - min(store.sealed_end, store.tokens))
+
+    def loaded_bytes(self, store: LayerStore) -> int:
+        """Bytes of the layer's keys in fast memory."""
+        sealed = [item.sealed for item in store.segments if item.sealed]
+        loaded = sum(item.nbytes for item in sealed if self.residency.is_loaded(item.offset))
+        return loaded + key_bytes(store.shape, store.tokens - min(store.sealed_end, store.tokens))
+
+    def rank(self, store: LayerStore, ask: Ranking, traffic: Traffic) -> Winners:
+        """Carry out ``ask``; damaged keys are made anew from the rows, once.
+
+        Raises :class:`CorruptData` if that does not help, ``OSError`` from the drive.
+        """
+        parts = []
+        boundary = min(ask.end, max(ask.first, store.sealed_end))
+        if ask.first < boundary:
+            parts.append(self._rank_sealed(store, ask, boundary, traffic))
+        if boundary < ask.end:
+            parts.append(_rank_unsealed(store, ask, boundary))
+        traffic.evaluated += sum(part.scanned for part in parts)
+        traffic.streamed += sum(part.read for part in parts)
+        traffic.read += sum(part.read for part in parts)
+        return parts[0] if len(parts) == 1 else _joined(parts, ask.k)
+
+    def rebuild_unsealed(self, store: LayerStore, traffic: Traffic) -> None:
+        """Make the keys that were unsealed when their context was last loaded, from its rows."""
+        for segment in store.segments:
+            tokens = min(segment.placed.end_token, store.tokens) - segment.placed.first_token
+            if segment.sealed is None and tokens > 0:
+                self.make_room(store, tokens)
+                try:
+                    tiles = self._tiles_of(store, segment.placed.first_token, tokens, traffic)
+                except BaseException:
+                    self.give_room_back(store, tokens)
+                    raise
+                self.put(store, [segment], segment.placed.first_token, tiles)
+
+    def _rank_sealed(self, store: LayerStore, ask: Ranking, end: int, traffic: Traffic) -> Winners:
+        mended: set[int] = set()
+        while True:
+            segments = [item.sealed for item in store.segments if item.sealed]
+            inside = [item for item in segments if item.first_token < end and item.end_token > ask.first]
+            try:
+                for segment in inside:
+                    self._bring_in(segment, traffic)
+                return self._driver.evaluate(Scan(inside, ask.q, ask.first, end, ask.k))
+            except DamagedKeys as damage:
+                if damage.segment.offset in mended:
+                    raise CorruptData(
+                        f"{damage}, also after they were written again; close the context and check the drive"
+                    ) from None
+                mended.add(damage.segment.offset)
+                log.warning("damaged evaluation keys are made anew", offset=damage.segment.offset)
+                self._mend(store, damage.segment, traffic)
+
+    def _bring_in(self, segment: KeySegment, traffic: Traffic) -> None:
+        if self.residency.is_loaded(segment.offset):
+            return
+        if self.residency.used_bytes + segment.nbytes > self.residency.capacity:
+            return
+        tiles = lazy(segment.shape, np.uint8)
+        traffic.read += self._driver.read(segment.offset, tiles.reshape(-1).data)
+        if tuple(key_checksums(tiles)) != segment.checksums:
+            raise DamagedKeys(segment)
+        self._load(segment, tiles)
+
+    def _load(self, segment: KeySegment, tiles: U8) -> None:
+        if self.residency.admit(segment.offset, segment.nbytes):
+            try:
+                self._driver.load_keys(segment, tiles)
+            except MemoryError:
+                self.residency.forget(segment.offset)
+
+    def _mend(self, store: LayerStore, damaged: KeySegment, traffic: Traffic) -> None:
+        self.forget(damaged)
+        tiles = self._tiles_of(store, damaged.first_token, damaged.tokens, traffic)
+        if tuple(key_checksums(tiles)) != damaged.checksums:
+            raise CorruptData(
+                f"evaluation keys of tokens {damaged.first_token} to {damaged.end_token} are damaged and the "
+                "rows do not give them again; close the context, fill a new one, and check the drive"
+            )
+        padded = _padded(tiles)
+        self._driver.write(damaged.offset, padded.data)
+        traffic.written += padded.size
+
+    def _tiles_of(self, store: LayerStore, first: int, tokens: int, traffic: Traffic) -> U8:
+        assert store.quantisation is not None
+        return quantised(self._driver, store, store.quantisation, first, tokens, traffic)
+
+
+PIECE_TOKENS = 1024
+"""Tokens whose rows are read back at a time."""
+
+
+def quantised(
+    driver: Driver, store: LayerStore, how: Quantisation, first: int, tokens: int, traffic: Traffic
+) -> U8:
+    """Return the keys [kv_heads, tokens / 16, tile bytes] of tokens that are in the pool, from their rows."""
+    pieces = []
+    for start in range(first, first + tokens, PIECE_TOKENS):
+        piece, read = rows.read_range(driver, store, start, min(PIECE_TOKENS, first + tokens - start))
+        traffic.read += read
+        pieces.append(kernel.quantise_keys(piece, how.ranges, store.shape.precision)[0])
+    return _packed(np.concatenate(pieces, axis=1), tokens)
+
+
+def _packed(tiles: U8, tokens: int) -> U8:
+    """Return the tiles of the first ``tokens`` tokens in page-aligned memory."""
+    heads, _, size = tiles.shape
+    packed: U8 = lazy((heads, tokens // TILE_TOKENS, size), np.uint8)
+    packed[:] = tiles[:, : tokens // TILE_TOKENS]
+    return packed
+
+
+def _padded(tiles: U8) -> U8:
+    """Return the bytes of ``tiles`` in page-aligned memory, up to a whole page."""
+    padded: U8 = lazy((-(-tiles.size // PAGE) * PAGE,), np.uint8)
+    padded[: tiles.size] = tiles.reshape(-1)
+    return padded
+
+
+def _rank_unsealed(store: LayerStore, ask: Ranking, first: int) -> Winners:
+    parts = split([item.placed for item in store.segments if item.tiles is not None], first, ask.end)
+    found = []
+    for placed, low, high in parts:
+        segment = next(item for item in store.segments if item.placed == placed)
+        assert segment.tiles is not None
+        start = (low - placed.first_token) // TILE_TOKENS
+        tiles = segment.tiles[:, start : -(-(high - placed.first_token) // TILE_TOKENS)]
+        scores: I32 = np.empty((store.shape.kv_heads, tiles.shape[1] * TILE_TOKENS), np.int32)
+        kernel.scores(tiles, ask.q, store.shape.precision, scores)
+        skip = low - placed.first_token - start * TILE_TOKENS
+        ids, best = kernel.top_k(scores[:, skip : skip + high - low], ask.k, low)
+        found.append(Winners(ids, best, tiles.size, 0))
+    return found[0] if len(found) == 1 else _joined(found, ask.k)
+
+
+def _joined(parts: list[Winners], k: int) -> Winners:
+    # Ascending by token, part after part: of equal scores the first is the lowest id, as top-k wants.
+    ids: U32 = np.concatenate([part.ids for part in parts], axis=1)
+    columns, scores = kernel.top_k(np.concatenate([part.scores for part in parts], axis=1), k, 0)
+    chosen = np.take_along_axis(ids, columns.astype(np.intp), axis=1)
+    return Winners(chosen, scores, sum(part.scanned for part in parts), sum(part.read for part in parts))
