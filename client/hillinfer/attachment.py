@@ -73,7 +73,7 @@ class Attachment:
         with `HierarchicalCache.save`; with `base`, the name of a kept one, it
         begins with all tokens of it. `labels` say what the context is made
         from, for example {"text": tokens_fingerprint(ids)}, and must be the
-        same ones each time; the model's fingerprint goes with them.
+        same ones each time; the model's fingerprint and dtype go with them.
 
         Raises UnsupportedModel for a name and a model with sliding-window
         layers, UnknownContext, and ContextMismatch naming what differs. A name
@@ -81,7 +81,8 @@ class Attachment:
         """
         text = self._model.config.get_text_config(decoder=True)
         if durable is not None or base is not None:
-            labels = {**(labels or {}), "model": model_fingerprint(self._model)}
+            model, dtype = model_fingerprint(self._model), str(self._model.dtype).removeprefix("torch.")
+            labels = {**(labels or {}), "model": model, "dtype": dtype}
         self._last = HierarchicalCache(
             self.session, text, self._config, self._policy, durable=durable, base=base, labels=labels
         )

@@ -10,7 +10,7 @@ import torch
 from hillinfer.attachment import Attachment
 from hillinfer.fingerprint import tokens_fingerprint
 from hillinfer.hkm.cache import HierarchicalCache
-from hillinfer_core.errors import ContextInUse, ContextMismatch
+from hillinfer_core.errors import ContextInUse
 
 
 def open_kept(
@@ -26,12 +26,7 @@ def open_kept(
     session, labels = attachment.session, {"text": tokens_fingerprint(ids)}
     found = session.find_context(name)
     if found is not None and found.saved:
-        try:
-            cache = attachment.new_cache(base=name, labels=labels)
-        except ContextMismatch as error:
-            raise ContextMismatch(
-                f"{error}: choose another name, or delete it with: hillinferctl contexts delete {name}"
-            ) from error
+        cache = attachment.new_cache(base=name, labels=labels)
         made = datetime.fromtimestamp(found.created_unix_s)
         say(f"context {name}, saved {made:%Y-%m-%d %H:%M}, {found.tokens:,} tokens, prefill skipped")
         return cache, True

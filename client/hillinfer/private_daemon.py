@@ -31,8 +31,8 @@ class PrivateDaemon:
     dies, so start it in one that lives as long as the daemon is needed.
 
     `pool_capacity` and `evaluation_keys_dram` are bytes, `pool_dir` the
-    directory of the cold pool's file, which goes away with the daemon; None
-    leaves the daemon's defaults. Needs the ``daemon`` extra.
+    directory of the cold pool's file, which goes away with the daemon. Only with
+    it are there durable contexts, until then. None leaves the daemon's defaults. Needs the ``daemon`` extra.
     """
 
     def __init__(
@@ -147,6 +147,8 @@ class PrivateDaemon:
             self._process = None
         if self._runtime_dir is not None:
             if self._pool_dir is not None:
-                self._pool.unlink(missing_ok=True)
+                # The pool and its catalogue.
+                for path in self._pool_dir.glob(f"{self._pool.name}*"):
+                    path.unlink(missing_ok=True)
             shutil.rmtree(self._runtime_dir, ignore_errors=True)
             self._runtime_dir = None

@@ -136,6 +136,8 @@ class Session:
         shape.validate()
         if durable is not None and base is not None:
             raise InvalidInput("a context is durable or has a base, not both")
+        if "" in (durable, base):
+            raise InvalidInput("the name of a context cannot be empty")
         if labels and durable is None and base is None:
             raise InvalidInput("labels are for contexts with a name: give durable or base")
         needed = shape.kv_heads * shape.append_unit * (shape.row_bytes + np.uint32().itemsize)

@@ -1,5 +1,6 @@
 """The native extension; :mod:`hillinfer_core.kernel` checks arguments and is what to call."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,40 @@ def quantise_keys(
 def scores(
     variant: int,
     tiles: npt.NDArray[np.uint8],
-    q: npt.NDArray[np.int8],
+    q: npt.NDArray[np.int8] | npt.NDArray[np.int16],
     bits: int,
     out: npt.NDArray[np.int32],
     /,
 ) -> None: ...
+
+class Cancel:
+    """Asks a call that was given it to stop; it stays set."""
+
+    def __init__(self) -> None: ...
+    def set(self) -> None:
+        """Ask; from any thread."""
+
+    def is_set(self) -> bool:
+        """Return whether it was asked."""
+
+def rank(
+    variant: int,
+    threads: int,
+    parts: Sequence[npt.NDArray[np.uint8]],
+    heads: int,
+    q: npt.NDArray[np.int8] | npt.NDArray[np.int16],
+    bits: int,
+    origin: int,
+    first: int,
+    end: int,
+    ids: npt.NDArray[np.uint32],
+    scores: npt.NDArray[np.int32],
+    histogram: npt.NDArray[np.uint32] | None,
+    checksums: npt.NDArray[np.uint32] | None,
+    cancel: Cancel | None,
+    /,
+) -> bool: ...
+def stream_read(variant: int, threads: int, data: npt.NDArray[np.uint8], /) -> int: ...
 def top_k(
     scores: npt.NDArray[np.int32],
     first_id: int,

@@ -85,6 +85,12 @@ class DeadlineExceeded(HillInferError):
     status = "DEADLINE_EXCEEDED"
 
 
+class Cancelled(HillInferError):
+    """The caller asked for the work to be given up."""
+
+    status = "CANCELLED"
+
+
 class CorruptData(HillInferError):
     """A row read from the cold pool does not match its checksum."""
 

@@ -3,34 +3,44 @@
 Every call checks its arguments (:class:`InvalidInput`), blocks until done, and may be made from any thread.
 All but ``fit_ranges`` and ``quantise_query``, which are the reference's own, release the GIL while they work.
 Scores are computed by the widest instructions that the processor has; the environment variable
-``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind.
+``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind. ``rank`` and ``stream_read``
+use as many threads as the process may use processors, or ``HILLINFER_KERNEL_THREADS``.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from .errors import ConfigError, InvalidInput
+from ._native import Cancel
+from .errors import Cancelled, ConfigError, InvalidInput
 from .layout import MAX_HEAD_DIM, PAGE, TILE_TOKENS, Precision, tile_bytes
-from .reference import F32, I8, I32, U8, U32, Ranges, fit_ranges, quantise_query
+from .reference import F32, HISTOGRAM_BINS, I32, U8, U32, Q, Ranges, Ranked, fit_ranges, quantise_query
 
 __all__ = [
+    "Cancel",
     "Ranges",
+    "Ranked",
     "data_checksums",
     "direct_alignment",
     "fit_ranges",
     "gather",
+    "merge",
     "punch_hole",
     "quantise_keys",
     "quantise_query",
+    "rank",
+    "rank_blocks",
     "read_range",
     "row_checksums",
     "scores",
+    "stream_read",
+    "threads",
     "top_k",
     "variants",
     "widen_keys",
@@ -43,6 +53,8 @@ _FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 
 
 _MAX_ROW_BYTES = 16 * PAGE
 _BEAT = 64  # bytes; layout.py
+_MAX_THREADS = 1024
+_BLOCK_BYTES = 8 << 20  # keys of a block of rank_blocks: far more work than there is in starting it
 
 
 def variants() -> list[str]:
@@ -62,6 +74,16 @@ def _variant() -> int:
             f"HILLINFER_KERNEL={forced} cannot run here; unset it or use one of {', '.join(variants())}"
         )
     return _VARIANTS[forced]
+
+
+def threads() -> int:
+    """Return how many threads ``rank`` and ``stream_read`` use at most; the caller's is one of them."""
+    asked = os.environ.get("HILLINFER_KERNEL_THREADS")
+    if not asked:
+        return len(os.sched_getaffinity(0))
+    if not asked.isdecimal() or not 1 <= int(asked) <= _MAX_THREADS:
+        raise ConfigError(f"HILLINFER_KERNEL_THREADS={asked}: unset it or use 1 to {_MAX_THREADS}")
+    return int(asked)
 
 
 def widen_keys(rows: npt.NDArray[Any]) -> F32:
@@ -85,17 +107,14 @@ def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) 
     return tiles, clipped, nonfinite
 
 
-def scores(tiles: U8, q: I8, precision: Precision, out: I32) -> None:
+def scores(tiles: U8, q: Q, precision: Precision, out: I32) -> None:
     """Score tokens as :func:`hillinfer_core.reference.scores` defines.
 
     ``tiles`` and ``out`` may be slices of larger arrays, as long as only the first axis is strided.
     """
     _require(tiles.dtype == np.uint8 and tiles.ndim == 3, "tiles must be uint8 [H, T, tile bytes]")
-    _require(q.dtype == np.int8 and q.ndim == 3 and q.shape[1] >= 1, "q must be int8 [H, R, D]")
     heads, count, size = tiles.shape
-    dim = q.shape[2]
-    _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
-    _require(size == tile_bytes(dim, precision), f"tiles of {size} bytes do not fit head dimension {dim}")
+    _require(size == _check_query(q, precision), f"tiles of {size} bytes do not fit a query {list(q.shape)}")
     _require(
         out.dtype == np.int32 and out.ndim == 2 and out.flags.writeable, "out must be writable int32 [H, n]"
     )
@@ -104,7 +123,7 @@ def scores(tiles: U8, q: I8, precision: Precision, out: I32) -> None:
     if heads == 0 or count == 0:
         return
     _require(tiles[0].flags.c_contiguous and out[0].flags.c_contiguous, "only the first axis may be strided")
-    _native.scores(_variant(), tiles, np.ascontiguousarray(q), precision.bits, out)
+    _native.scores(_variant(), tiles, q if q.flags.c_contiguous else q.copy(), precision.bits, out)
 
 
 def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
@@ -119,6 +138,127 @@ def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
         _require(scores[0].flags.c_contiguous, "only the first axis of scores may be strided")
         _native.top_k(scores, first_id, ids, chosen)
     return ids, chosen
+
+
+def rank(
+    parts: Sequence[U8],
+    q: Q,
+    precision: Precision,
+    first: int,
+    end: int,
+    k: int,
+    *,
+    origin: int = 0,
+    histogram: bool = False,
+    checksums: bool = False,
+    cancel: Cancel | None = None,
+) -> Ranked:
+    """Find the best tokens as :func:`hillinfer_core.reference.rank` defines, in one pass over the keys.
+
+    Parts are read in place, from any memory; only their first axis may be strided. Beside the result it
+    needs memory for 2 ``k`` tokens of every row, and more only where very many scores are nearly the same.
+    Works on several threads (:func:`threads`), which sleep between calls; calls from several threads take
+    turns. Raises :class:`Cancelled` soon after another thread calls ``cancel.set()``.
+    """
+    size = _check_query(q, precision)
+    heads = parts[0].shape[0] if len(parts) and parts[0].ndim else q.shape[0]
+    tokens = 0
+    for part in parts:
+        _require(part.dtype == np.uint8 and part.ndim == 3, "parts must be uint8 [H, T, tile bytes]")
+        _require(part.shape[0] == heads and part.shape[2] == size, f"a part must be [{heads}, T, {size}]")
+        strides = part.strides
+        _require(
+            part.shape[1] > 0 and strides[1:] == (size, 1), "only the first axis of parts may be strided"
+        )
+        tokens += part.shape[1] * TILE_TOKENS
+    rows = q.shape[0]
+    _require(heads > 0 and rows % heads == 0 and rows > 0, f"{rows} rows of queries for {heads} KV heads")
+    _require(origin >= 0 and origin % TILE_TOKENS == 0, f"origin must be a multiple of 16, not {origin}")
+    _require(
+        origin <= first <= end <= origin + tokens <= 1 << 32,
+        f"tokens {first} to {end} are not among {origin} to {origin + tokens}",
+    )
+    _require(k >= 0, f"k cannot be negative: {k}")
+    shape = rows, min(k, end - first)
+    ids, best = np.empty(shape, np.uint32), np.empty(shape, np.int32)
+    counts = np.zeros((rows, HISTOGRAM_BINS), np.uint32) if histogram else None
+    sums = np.empty((len(parts), heads), np.uint32) if checksums else None
+    done = _native.rank(
+        _variant(), threads(), parts, heads, q if q.flags.c_contiguous else q.copy(), precision.bits,
+        origin, first, end, ids, best, counts, sums, cancel,
+    )  # fmt: skip
+    if not done:
+        raise Cancelled("ranking was cancelled")
+    return Ranked(ids, best, counts, sums)
+
+
+def rank_blocks(
+    parts: Iterable[U8],
+    q: Q,
+    precision: Precision,
+    first: int,
+    end: int,
+    k: int,
+    *,
+    origin: int = 0,
+    histogram: bool = False,
+    checksums: bool = False,
+    cancel: Cancel | None = None,
+) -> Iterator[Ranked]:
+    """Yield what :func:`rank` finds in one block of ``parts`` after another; :func:`merge` joins it all.
+
+    A block is whole parts that come to 8 MiB or more. ``parts`` may be an iterator: only as much is taken
+    from it as the next block needs, so merging and other work go on before all keys are there. A part must
+    keep its content until its block is yielded.
+    """
+
+    def ranked() -> Ranked:
+        return rank(
+            block, q, precision, min(max(first, start), at), min(max(end, start), at), k,
+            origin=start, histogram=histogram, checksums=checksums, cancel=cancel,
+        )  # fmt: skip
+
+    block: list[U8] = []
+    start = at = origin
+    for part in parts:
+        block.append(part)
+        at += part.shape[1] * TILE_TOKENS
+        if sum(part.nbytes for part in block) >= _BLOCK_BYTES:
+            yield ranked()
+            block, start = [], at
+    if block:
+        yield ranked()
+    _require(origin <= first <= end <= at, f"tokens {first} to {end} are not among {origin} to {at}")
+
+
+def merge(blocks: Sequence[Ranked], k: int) -> Ranked:
+    """Return the ``k`` best of ``blocks``, which ascend by token and were ranked by the same query.
+
+    Each must be the ``k`` best of its tokens, or more of them. Histograms add up, and checksums follow one
+    another, where all blocks have them.
+    """
+    _require(len(blocks) > 0, "nothing to merge")
+    scores = np.concatenate([block.scores for block in blocks], axis=1)
+    columns, best = top_k(scores, k, 0)
+    ids = np.take_along_axis(np.concatenate([block.ids for block in blocks], axis=1), columns, axis=1)
+    histograms = [block.histogram for block in blocks if block.histogram is not None]
+    checksums = [block.checksums for block in blocks if block.checksums is not None]
+    return Ranked(
+        ids,
+        best,
+        np.sum(histograms, axis=0, dtype=np.uint32) if len(histograms) == len(blocks) else None,
+        np.concatenate(checksums) if len(checksums) == len(blocks) else None,
+    )
+
+
+def stream_read(data: U8) -> int:
+    """Return the sum, modulo 2**64, of the 64-bit words of ``data`` uint8 [a multiple of 64].
+
+    It reads memory as fast as one can here, with the threads of ``rank``: what its rate is compared with.
+    """
+    _require(data.dtype == np.uint8 and data.ndim == 1 and data.size % 64 == 0, "data must be uint8 [n * 64]")
+    _require(data.flags.c_contiguous, "data must be C-contiguous")
+    return _native.stream_read(_variant(), threads(), data)
 
 
 def row_checksums(rows: npt.NDArray[Any]) -> U32:
@@ -163,9 +303,10 @@ def gather(
     two pages apart, up to 128 KiB; else only rows that touch are read together. Rows that follow one another
     in the file as in ``out``, all in whole pages, are read in place.
 
-    With ``direct``, ``depth`` requests (1 to 64) are in flight, by the kernel's asynchronous I/O. Calls from several
-    threads take turns, with those of the functions for ranges too. Raises :class:`OSError` with the errno
-    of a failed read (EIO when the file ends before a row does); ``out`` is then undefined.
+    With ``direct``, ``depth`` requests (1 to 64) are in flight, by the kernel's asynchronous I/O; without, a
+    few threads copy what is much. Calls from several threads take turns, with those of the functions for
+    ranges too. Raises :class:`OSError` with the errno of a failed read (EIO when the file ends before a row
+    does); ``out`` is then undefined.
     """
     _require(offsets.dtype == np.uint64 and offsets.ndim == 1, "offsets must be uint64 [n]")
     _require(1 <= depth <= 64, f"depth must be 1 to 64, not {depth}")
@@ -226,6 +367,17 @@ def _rows_shape(rows: npt.NDArray[Any]) -> tuple[int, int, int]:
     heads, tokens, _, dim = rows.shape
     _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
     return heads, tokens, dim
+
+
+def _check_query(q: npt.NDArray[Any], precision: Precision) -> int:
+    """Return the bytes of the tiles that ``q`` can be scored against."""
+    _require(
+        q.dtype in (np.int8, np.int16) and q.ndim == 3 and q.shape[1] >= 1,
+        "q must be int8 or int16 [H, R, D]",
+    )
+    dim = q.shape[2]
+    _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
+    return tile_bytes(dim, precision)
 
 
 def _flat_bytes(array: npt.NDArray[Any]) -> U8:

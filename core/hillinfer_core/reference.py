@@ -8,6 +8,7 @@ KV heads, D the head dimension, n a number of tokens, R the query vectors for ea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from .layout import TILE_TOKENS, Precision, Reduction, tile_bytes
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
+Q = npt.NDArray[np.int8] | npt.NDArray[np.int16]
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
@@ -37,6 +39,20 @@ class Ranges:
 
     scale: F32
     zero: F32
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The best of the tokens scanned, for each row of queries; k' is the lesser of k and the tokens.
+
+    ``ids`` uint32 [rows, k'], ascending, and their ``scores`` int32 [rows, k']; ``histogram`` of all scores,
+    uint32 [rows, 2048], and data ``checksums`` of the parts, uint32 [parts, H], where they were asked for.
+    """
+
+    ids: U32
+    scores: I32
+    histogram: U32 | None = None
+    checksums: U32 | None = None
 
 
 def widen_keys(rows: npt.NDArray[Any]) -> F32:
@@ -113,8 +129,8 @@ def quantise_query(query: F32, ranges: Ranges, reduction: Reduction) -> tuple[I8
     return np.clip(levels, -127, 127).astype(np.int8), sigma
 
 
-def scores(tiles: U8, q: I8, precision: Precision, out: I32) -> None:
-    """Write the scores of ``tiles`` uint8 [H, T, tile bytes] for ``q`` int8 [H, R, D] to ``out``.
+def scores(tiles: U8, q: Q, precision: Precision, out: I32) -> None:
+    """Write the scores of ``tiles`` uint8 [H, T, tile bytes] for ``q`` [H, R, D], int8 or int16, to ``out``.
 
     ``out`` is int32 [H, at least T * 16]; columns from T * 16 on are left alone. A score is the dot product
     of levels, exact, and the greatest of R when R > 1. Tokens that only fill a tile score 0.
@@ -133,6 +149,44 @@ def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
     order = np.argsort(-scores.astype(np.int64), axis=1, kind="stable")
     columns = np.sort(order[:, :k], axis=1)
     return (columns + first_id).astype(np.uint32), np.take_along_axis(scores, columns, axis=1)
+
+
+def rank(
+    parts: Sequence[U8],
+    q: Q,
+    precision: Precision,
+    first: int,
+    end: int,
+    k: int,
+    *,
+    origin: int = 0,
+    histogram: bool = False,
+    checksums: bool = False,
+) -> Ranked:
+    """Find the ``k`` best of tokens ``first`` to ``end`` - 1 for ``q``, and their scores.
+
+    ``parts`` are evaluation keys, uint8 [H, T_i, tile bytes], of consecutive tokens; the first of them is
+    token ``origin``, a multiple of 16. ``q`` [rows, R, D] is int8 or int16; rows is a multiple of H, and a KV
+    head serves rows / H of them, which follow one another: 1 for the reductions sum and max, and the query
+    heads of a KV head for none. Ids are token numbers. A checksum is of all of a part.
+    """
+    heads = parts[0].shape[0] if parts else q.shape[0]
+    rows = [np.repeat(part, q.shape[0] // heads, axis=0) for part in parts]
+    found = [np.empty((q.shape[0], part.shape[1] * TILE_TOKENS), np.int32) for part in parts]
+    for part, out in zip(rows, found, strict=True):
+        scores(part, q, precision, out)
+    wanted = np.concatenate([np.empty((q.shape[0], 0), np.int32), *found], axis=1)[
+        :, first - origin : end - origin
+    ]
+    ids, best = top_k(wanted, k, first)
+    return Ranked(
+        ids,
+        best,
+        _histogram(wanted, q, precision) if histogram else None,
+        np.array([data_checksum(part) for part in parts], np.uint32).reshape(-1, heads)
+        if checksums
+        else None,
+    )
 
 
 def score_range(q: npt.NDArray[Any], precision: Precision) -> tuple[I32, U8]:
@@ -158,6 +212,9 @@ def histogram(scores: I32, q: npt.NDArray[Any], precision: Precision) -> U32:
     low, shift = score_range(q, precision)
     bins = (scores.astype(np.int64) - low[:, None]) >> shift[:, None].astype(np.int64)
     return np.stack([np.bincount(row, minlength=HISTOGRAM_BINS) for row in bins]).astype(np.uint32)
+
+
+_histogram = histogram  # a parameter of `rank` has its name
 
 
 def data_checksum(tiles: U8) -> U32:

@@ -1,12 +1,14 @@
 // Python bindings. hillinfer_core/kernel.py checks every argument before it comes here.
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 
 #include <cstring>
 #include <optional>
@@ -58,7 +60,8 @@ std::pair<uint64_t, uint64_t> py_quantise_keys(Bytes1 rows, int format, size_t t
 }
 
 // Only the head axis of `tiles` and `out` may be strided.
-void py_scores(int variant, Strided<const uint8_t, 3> tiles, Array<const int8_t, 3> q, int bits,
+template <class Query>
+void py_scores(int variant, Strided<const uint8_t, 3> tiles, Array<const Query, 3> q, int bits,
                Strided<int32_t, 2> out) {
     const size_t heads = q.shape(0), queries = q.shape(1), dim = q.shape(2);
     nb::gil_scoped_release released;
@@ -74,6 +77,44 @@ void py_top_k(Strided<const int32_t, 2> scores, uint32_t first_id, Array<uint32_
     for (size_t head = 0; head < ids.shape(0); ++head)
         top_k(scores.data() + int64_t(head) * scores.stride(0), scores.shape(1), k, first_id,
               ids.data() + head * k, chosen.data() + head * k);
+}
+
+struct Cancel {
+    std::atomic<bool> set{false};
+};
+
+// Only the head axis of a part may be strided.
+template <class Query>
+bool py_rank(int variant, size_t threads, const std::vector<Strided<const uint8_t, 3>> &parts, size_t heads,
+             Array<const Query, 3> q, int bits, size_t origin, size_t first, size_t end, Array<uint32_t, 2> ids,
+             Array<int32_t, 2> scores, std::optional<Array<uint32_t, 2>> histogram,
+             std::optional<Array<uint32_t, 2>> checksums, const Cancel *cancel) {
+    RankRequest<Query> request{};
+    request.variant = Variant(variant);
+    request.threads = threads;
+    for (const auto &part : parts) request.parts.push_back({part.data(), part.stride(0), part.shape(1)});
+    request.q = q.data();
+    request.heads = heads;
+    request.rows = q.shape(0);
+    request.queries = q.shape(1);
+    request.dim = q.shape(2);
+    request.bits = bits;
+    request.origin = origin;
+    request.first = first;
+    request.end = end;
+    request.k = ids.shape(1);
+    request.ids = ids.data();
+    request.scores = scores.data();
+    request.histogram = histogram ? histogram->data() : nullptr;
+    request.checksums = checksums ? checksums->data() : nullptr;
+    request.cancel = cancel ? &cancel->set : nullptr;
+    nb::gil_scoped_release released;
+    return rank(request);
+}
+
+uint64_t py_stream_read(int variant, size_t threads, Bytes1 data) {
+    nb::gil_scoped_release released;
+    return stream_read(Variant(variant), data.data(), data.shape(0), threads);
 }
 
 void py_row_checksums(bool hardware, Array<const uint8_t, 2> rows, Array<uint32_t, 1> out) {
@@ -122,6 +163,9 @@ void py_write_range(int fd, uint64_t offset, Bytes1 data, bool direct) {
 
 // What statx(2) says of direct I/O on the file: alignment of memory and of offsets in bytes, 0 for "not at all".
 std::optional<std::pair<uint32_t, uint32_t>> py_direct_alignment(int fd) {
+    // A file in memory has no page cache to bypass.
+    struct statfs system {};
+    if (fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return std::pair(0u, 0u);
     struct statx info {};
     if (statx(fd, "", AT_EMPTY_PATH, kStatxDioAlign, &info) || !(info.stx_mask & kStatxDioAlign)) return {};
     uint32_t alignment[2];
@@ -138,6 +182,14 @@ void py_punch_hole(int fd, int64_t offset, int64_t length) {
     if (failed) raise_os_error(failed);
 }
 
+template <class Query>
+void define_rank(nb::module_ &module) {
+    module.def("rank", &py_rank<Query>, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg(),
+               nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg().noconvert().none(),
+               nb::arg().none());
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -146,8 +198,17 @@ NB_MODULE(_native, module) {
                nb::arg().noconvert());
     module.def("quantise_keys", &py_quantise_keys, nb::arg().noconvert(), nb::arg(), nb::arg(),
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
-    module.def("scores", &py_scores, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+    module.def("scores", &py_scores<int8_t>, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
                nb::arg().noconvert());
+    module.def("scores", &py_scores<int16_t>, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+               nb::arg().noconvert());
+    nb::class_<Cancel>(module, "Cancel")
+        .def(nb::init<>())
+        .def("set", [](Cancel &cancel) { cancel.set = true; })
+        .def("is_set", [](const Cancel &cancel) { return cancel.set.load(); });
+    define_rank<int8_t>(module);
+    define_rank<int16_t>(module);
+    module.def("stream_read", &py_stream_read, nb::arg(), nb::arg(), nb::arg().noconvert());
     module.def("top_k", &py_top_k, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert());
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());

@@ -2,6 +2,7 @@
 // None touches Python; all are called without the GIL. Definitions are in hillinfer_core/reference.py.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -11,6 +12,9 @@ namespace hillinfer {
 constexpr size_t kTileTokens = 16;
 constexpr size_t kBeatBytes = 64;
 constexpr size_t kPage = 4096;
+constexpr size_t kMaxDim = 256;
+constexpr int kBinBits = 11;  // 2,048 bins: 8 KiB of counters, well inside a first-level cache
+constexpr size_t kBins = size_t(1) << kBinBits;
 
 enum class Variant : int { portable = 0, avx2 = 1, avx512vnni = 2 };
 bool supported(Variant variant);
@@ -29,12 +33,59 @@ struct QuantiseCounts {
 QuantiseCounts quantise_keys(const void *rows, Format format, size_t tokens, size_t dim, const float *zero,
                              const float *inverse_scale, int bits, uint8_t *tiles);
 
-// Scores tiles of one head against `queries` vectors [queries][dim]; the best of them goes to out [tiles * 16].
-void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t queries,
+// Scores tiles of one head against `queries` vectors [queries][dim] of int8_t or int16_t; the best of them goes
+// to out [tiles * 16].
+template <class Query>
+void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries,
             size_t dim, int bits, int32_t *out);
+
+struct Threshold {
+    int32_t score;  // the least that is chosen
+    size_t ties;    // how many with exactly this score are chosen
+};
+
+// The threshold of the `wanted` largest of `members`, 1 to their number; reorders them.
+Threshold threshold_of(std::vector<int32_t> &members, size_t wanted);
 
 // The k largest of scores[n], ties to the lowest index, ascending by index; 1 <= k <= n.
 void top_k(const int32_t *scores, size_t n, size_t k, uint32_t first_id, uint32_t *ids, int32_t *chosen);
+
+// Appends the ids and scores of those of scores[n] that are at least `threshold`, in order; returns how many.
+// Up to 15 elements after the last may be overwritten.
+size_t filter(Variant variant, const int32_t *scores, size_t n, int32_t threshold, uint32_t first_id,
+              uint32_t *ids, int32_t *chosen);
+
+// Evaluation keys of consecutive tokens: head h at tiles + h * head_stride.
+struct Part {
+    const uint8_t *tiles;
+    int64_t head_stride;
+    size_t tile_count;
+};
+
+// A request to rank tokens first .. end-1; see rank in hillinfer_core/reference.py. `origin` is the token that
+// the parts begin with, a multiple of 16.
+template <class Query>
+struct RankRequest {
+    Variant variant;
+    size_t threads;
+    std::vector<Part> parts;
+    const Query *q;  // [rows][queries][dim]; rows is a multiple of heads, and row r reads head r * heads / rows
+    size_t heads, rows, queries, dim;
+    int bits;
+    size_t origin, first, end, k;  // k <= end - first
+    uint32_t *ids;                 // [rows][k]
+    int32_t *scores;               // [rows][k]
+    uint32_t *histogram;           // [rows][kBins], or null
+    uint32_t *checksums;           // [parts][heads], or null
+    const std::atomic<bool> *cancel;  // or null
+};
+
+// Returns false if cancelled; what was to be written is then undefined. Throws std::bad_alloc.
+template <class Query>
+bool rank(const RankRequest<Query> &request);
+
+// Reads all of `data` as fast as memory allows, whole cache lines; returns the sum of its 64-bit words.
+uint64_t stream_read(Variant variant, const uint8_t *data, size_t bytes, size_t threads);
 
 // CRC-32C of each of n rows that lie one after another; with the instruction where `hardware` and there is one.
 void row_checksums(bool hardware, const uint8_t *rows, size_t n, size_t row_bytes, uint32_t *out);

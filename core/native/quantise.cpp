@@ -41,8 +41,6 @@ struct Single {
     static bool nonfinite(Storage bits) { return (bits & 0x7f800000u) == 0x7f800000u; }
 };
 
-constexpr size_t kMaxDim = 256;
-
 template <class Element>
 QuantiseCounts quantise(const typename Element::Storage *rows, size_t tokens, size_t dim, const float *zero,
                         const float *inverse_scale, int bits, uint8_t *tiles) {

@@ -1,6 +1,5 @@
 // The dot products. Every variant sums exact integers, so all give the same bits; see layout.py for the tiles.
 #include <algorithm>
-#include <cstring>
 
 #include "native.h"
 
@@ -11,18 +10,11 @@
 namespace hillinfer {
 namespace {
 
-constexpr size_t kMaxGroups = 64;  // 4-byte groups of the query: head dimension 256
-
 // Query heads scored in one pass over the tiles; more are done in further passes.
 constexpr size_t kMaxQueries = 4;
 
-uint32_t load_group(const int8_t *q) {
-    uint32_t group;
-    std::memcpy(&group, q, sizeof group);
-    return group;
-}
-
-void portable(const uint8_t *tile, const int8_t *q, size_t beats, int bits, int32_t *out) {
+template <class Query>
+void portable(const uint8_t *tile, const Query *q, size_t beats, int bits, int32_t *out) {
     int32_t sums[kTileTokens] = {};
     for (size_t j = 0; j < beats; ++j) {
         const uint8_t *beat = tile + j * kBeatBytes;
@@ -36,7 +28,8 @@ void portable(const uint8_t *tile, const int8_t *q, size_t beats, int bits, int3
     std::copy(sums, sums + kTileTokens, out);
 }
 
-void scores_portable(const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t queries, size_t dim,
+template <class Query>
+void scores_portable(const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries, size_t dim,
                      int bits, int32_t *out) {
     const size_t beats = dim * bits / 32;
     for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
@@ -54,126 +47,181 @@ void scores_portable(const uint8_t *tiles, size_t tile_count, const int8_t *q, s
 #define HILLINFER_AVX2 __attribute__((target("avx2")))
 #define HILLINFER_VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
 
+// A beat meets the query as bytes where that cannot saturate, and else as 16-bit numbers.
+//
+// Bytes: vpdpbusd sums four products in 32 bits. vpmaddubsw sums two in 16 bits, which is enough for INT4
+// (2 * 15 * 127) but not for INT8 (2 * 255 * 127 > 32767). INT16 queries are never bytes.
+template <class Query, int kBits, bool kVnni>
+constexpr bool kBytes = sizeof(Query) == 1 && (kVnni || kBits == 4);
+
+// Vectors that a beat is taken apart to: bytes of the low and the high nibbles; 16-bit numbers also of the
+// even and the odd bytes.
+template <int kBits, bool kAsBytes>
+constexpr size_t kOperands = (kAsBytes ? 1 : 2) * 8 / kBits;
+
+// The query's side of one operand: what is broadcast to every token.
+template <class Query, bool kAsBytes>
+uint32_t broadcast_word(const Query *group, size_t operand) {
+    uint32_t word = 0;
+    if (kAsBytes) {
+        for (size_t i = 0; i < 4; ++i) word |= uint32_t(uint8_t(group[4 * operand + i])) << (8 * i);
+    } else {
+        const Query *first = group + operand / 2 * 4 + operand % 2;
+        word = uint16_t(int16_t(first[0])) | uint32_t(uint16_t(int16_t(first[2]))) << 16;
+    }
+    return word;
+}
+
+// [beats][operands][queries]: in the order of use.
+template <class Query, int kBits, bool kAsBytes, size_t kQueries>
+void broadcast_words(const Query *q, size_t dim, uint32_t *words) {
+    for (size_t d = 0; d < dim; d += 32 / kBits)
+        for (size_t o = 0; o < kOperands<kBits, kAsBytes>; ++o)
+            for (size_t r = 0; r < kQueries; ++r)
+                *words++ = broadcast_word<Query, kAsBytes>(q + r * dim + d, o);
+}
+
+template <int kBits, bool kAsBytes>
+HILLINFER_AVX2 inline __m256i avx2_operand(__m256i k, size_t operand) {
+    if (kAsBytes) {
+        if (kBits == 8) return k;
+        return _mm256_and_si256(operand ? _mm256_srli_epi16(k, 4) : k, _mm256_set1_epi8(0x0f));
+    }
+    if (kBits == 8) return operand ? _mm256_srli_epi16(k, 8) : _mm256_and_si256(k, _mm256_set1_epi16(0x00ff));
+    // Operands: low nibbles of even and odd bytes, then the high ones.
+    const int shift = int(operand % 2 * 8 + operand / 2 * 4);
+    return _mm256_and_si256(_mm256_srli_epi16(k, shift), _mm256_set1_epi16(0x000f));
+}
+
+// Half a beat: 8 tokens.
+template <int kBits, bool kAsBytes, size_t kQueries>
+HILLINFER_AVX2 inline void avx2_half(const uint8_t *half, const uint32_t *words, __m256i *sums) {
+    const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(half));
+    if (kAsBytes) {
+        const __m256i low = avx2_operand<kBits, true>(k, 0), high = avx2_operand<kBits, true>(k, 1);
+        for (size_t r = 0; r < kQueries; ++r) {
+            const __m256i pairs =
+                _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_set1_epi32(int(words[r]))),
+                                 _mm256_maddubs_epi16(high, _mm256_set1_epi32(int(words[kQueries + r]))));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+        return;
+    }
+    for (size_t o = 0; o < kOperands<kBits, kAsBytes>; ++o) {
+        const __m256i operand = avx2_operand<kBits, false>(k, o);
+        for (size_t r = 0; r < kQueries; ++r) {
+            const __m256i word = _mm256_set1_epi32(int(*words++));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(operand, word));
+        }
+    }
+}
+
 // `merge`: an earlier pass left the best of other query heads in `out`.
-template <size_t kQueries, int kBits>
-HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t dim, bool merge,
+template <class Query, size_t kQueries, int kBits>
+HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
                               int32_t *out) {
+    constexpr bool kAsBytes = kBytes<Query, kBits, false>;
+    constexpr size_t kWords = kOperands<kBits, kAsBytes> * kQueries;  // for each beat
     const size_t beats = dim * kBits / 32;
-    const __m256i low_byte = _mm256_set1_epi16(0x00ff);
-    const __m256i low_nibble = _mm256_set1_epi8(0x0f);
-    const __m256i ones = _mm256_set1_epi16(1);
-
-    // INT8: vpmaddubsw would saturate (2 * 255 * 127 > 32767), so even and odd bytes are widened to 16 bits
-    // and the query is split alike. INT4: 2 * 15 * 127 fits.
-    uint32_t even[kQueries][kMaxGroups], odd[kQueries][kMaxGroups];
-    if (kBits == 8) {
-        for (size_t r = 0; r < kQueries; ++r) {
-            for (size_t j = 0; j < beats; ++j) {
-                const int8_t *group = q + r * dim + 4 * j;
-                even[r][j] = uint16_t(int16_t(group[0])) | uint32_t(uint16_t(int16_t(group[2]))) << 16;
-                odd[r][j] = uint16_t(int16_t(group[1])) | uint32_t(uint16_t(int16_t(group[3]))) << 16;
-            }
-        }
-    }
-    for (size_t half = 0; half < 2 * tile_count; ++half) {
-        const uint8_t *lane = tiles + half / 2 * beats * kBeatBytes + half % 2 * 32;
-        __m256i sums[kQueries];
-        for (size_t r = 0; r < kQueries; ++r) sums[r] = _mm256_setzero_si256();
+    uint32_t words[kQueries * kMaxDim / 2];
+    broadcast_words<Query, kBits, kAsBytes, kQueries>(q, dim, words);
+    for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
+        __m256i first[kQueries], second[kQueries];  // of tokens 0 to 7, and 8 to 15
+        for (size_t r = 0; r < kQueries; ++r) first[r] = second[r] = _mm256_setzero_si256();
         for (size_t j = 0; j < beats; ++j) {
-            const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(lane + j * kBeatBytes));
-            const __m256i first = kBits == 8 ? _mm256_and_si256(k, low_byte) : _mm256_and_si256(k, low_nibble);
-            const __m256i second = kBits == 8 ? _mm256_srli_epi16(k, 8)
-                                              : _mm256_and_si256(_mm256_srli_epi16(k, 4), low_nibble);
-            for (size_t r = 0; r < kQueries; ++r) {
-                __m256i sum;
-                if (kBits == 8) {
-                    sum = _mm256_add_epi32(_mm256_madd_epi16(first, _mm256_set1_epi32(int(even[r][j]))),
-                                           _mm256_madd_epi16(second, _mm256_set1_epi32(int(odd[r][j]))));
-                } else {
-                    const int8_t *group = q + r * dim + 8 * j;
-                    const __m256i a = _mm256_maddubs_epi16(first, _mm256_set1_epi32(int(load_group(group))));
-                    const __m256i b = _mm256_maddubs_epi16(second, _mm256_set1_epi32(int(load_group(group + 4))));
-                    sum = _mm256_madd_epi16(_mm256_add_epi16(a, b), ones);
-                }
-                sums[r] = _mm256_add_epi32(sums[r], sum);
-            }
+            avx2_half<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes, words + j * kWords, first);
+            avx2_half<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes + 32, words + j * kWords, second);
         }
-        auto *target = reinterpret_cast<__m256i *>(out + half * 8);
-        __m256i best = sums[0];
-        for (size_t r = 1; r < kQueries; ++r) best = _mm256_max_epi32(best, sums[r]);
-        if (merge) best = _mm256_max_epi32(best, _mm256_loadu_si256(target));
-        _mm256_storeu_si256(target, best);
+        for (size_t r = 1; r < kQueries; ++r) {
+            first[0] = _mm256_max_epi32(first[0], first[r]);
+            second[0] = _mm256_max_epi32(second[0], second[r]);
+        }
+        auto *target = reinterpret_cast<__m256i *>(out);
+        if (merge) {
+            first[0] = _mm256_max_epi32(first[0], _mm256_loadu_si256(target));
+            second[0] = _mm256_max_epi32(second[0], _mm256_loadu_si256(target + 1));
+        }
+        _mm256_storeu_si256(target, first[0]);
+        _mm256_storeu_si256(target + 1, second[0]);
     }
 }
 
-template <size_t kTiles, size_t kQueries, int kBits>
-HILLINFER_VNNI void vnni_tiles(const uint8_t *tiles, const int8_t *q, size_t dim, bool merge, int32_t *out) {
-    const size_t beats = dim * kBits / 32;
-    const __m512i low_nibble = _mm512_set1_epi8(0x0f);
-    __m512i sums[kTiles][kQueries];
-    for (size_t t = 0; t < kTiles; ++t)
-        for (size_t r = 0; r < kQueries; ++r) sums[t][r] = _mm512_setzero_si512();
-    for (size_t j = 0; j < beats; ++j) {
-        __m512i k[kTiles];
-        for (size_t t = 0; t < kTiles; ++t) k[t] = _mm512_loadu_si512(tiles + (t * beats + j) * kBeatBytes);
+template <int kBits, bool kAsBytes>
+HILLINFER_VNNI inline __m512i vnni_operand(__m512i k, size_t operand) {
+    if (kAsBytes) {
+        if (kBits == 8) return k;
+        return _mm512_and_si512(operand ? _mm512_srli_epi16(k, 4) : k, _mm512_set1_epi8(0x0f));
+    }
+    if (kBits == 8) return operand ? _mm512_srli_epi16(k, 8) : _mm512_and_si512(k, _mm512_set1_epi16(0x00ff));
+    const unsigned shift = unsigned(operand % 2 * 8 + operand / 2 * 4);
+    return _mm512_and_si512(_mm512_srli_epi16(k, shift), _mm512_set1_epi16(0x000f));
+}
+
+template <int kBits, bool kAsBytes, size_t kQueries>
+HILLINFER_VNNI inline void vnni_beat(const uint8_t *beat, const uint32_t *words, __m512i *sums) {
+    const __m512i k = _mm512_loadu_si512(beat);
+    for (size_t o = 0; o < kOperands<kBits, kAsBytes>; ++o) {
+        const __m512i operand = vnni_operand<kBits, kAsBytes>(k, o);
         for (size_t r = 0; r < kQueries; ++r) {
-            const int8_t *group = q + r * dim + j * (32 / kBits);
-            const __m512i first = _mm512_set1_epi32(int(load_group(group)));
-            if (kBits == 8) {
-                for (size_t t = 0; t < kTiles; ++t) sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], k[t], first);
-            } else {
-                const __m512i second = _mm512_set1_epi32(int(load_group(group + 4)));
-                for (size_t t = 0; t < kTiles; ++t) {
-                    const __m512i low = _mm512_and_si512(k[t], low_nibble);
-                    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(k[t], 4), low_nibble);
-                    sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], low, first);
-                    sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], high, second);
-                }
-            }
+            const __m512i word = _mm512_set1_epi32(int(*words++));
+            sums[r] = kAsBytes ? _mm512_dpbusd_epi32(sums[r], operand, word)
+                               : _mm512_dpwssd_epi32(sums[r], operand, word);
         }
     }
-    for (size_t t = 0; t < kTiles; ++t) {
-        __m512i best = sums[t][0];
-        for (size_t r = 1; r < kQueries; ++r) best = _mm512_max_epi32(best, sums[t][r]);
-        int32_t *target = out + t * kTileTokens;
-        if (merge) best = _mm512_max_epi32(best, _mm512_loadu_si512(target));
-        _mm512_storeu_si512(target, best);
+}
+
+template <class Query, size_t kQueries, int kBits>
+HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
+                              int32_t *out) {
+    constexpr bool kAsBytes = kBytes<Query, kBits, true>;
+    constexpr size_t kWords = kOperands<kBits, kAsBytes> * kQueries;  // for each beat
+    // Sums that do not wait for one another hide the latency of vpdpbusd. They are of beats of one tile, not
+    // of several tiles: memory is then read from front to back, which is what processors foresee best.
+    constexpr size_t kChains = 4 / kQueries > 0 ? 4 / kQueries : 1;
+    const size_t beats = dim * kBits / 32;
+    uint32_t words[kQueries * kMaxDim / 2];
+    broadcast_words<Query, kBits, kAsBytes, kQueries>(q, dim, words);
+    for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
+        __m512i sums[kChains][kQueries];
+        for (auto &chain : sums)
+            for (auto &sum : chain) sum = _mm512_setzero_si512();
+        size_t j = 0;
+        for (; j + kChains <= beats; j += kChains)
+            for (size_t c = 0; c < kChains; ++c)
+                vnni_beat<kBits, kAsBytes, kQueries>(tiles + (j + c) * kBeatBytes, words + (j + c) * kWords, sums[c]);
+        for (; j < beats; ++j)
+            vnni_beat<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes, words + j * kWords, sums[0]);
+        __m512i best;
+        for (size_t r = 0; r < kQueries; ++r) {
+            for (size_t c = 1; c < kChains; ++c) sums[0][r] = _mm512_add_epi32(sums[0][r], sums[c][r]);
+            best = r == 0 ? sums[0][0] : _mm512_max_epi32(best, sums[0][r]);
+        }
+        if (merge) best = _mm512_max_epi32(best, _mm512_loadu_si512(out));
+        _mm512_storeu_si512(out, best);
     }
 }
 
-template <size_t kQueries, int kBits>
-HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t dim, bool merge,
-                              int32_t *out) {
-    constexpr size_t kTiles = 4;  // four tiles hide the latency of vpdpbusd and share each broadcast
-    const size_t tile_bytes = kTileTokens * dim * kBits / 8;
-    size_t tile = 0;
-    for (; tile + kTiles <= tile_count; tile += kTiles)
-        vnni_tiles<kTiles, kQueries, kBits>(tiles + tile * tile_bytes, q, dim, merge, out + tile * kTileTokens);
-    for (; tile < tile_count; ++tile)
-        vnni_tiles<1, kQueries, kBits>(tiles + tile * tile_bytes, q, dim, merge, out + tile * kTileTokens);
-}
-
-template <size_t kQueries, int kBits>
-void pass(Variant variant, const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t dim, bool merge,
+template <class Query, size_t kQueries, int kBits>
+void pass(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
           int32_t *out) {
     if (variant == Variant::avx512vnni) {
-        vnni_pass<kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
+        vnni_pass<Query, kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
     } else {
-        avx2_pass<kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
+        avx2_pass<Query, kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
     }
 }
 
-template <int kBits>
-void passes(Variant variant, const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t queries,
+template <class Query, int kBits>
+void passes(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries,
             size_t dim, int32_t *out) {
     for (size_t done = 0; done < queries;) {
         const size_t now = std::min(queries - done, kMaxQueries);
-        const int8_t *first = q + done * dim;
+        const Query *first = q + done * dim;
         switch (now) {
-            case 1: pass<1, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            case 2: pass<2, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            case 3: pass<3, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            default: pass<4, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            case 1: pass<Query, 1, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            case 2: pass<Query, 2, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            case 3: pass<Query, 3, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            default: pass<Query, 4, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
         }
         done += now;
     }
@@ -196,16 +244,20 @@ bool supported(Variant variant) {
     }
 }
 
-void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const int8_t *q, size_t queries,
+template <class Query>
+void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries,
             size_t dim, int bits, int32_t *out) {
 #if defined(__x86_64__)
     if (variant != Variant::portable) {
-        if (bits == 8) return passes<8>(variant, tiles, tile_count, q, queries, dim, out);
-        return passes<4>(variant, tiles, tile_count, q, queries, dim, out);
+        if (bits == 8) return passes<Query, 8>(variant, tiles, tile_count, q, queries, dim, out);
+        return passes<Query, 4>(variant, tiles, tile_count, q, queries, dim, out);
     }
 #endif
     (void)variant;
     scores_portable(tiles, tile_count, q, queries, dim, bits, out);
 }
+
+template void scores<int8_t>(Variant, const uint8_t *, size_t, const int8_t *, size_t, size_t, int, int32_t *);
+template void scores<int16_t>(Variant, const uint8_t *, size_t, const int16_t *, size_t, size_t, int, int32_t *);
 
 }  // namespace hillinfer

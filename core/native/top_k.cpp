@@ -6,14 +6,6 @@
 namespace hillinfer {
 namespace {
 
-constexpr int kBinBits = 11;  // 2,048 counters: 8 KiB, well inside a first-level cache
-constexpr size_t kBins = size_t(1) << kBinBits;
-
-struct Threshold {
-    int32_t score;  // the k-th largest
-    size_t ties;    // how many with exactly this score are chosen
-};
-
 // A histogram over the range of the scores finds the bin of the k-th largest; only that bin is looked at
 // closer. Two passes over the scores, whatever k is.
 Threshold find_threshold(const int32_t *scores, size_t n, size_t k) {
@@ -42,14 +34,18 @@ Threshold find_threshold(const int32_t *scores, size_t n, size_t k) {
     members.reserve(histogram[bin]);
     for (size_t i = 0; i < n; ++i)
         if (((uint32_t(scores[i]) - base) >> shift) == bin) members.push_back(scores[i]);
-    std::nth_element(members.begin(), members.begin() + (wanted - 1), members.end(), std::greater<int32_t>());
-    const int32_t score = members[wanted - 1];
-    const auto better = std::count_if(members.begin(), members.begin() + (wanted - 1),
-                                      [score](int32_t member) { return member > score; });
-    return {score, wanted - size_t(better)};
+    return threshold_of(members, wanted);
 }
 
 }  // namespace
+
+Threshold threshold_of(std::vector<int32_t> &members, size_t wanted) {
+    const auto least = members.begin() + (wanted - 1);
+    std::nth_element(members.begin(), least, members.end(), std::greater<int32_t>());
+    const int32_t score = *least;
+    const auto better = std::count_if(members.begin(), least, [score](int32_t member) { return member > score; });
+    return {score, wanted - size_t(better)};
+}
 
 void top_k(const int32_t *scores, size_t n, size_t k, uint32_t first_id, uint32_t *ids, int32_t *chosen) {
     Threshold threshold = find_threshold(scores, n, k);

@@ -1,20 +1,29 @@
 #include "transfers.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/aio_abi.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <new>
+#include <system_error>
+#include <thread>
 
 #include "native.h"
 
 namespace hillinfer {
 namespace {
+
+// The kernel holds back what is submitted together with more than this, to merge it (AIO_PLUG_THRESHOLD in its
+// fs/aio.c): nothing here can be merged, and a drive that waits loses a sixth of its reads (docs/storage.md).
+constexpr size_t kSubmit = 2;
+
+constexpr uint64_t kHelpers = 3;              // threads, at most, beside the caller
+constexpr uint64_t kHelperBytes = 512 << 10;  // for each of them: starting one costs as much as copying half of it
 
 struct InFlight {
     iocb block;
@@ -78,6 +87,41 @@ Transfers &Transfers::instance() {
     return *queue;
 }
 
+int Transfers::plain(int fd, bool write, uint64_t unit, const std::vector<Transfer> &transfers,
+                     const std::function<void(size_t, const uint8_t *)> &done, uint64_t *moved) {
+    uint64_t total = 0;
+    for (const Transfer &item : transfers) total += item.length;
+    std::atomic<size_t> next{0};
+    std::atomic<uint64_t> bytes{0};
+    std::atomic<int> error{0};
+    const auto work = [&](uint8_t *buffer) {
+        for (size_t i; !error.load() && (i = next.fetch_add(1)) < transfers.size();) {
+            uint8_t *memory = transfers[i].memory ? transfers[i].memory : buffer;
+            uint64_t own = 0;
+            int none = 0;
+            const int failed = one_by_one(fd, transfers[i], write, unit, memory, &own);
+            if (failed)
+                error.compare_exchange_strong(none, failed);
+            else
+                done(i, memory);
+            bytes.fetch_add(own);
+        }
+    };
+    // Copies out of the page cache take cores; writes would wait for one another in the file system.
+    const uint64_t most = std::min<uint64_t>(std::max(1u, std::thread::hardware_concurrency()) - 1, kHelpers);
+    const uint64_t wanted = write ? 0 : std::min(most, total / kHelperBytes);
+    std::vector<std::thread> helpers;
+    try {
+        while (helpers.size() < wanted) helpers.emplace_back(work, buffers_ + (helpers.size() + 1) * kBufferBytes);
+    } catch (const std::system_error &) {
+        // Under a thread limit fewer, at worst the caller alone, do the same work.
+    }
+    work(buffers_);
+    for (std::thread &helper : helpers) helper.join();
+    *moved = bytes.load();
+    return error.load();
+}
+
 int Transfers::run(int fd, bool write, bool direct, size_t depth, const std::vector<Transfer> &transfers,
                    const std::function<void(size_t, const uint8_t *)> &done, uint64_t *moved) {
     std::lock_guard<std::mutex> turn(turn_);
@@ -89,19 +133,7 @@ int Transfers::run(int fd, bool write, bool direct, size_t depth, const std::vec
         done(index, memory);
     };
 
-    if (!direct || !context_) {
-        // Through the page cache a queue would be served one by one too; this lets the reads overlap.
-        if (!write && transfers.size() > 1)
-            for (const Transfer &item : transfers)
-                posix_fadvise(fd, off_t(item.offset), off_t(item.length), POSIX_FADV_WILLNEED);
-        for (size_t i = 0; i < transfers.size() && !error; ++i) {
-            uint8_t *memory = transfers[i].memory ? transfers[i].memory : buffers_;
-            uint64_t bytes = 0;
-            error = one_by_one(fd, transfers[i], write, unit, memory, &bytes);
-            if (!error) finish(i, memory, bytes);
-        }
-        return error;
-    }
+    if (!direct || !context_) return plain(fd, write, unit, transfers, done, moved);
 
     std::array<InFlight, kDepth> slots;
     std::array<InFlight *, kDepth> idle;
@@ -119,20 +151,24 @@ int Transfers::run(int fd, bool write, bool direct, size_t depth, const std::vec
             prepare(slot, fd, item, write, unit);
             waiting[waits++] = &slot->block;
         }
-        if (waits && !error) {
-            const long taken = syscall(SYS_io_submit, context_, long(waits), waiting.data());
+        size_t sent = 0;
+        while (sent < waits && !error) {
+            const long taken = syscall(SYS_io_submit, context_, long(std::min(waits - sent, kSubmit)), &waiting[sent]);
             if (taken > 0) {
                 flying += size_t(taken);
-                waits -= size_t(taken);
-                std::copy(waiting.begin() + taken, waiting.begin() + taken + long(waits), waiting.begin());
-            } else if (!flying) {
+                sent += size_t(taken);
+            } else if (flying) {
+                break;  // a place is free when something has come back
+            } else {
                 // The kernel does not take it: the plain call does, or gives the true reason.
-                auto *slot = reinterpret_cast<InFlight *>(waiting[--waits]->aio_data);
+                auto *slot = reinterpret_cast<InFlight *>(waiting[sent++]->aio_data);
                 error = one_by_one(fd, transfers[slot->index], write, unit, slot->memory, &slot->done);
                 if (!error) finish(slot->index, slot->memory, slot->done);
                 idle[idles++] = slot;
             }
         }
+        std::copy(waiting.begin() + long(sent), waiting.begin() + long(waits), waiting.begin());
+        waits -= sent;
         if (!flying) {
             if (!waits && next == transfers.size()) break;
             continue;

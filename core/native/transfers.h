@@ -29,12 +29,15 @@ class Transfers {
     // that were moved. Short transfers go on, from a multiple of kPage with `direct`. A read that ends before
     // `least` is EIO, a write that the medium takes no more of is ENOSPC. After an error no more are started,
     // and those in flight are waited for. Blocks; calls from different threads take turns. Without `direct`,
-    // and where the kernel has no queue to give, transfers are carried out one by one.
+    // and where the kernel has no queue to give, transfers are plain calls, of large reads from a few threads:
+    // `done` then is called from several at once.
     int run(int fd, bool write, bool direct, size_t depth, const std::vector<Transfer> &transfers,
             const std::function<void(size_t, const uint8_t *)> &done, uint64_t *moved);
 
   private:
     Transfers();
+    int plain(int fd, bool write, uint64_t unit, const std::vector<Transfer> &transfers,
+              const std::function<void(size_t, const uint8_t *)> &done, uint64_t *moved);
 
     std::mutex turn_;
     unsigned long context_ = 0;  // aio_context_t, 0 for none

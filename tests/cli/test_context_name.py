@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from hillinfer import Session
 from hillinfer.cli import main
 from hillinfer.demo import make_demo
-from hillinfer.model_directory import bundled_model
+from hillinfer.model_directory import ModelDirectory, bundled_model
 from hillinfer_core.errors import HillInferError
 from hillinfer_core.protocol import attach_socket
 
@@ -124,6 +125,36 @@ def kept(tmp_path_factory, text, demo):
         yield place, report
 
 
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """Return a function that runs the command in this process: exit code, standard output and error."""
+
+    def run(place, command):
+        for name, value in place.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["hillinfer", *(str(part) for part in command)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(here):
+    """Return a function that runs as `here` does, and returns exit code and the one line of the refusal."""
+
+    def run(place, command):
+        code, out, err = here(place, command)
+        assert out == ""
+        assert err.startswith("hillinfer: ")
+        assert err.count("\n") == 1, err
+        return code, err
+
+    return run
+
+
 def test_the_first_run_reads_and_two_more_at_once_do_not(kept, text, demo):
     place, first = kept
     assert (first["context_name"], first["restored"], first["notes"]) == ("book", False, ["saved as book"])
@@ -143,12 +174,12 @@ def test_the_first_run_reads_and_two_more_at_once_do_not(kept, text, demo):
         assert report["kv"]["full_bytes"] == first["kv"]["full_bytes"]
 
 
-def test_it_outlives_the_daemon(kept, text, demo):
+def test_it_outlives_the_daemon(kept, text, demo, here):
     place, first = kept
     before = place.daemon_pid()
     place.stop()
-    process = place.start(COMMAND, *arguments(text, *demo.questions))
-    out = outcome(process)
+    code, out, err = here(place, arguments(text, *demo.questions))
+    assert (code, err) == (0, "")
     assert place.daemon_pid() != before
     assert "prefill skipped" in out
     assert "skipped, book was saved" in out
@@ -156,43 +187,21 @@ def test_it_outlives_the_daemon(kept, text, demo):
         assert f"\nA  {answer} " in out
 
 
-@pytest.fixture
-def refused(kept, text, question, monkeypatch, capfd):
-    """Return a function that runs with one thing changed and returns the refusal and the exit code."""
-    place, _ = kept
-    for name, value in place.environment.items():
-        monkeypatch.setenv(name, value)
-
-    def run(*more, text=text, model=MODEL, name="book"):
-        command = ["hillinfer", *arguments(text, question, name=name), *more]
-        command[command.index(MODEL)] = model
-        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        assert out == ""
-        assert err.startswith("hillinfer: ")
-        assert err.count("\n") == 1, err
-        return err, ended.value.code
-
-    return run
-
-
-def test_what_was_made_from_something_else_is_refused(refused, kept, text, tmp_path):
+def test_what_was_made_from_something_else_is_refused(refused, kept, text, question, tmp_path):
     place, first = kept
     other = tmp_path / "other.txt"
     other.write_text(text.read_text() + "One more line.\n")
-    advice = "choose another name, or delete it with: hillinferctl contexts delete book"
-    for change, named in [
-        ({"text": other}, "text"),
-        ({"model": trained(tmp_path / "trained")}, "model"),
-        ({"more": ["--dtype", "float16"]}, "float16"),
-        ({"more": ["--precision", "int8"]}, "int8"),
+    same = arguments(text, question)
+    for command, named in [
+        (arguments(other, question), "differs in text"),
+        ([trained(tmp_path / "trained") if part is MODEL else part for part in same], "differs in model"),
+        ([*same, "--dtype", "float16"], "differs in dtype"),
+        ([*same, "--precision", "int8"], "differs in precision"),
     ]:
-        line, code = refused(*change.pop("more", ()), **change)
+        code, line = refused(place, command)
         assert code == 1
         assert named in line
-        assert advice in line
+        assert "choose another name, or `hillinferctl contexts delete book`" in line
     with place.connect() as session:
         [book] = session.list_contexts()
         assert (book.name, book.saved, book.tokens) == ("book", True, first["context_tokens"])
@@ -200,10 +209,7 @@ def test_what_was_made_from_something_else_is_refused(refused, kept, text, tmp_p
 
 def trained(folder):
     """The bundled model after a step of training."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    model = ModelDirectory(MODEL).load(torch.bfloat16)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.01 * torch.randn_like(weight)
@@ -213,18 +219,20 @@ def trained(folder):
     return folder
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 300])
-def test_bad_names(refused, name):
-    line, code = refused(name=name)
+@pytest.mark.parametrize("name", ["", " ", "x" * 300])
+def test_bad_names(refused, kept, text, question, name):
+    code, line = refused(kept[0], arguments(text, question, name=name))
     assert code == 2
     assert "name" in line
 
 
-def test_a_run_killed_while_it_reads_leaves_nothing_in_the_way(place, demo, tmp_path, question):
+def test_a_run_killed_while_it_reads_leaves_nothing_in_the_way(
+    place, demo, tmp_path, question, here, refused
+):
     text = tmp_path / "long.txt"
     text.write_text(demo.context * 2)
-    command = [COMMAND, *arguments(text, question, more=["--json"])]
-    doomed = place.start(*command)
+    command = arguments(text, question, more=["--json"])
+    doomed = place.start(COMMAND, *command)
 
     def is_reading():
         assert doomed.poll() is None
@@ -237,12 +245,14 @@ def test_a_run_killed_while_it_reads_leaves_nothing_in_the_way(place, demo, tmp_
 
     assert wait_until(is_reading, 60)
     doomed.send_signal(signal.SIGSTOP)
-    refused = place.start(*command)
-    assert "is reading a text into book now" in refused.communicate(timeout=60)[1]
-    assert refused.returncode == 1
+    code, line = refused(place, command)
+    assert code == 1
+    assert "is reading a text into book now" in line
     doomed.kill()
     doomed.communicate()
-    report = json.loads(outcome(place.start(*command)))
+    code, out, err = here(place, command)
+    assert (code, err) == (0, "")
+    report = json.loads(out)
     assert not report["restored"]
     assert "left unfinished" in report["notes"][0]
     assert report["notes"][1:] == ["saved as book"]
@@ -286,10 +296,8 @@ def test_programs_that_start_at_once_share_one_daemon_that_ends_when_idle(place)
         assert wait_until(lambda pid=pid: not alive(pid))
 
 
-def test_a_daemon_that_cannot_start_says_why(refused, tmp_path, monkeypatch):
-    monkeypatch.setenv("HILLINFER_RUNTIME_DIR", str(tmp_path / "runtime"))
+def test_a_daemon_that_cannot_start_says_why(refused, place, text, question, tmp_path):
     (tmp_path / "data").write_text("in the way")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    line, code = refused()
+    code, line = refused(place, arguments(text, question))
     assert code == 1
     assert "cannot start hillinferd" in line

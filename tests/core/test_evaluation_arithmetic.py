@@ -202,7 +202,7 @@ def test_scores_refuse_arguments_that_do_not_fit():
     read_only.flags.writeable = False
     for bad in (
         (tiles.astype(np.int8), q, out),
-        (tiles, q.astype(np.int16), out),
+        (tiles, q.astype(np.int32), out),
         (tiles, np.zeros((1, 1, 16), np.int8), out),
         (tiles, np.zeros((2, 1, 8), np.int8), out),
         (tiles, q, out[:, :31]),

@@ -26,6 +26,7 @@ from hillinfer_core.errors import (
 )
 
 ARENA = 1 << 20
+TIGHT = ARENA + 100 * 1024
 COMMON = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -125,7 +126,7 @@ def assert_same(one, two):
         pytest.param("qwen3", 992, "64MiB", id="without a tail"),
         pytest.param("llama", 20, "64MiB", id="fewer tokens than are pinned"),
         pytest.param("qwen3", 901, "64MiB", id="the last step was of one token and selected"),
-        pytest.param("llama", 1000, ARENA + 100 * 1024, id="no room for slots"),
+        pytest.param("llama", 1000, TIGHT, id="no room for slots"),
     ],
 )
 @torch.inference_mode()
@@ -146,24 +147,12 @@ def test_the_same_to_the_bit_as_in_the_run_that_saved(daemon, session, family, l
         cache = attachment.new_cache(base="book", labels=LABELS)
         assert cache.get_seq_length() == length
         assert again.counters.written_bytes == 0
-        assert all(torch.equal(a, b) for a, b in zip(answers(model, cache, ids), expected, strict=True))
+        new, scores = answers(model, cache, ids)
+        assert torch.equal(new, expected[0])
+        assert torch.equal(scores, expected[1])
         assert_same(everything(cache), state)
     if length > 900:
         assert any((layer_ids != EMPTY).any() for layer_ids, _ in state[1]) == (resident == "64MiB")
-
-
-@torch.inference_mode()
-def test_saving_changes_no_answer(session, model):
-    ids = tokens(1000)
-    outputs = []
-    for name in (None, "book"):
-        with hillinfer.attach(model, session=session, budget=100) as attachment:
-            cache = attachment.new_cache(durable=name)
-            read(model, cache, ids)
-            if name:
-                cache.save()
-            outputs.append(answers(model, cache, ids))
-    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
 @torch.inference_mode()
@@ -197,25 +186,26 @@ def test_what_differs_is_refused(session, model):
         attachment.new_cache(base="book", labels=LABELS)
     trained = copy.deepcopy(model)
     trained.model.layers[1].self_attn.k_proj.weight.data += 1e-3
-    for other in (trained, made("qwen3"), copy.deepcopy(model).to(torch.bfloat16)):
+    halved = copy.deepcopy(model).to(torch.bfloat16)
+    for other, named in [(trained, "model"), (made("qwen3"), "model"), (halved, "dtype")]:
         with (
             hillinfer.attach(other, session=session) as attachment,
-            pytest.raises(ContextMismatch, match="model"),
+            pytest.raises(ContextMismatch, match=f"differs in {named}"),
         ):
             attachment.new_cache(base="book", labels=LABELS)
 
 
 @torch.inference_mode()
-def test_rows_of_another_dtype_are_refused_whatever_the_labels_say(session, model, monkeypatch):
+def test_rows_of_another_shape_are_refused_whatever_the_labels_say(session, model, monkeypatch):
     monkeypatch.setattr("hillinfer.attachment.model_fingerprint", lambda model: "any")
     with hillinfer.attach(model, session=session) as attachment:
         cache = attachment.new_cache(durable="book")
         read(model, cache, tokens(200))
         cache.save()
-    other = copy.deepcopy(model).to(torch.bfloat16)
+    other = LlamaForCausalLM(LlamaConfig(**{**COMMON, "head_dim": 32})).eval()
     with hillinfer.attach(other, session=session) as attachment:
         cache = attachment.new_cache(base="book")
-        with pytest.raises(ContextMismatch, match=r"float32.*bfloat16"):
+        with pytest.raises(ContextMismatch, match=r"head_dim=16.*head_dim=32"):
             other(tokens(3), past_key_values=cache)
 
 

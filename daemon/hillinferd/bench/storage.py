@@ -139,8 +139,8 @@ def _fio(storage: Storage, size: int, seconds: float, kind: str, block: int, dep
     command = [
         "fio", "--name=bench", f"--filename={storage.path}", f"--rw={kind}", f"--bs={block}",
         f"--iodepth={depth}", f"--direct={int(storage.direct_io)}", "--ioengine=libaio", "--time_based",
-        f"--runtime={seconds}", f"--offset={_FIRST}", f"--size={size - _FIRST}", "--norandommap",
-        "--randrepeat=0", "--allow_file_create=0", "--output-format=json",
+        f"--runtime={round(seconds * 1000)}ms", f"--offset={_FIRST}", f"--size={size - _FIRST}",
+        "--norandommap", "--randrepeat=0", "--allow_file_create=0", "--output-format=json",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -7,6 +7,8 @@ from .contract import KeySegment, Scan
 
 def overlapping(scan: Scan) -> list[KeySegment]:
     """Return the segments that hold tokens of the scan; raises ``ValueError`` if some token is in none."""
+    if scan.first >= scan.end:
+        return []
     found = [item for item in scan.segments if item.first_token < scan.end and item.end_token > scan.first]
     reached = scan.first
     for segment in found:

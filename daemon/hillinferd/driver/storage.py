@@ -40,7 +40,8 @@ class Storage:
     Raises :class:`~hillinfer_core.errors.ConfigError` for what cannot be a pool or is in use, and what
     :meth:`.header.Header.unpack` raises; the methods are those of :class:`.contract.Driver`.
 
-    Up to :attr:`depth` requests of a gather are in flight. One thread at a time; only :meth:`read_unpaced` of whole pages may run beside other methods.
+    Up to :attr:`depth` (at most 64) requests of a gather are in flight. One thread at a time; only
+    :meth:`read_unpaced` of whole pages may run beside other methods.
     """
 
     depth = 64

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hillinfer_core.errors import (
-    ConfigError,
     DamagedCatalogue,
     DeviceUnavailable,
     HillInferError,
@@ -23,10 +21,9 @@ from ..domain.extents import GRANULE, Extent, ExtentAllocator
 from ..domain.placement import Placed
 from ..driver.settings import DriverSettings
 from ..logs import get_logger
-from ..records.database import Database
-from ..records.durable import DurableRecords
 from ..worker import messages
 from . import admission, requests
+from .durable_store import DurableStore
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
 from .work_queue import WorkQueue
@@ -62,14 +59,15 @@ class Drive:
         self._settings = settings
         self._sessions = sessions
         self._quotas = quotas
-        self._records: DurableRecords | None = None
-        self._started = False
+        path, pool = settings.catalogue, Path(settings.driver.path)
+        self._durables = DurableStore(path, pool) if path else None
+        self._pool_id = ""
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Recover what the pool holds, start worker and queue; raises what keeps the drive from serving."""
-        if self._settings.catalogue is not None and not _is_orphan(self._settings):
-            self._records = await asyncio.to_thread(_open_records, self._settings.catalogue)
+        if self._durables is not None:
+            await self._durables.open()
         await self.worker.start()
         self._tasks = [
             asyncio.create_task(task) for task in (self.queue.run(), self.worker.watch(), self._heartbeat())
@@ -82,8 +80,8 @@ class Drive:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.queue.cancel_all(DeviceUnavailable("the daemon is stopping"))
         await self.worker.stop()
-        if self._records is not None:
-            await asyncio.to_thread(self._records.database.close)
+        if self._durables is not None:
+            await self._durables.close()
 
     async def attach(self, session: Session) -> None:
         """Tell the worker of a session's arena."""
@@ -181,12 +179,12 @@ class Drive:
         return context
 
     async def _open_writer(self, session: Session, ask: requests.OpenContext) -> Context:
-        records, uid, name = self._durable_records(), session.peer.uid, ask.durable_name
+        store, uid, name = self._store(), session.peer.uid, ask.durable_name
         new = Durable(0, name, uid, ask.shape, dict(ask.labels), int(time.time()))
         context = self.catalogue.open_writer(session.session_id, uid, name, ask.shape, ask.labels, new)
         try:
             if context.durable is new:
-                await asyncio.to_thread(records.create, new)
+                await store.create(new)
             await self._ensure_loaded(context)
         except BaseException:
             self.catalogue.close(context)
@@ -196,7 +194,7 @@ class Drive:
         return context
 
     async def _open_reader(self, session: Session, ask: requests.OpenContext) -> Context:
-        self._durable_records()
+        self._store()
         uid = session.peer.uid
         context = self.catalogue.open_reader(session.session_id, uid, ask.base_name, ask.shape, ask.labels)
         assert context.base is not None
@@ -243,12 +241,9 @@ class Drive:
     async def _record(
         self, durable: Durable, ask: requests.Append, placed: list[Placed], done: messages.Done
     ) -> None:
-        assert self._records is not None
         assert done.appended is not None
         try:
-            await asyncio.to_thread(
-                self._records.append, durable, ask.layer, ask.tokens, placed, done.appended
-            )
+            await self._store().append(durable, ask.layer, ask.tokens, placed, done.appended)
         except BaseException:
             # The worker is ahead of the catalogue file: it has to begin again from there.
             await self._unload(durable)
@@ -260,8 +255,7 @@ class Drive:
         assert session.arena_fd is not None
         assert context.durable is not None
         data = os.pread(session.arena_fd, rows.length, rows.offset)
-        records = self._durable_records()
-        await asyncio.to_thread(records.put_tail, context.durable, ask.layer, ask.tokens, data)
+        await self._store().put_tail(context.durable, ask.layer, ask.tokens, data)
         context.durable.tails[ask.layer] = ask.tokens
         held = context.layers[ask.layer].tokens
         return requests.Appended(held, context.evaluation_key_bytes, context.checksum_bytes)
@@ -271,12 +265,7 @@ class Drive:
         kept = context.durable or context.base
         if kept is None or rows.length == 0:
             return 0
-        data = await asyncio.to_thread(self._durable_records().tail, kept, ask.layer)
-        if len(data) != rows.length:
-            raise DamagedCatalogue(
-                f"the tail of layer {ask.layer} of {kept.name!r} has {len(data)} bytes, not {rows.length}; "
-                f"delete the context"
-            )
+        data = await self._store().tail(kept, ask.layer, rows.length)
         assert session.arena_fd is not None
         os.pwrite(session.arena_fd, data, rows.offset)
         return 0
@@ -297,18 +286,18 @@ class Drive:
         await self._ensure_loaded(context)
         done = await self._call(messages.SealContext(context_id))
         try:
-            await asyncio.to_thread(self._durable_records().save, durable, done.sealed)
+            await self._store().save(durable, done.sealed)
         except BaseException:
             await self._unload(durable)
             raise
         durable.saved = True
 
     async def _delete(self, uid: int, name: str) -> int:
-        records = self._durable_records()
+        store = self._store()
         durable = self.catalogue.find_durable(uid, name)
         durable.check_free("cannot delete")
         freed = durable.extent_bytes
-        await asyncio.to_thread(records.delete, durable)
+        await store.delete(durable)
         await self._unload(durable)
         await self._discard(durable.extents)
         self.catalogue.delete(durable)
@@ -361,23 +350,19 @@ class Drive:
     async def _load(self, durable: Durable) -> None:
         if durable.loaded:
             return
-        contents = await asyncio.to_thread(self._durable_records().content, durable)
-        fd = os.memfd_create("hillinfer-context", os.MFD_CLOEXEC)
+        fd = await self._store().content(durable)
         try:
-            with open(os.dup(fd), "wb") as file:
-                pickle.dump(contents, file, pickle.HIGHEST_PROTOCOL)
-            os.lseek(fd, 0, os.SEEK_SET)
             await self._call(messages.LoadContext(durable.context_id, durable.shape), fd)
         finally:
             os.close(fd)
         durable.loaded = True
 
-    def _durable_records(self) -> DurableRecords:
-        if self._records is None:
+    def _store(self) -> DurableStore:
+        if self._durables is None:
             raise InvalidInput(
                 "this daemon keeps no durable contexts, its cold pool goes with it; name a file with --pool"
             )
-        return self._records
+        return self._durables
 
     async def _heartbeat(self) -> None:
         while True:
@@ -411,47 +396,20 @@ class Drive:
 
     async def _recover(self) -> None:
         """With the first worker: take in durable contexts, and discard whatever else the pool holds."""
-        identity, path = self.worker.identity, self._settings.catalogue
+        identity = self.worker.identity
         assert identity is not None
-        if path is not None and self._records is None:
-            raise DamagedCatalogue(
-                f"the pool {identity.path} has no catalogue at {path}; restore it, or delete the "
-                "pool to begin with an empty one"
-            )
-        if self._records is not None and self._records.database.pool_id != identity.pool_id:
-            await asyncio.to_thread(_bind, self._records, identity.pool_id, identity.path)
-        if self._started:
+        if self._pool_id:
+            if identity.pool_id != self._pool_id and self._durables is not None:
+                raise DamagedCatalogue(
+                    f"{identity.path} is another pool than before; bring back the one that was"
+                )
             return
         # The first granule holds the pool's header.
         self.catalogue = Catalogue(ExtentAllocator(identity.capacity, reserved=GRANULE), self._quotas)
-        if self._records is not None:
-            for durable in await asyncio.to_thread(self._records.load):
+        if self._durables is not None:
+            for durable in await self._durables.recover(identity):
                 self.catalogue.restore(durable)
             free = self.catalogue.allocator.free_ranges()
             for start in range(0, len(free), messages.MAX_EXTENTS):
                 await self.worker.prepare(messages.Discard(free[start : start + messages.MAX_EXTENTS]))
-        self._started = True
-
-
-def _is_orphan(settings: DriveSettings) -> bool:
-    """Say whether there is a pool whose catalogue is missing; that of a device is made at its first use."""
-    pool, path = Path(settings.driver.path), settings.catalogue
-    assert path is not None
-    return not path.exists() and pool.is_file() and pool.stat().st_size > 0
-
-
-def _open_records(path: Path) -> DurableRecords:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return DurableRecords(Database(path))
-    except OSError as error:
-        raise ConfigError(f"cannot use the catalogue {path}: {error.strerror}; see state_dir") from None
-
-
-def _bind(records: DurableRecords, pool_id: str, pool: str) -> None:
-    if records.database.pool_id and next(records.database.all("context"), None):
-        raise DamagedCatalogue(
-            f"the catalogue belongs to another pool than {pool}; bring back the pool that was there, or "
-            "delete the catalogue to give up its contexts"
-        )
-    records.database.bind(pool_id)
+        self._pool_id = identity.pool_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,11 +111,20 @@ class KeyKeeper:
                 self.forget(segment.sealed)
         self.give_room_back(store, store.tokens - min(store.sealed_end, store.tokens))
 
-    def loaded_bytes(self, store: LayerStore) -> int:
-        """Bytes of the layer's keys in fast memory."""
-        sealed = [item.sealed for item in store.segments if item.sealed]
-        loaded = sum(item.nbytes for item in sealed if self.residency.is_loaded(item.offset))
-        return loaded + key_bytes(store.shape, store.tokens - min(store.sealed_end, store.tokens))
+    def claimed_bytes(self, stores: Iterable[LayerStore]) -> int:
+        """Bytes of the layers' keys in fast memory, counting those that will come in when they are ranked.
+
+        A client divides its memory by this number and asks for no other before it ranks.
+        """
+        claimed, room = 0, self.residency.capacity - self.residency.used_bytes
+        for store in stores:
+            claimed += key_bytes(store.shape, store.tokens - min(store.sealed_end, store.tokens))
+            for item in (segment.sealed for segment in store.segments if segment.sealed):
+                loaded = self.residency.is_loaded(item.offset)
+                if loaded or item.nbytes <= room:
+                    claimed += item.nbytes
+                    room -= 0 if loaded else item.nbytes
+        return claimed
 
     def rank(self, store: LayerStore, ask: Ranking, traffic: Traffic) -> Winners:
         """Carry out ``ask``; damaged keys are made anew from the rows, once.

@@ -105,8 +105,7 @@ class Operations:
     ) -> Done:
         held = 0
         if context_id is not None:
-            layers = self._contexts[context_id].layers.values()
-            held = sum(self._keys.loaded_bytes(store) for store in layers)
+            held = self._keys.claimed_bytes(self._contexts[context_id].layers.values())
         return Done(traffic, evaluated or [], appended, sealed or [], self._keys.residency.used_bytes, held)
 
     def _opened(self, request: messages.OpenContext) -> _Context:

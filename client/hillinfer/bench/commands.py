@@ -1,0 +1,118 @@
+"""The commands of `hillinfer bench`. Only wiring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hillinfer_core.units import parse_budget
+
+app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command("kernel")
+def kernel_command(
+    repeats: Annotated[int, typer.Option(min=3, help="Rounds; medians are taken.")] = 31,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the host kernel with a streaming read of the same bytes, and with numpy, torch and numba.
+
+    Memory speed varies with what else runs: repeat it. torch and numba are left out where they are missing.
+    """
+    from hillinfer.bench.kernel import bench_kernel
+    from hillinfer.progress import progress_for_stderr
+
+    result = bench_kernel(repeats, progress_for_stderr())
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print_kernel(result)
+
+
+def _print_kernel(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = result["machine"]
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100
+    console.print(
+        f"{machine['processor']}, {machine['threads']} threads, {machine['instructions'][-1]}; "
+        f"medians of {machine['repeats']}"
+    )
+    table = Table("shape", "keys", "stream", "scores", "of stream", "+ top-k, bins", "of stream", "added")
+    peers = Table(
+        "shape", "keys", "kernel", *(f"{name}, ms" for name in result["peers"]), title="the same job"
+    )
+    for shape in result["shapes"]:
+        title = f"{shape['tokens']:,} x {shape['kv_heads']} x {shape['head_dim']}"
+        for keys in ("int8", "int4"):
+            each = shape[keys]
+            ms = each["ms"]
+            table.add_row(
+                title, keys, f"{each['stream_bytes_per_s'] / 1e9:.1f} GB/s", f"{ms['scores']:.2f} ms",
+                f"{each['fraction_of_stream']:.2f}", f"{ms['rank_histogram']:.2f} ms",
+                f"{each['fraction_of_stream_with_topk']:.2f}", f"{each['topk_overhead']:.0%}",
+            )  # fmt: skip
+            times = [each["peers"][name] for name in result["peers"]]
+            peers.add_row(
+                title, keys, f"{ms['rank']:.2f}",
+                *("not installed" if time is None else f"{time['ms']:.1f}" for time in times),
+            )  # fmt: skip
+    console.print(table)
+    console.print(peers)
+
+
+@app.command("recall")
+def recall_command(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+    ] = None,
+    context_tokens: Annotated[int, typer.Option(min=64, help="Least length of the text.")] = 4096,
+    budget: Annotated[str, typer.Option(help="Tokens chosen: a per cent of the past, or a count.")] = "2%",
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Measure a Qwen3 with random weights after it.")
+    ] = False,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of docs/recall.md.")] = False,
+) -> None:
+    """Say what quantised evaluation keys lose: recall and captured attention mass for each layer.
+
+    The text is the demo's: the Python standard library's sources with notes hidden in them, and a question.
+    """
+    parsed = parse_budget(budget)
+
+    from hillinfer.bench.recall import as_markdown, as_object, measure, untrained_qwen3
+    from hillinfer.demo import make_demo
+    from hillinfer.model_directory import ModelDirectory, bundled_model, dtype_named
+    from hillinfer.progress import progress_for_stderr
+
+    directory = ModelDirectory(model or bundled_model())
+    demo = make_demo(directory.tokenizer, context_tokens)
+    tokens = directory.tokenizer(f"{demo.context}\n{demo.questions[0]}")["input_ids"]
+    models = [(directory.path.name, directory.load(dtype_named("float32")))]
+    if untrained:
+        models.append(("Qwen3, untrained", untrained_qwen3(len(directory.tokenizer))))
+    progress = progress_for_stderr()
+    results = {name: measure(loaded, tokens, parsed, progress) for name, loaded in models}
+    if as_json:
+        told = {"tokens": len(tokens), "budget": budget}
+        print(json.dumps(told | {name: as_object(layers) for name, layers in results.items()}, indent=2))
+        return
+    tables = [
+        as_markdown(f"{name}, {len(tokens):,} tokens, {budget}", each) for name, each in results.items()
+    ]
+    if markdown:
+        print("\n\n".join(tables))
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown("\n\n".join(tables)))

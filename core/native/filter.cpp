@@ -1,0 +1,81 @@
+// Compaction: the scores at or above a threshold, with their ids.
+#include "native.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace hillinfer {
+namespace {
+
+size_t portable(const int32_t *scores, size_t n, int32_t threshold, uint32_t first_id, uint32_t *ids,
+                int32_t *chosen) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; ++i) {
+        // Written always and kept where it counts: a branch would be mispredicted.
+        ids[count] = first_id + uint32_t(i);
+        chosen[count] = scores[i];
+        count += scores[i] >= threshold;
+    }
+    return count;
+}
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx2"))) size_t avx2(const int32_t *scores, size_t n, int32_t threshold,
+                                            uint32_t first_id, uint32_t *ids, int32_t *chosen) {
+    const __m256i least = _mm256_set1_epi32(threshold);
+    size_t count = 0, i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(scores + i));
+        const __m256i below = _mm256_cmpgt_epi32(least, s);
+        unsigned mask = 0xff & ~unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(below)));
+        for (; mask; mask &= mask - 1) {
+            const size_t at = i + size_t(__builtin_ctz(mask));
+            ids[count] = first_id + uint32_t(at);
+            chosen[count++] = scores[at];
+        }
+    }
+    return count + portable(scores + i, n - i, threshold, first_id + uint32_t(i), ids + count, chosen + count);
+}
+
+__attribute__((target("avx512f"))) size_t avx512(const int32_t *scores, size_t n, int32_t threshold,
+                                                 uint32_t first_id, uint32_t *ids, int32_t *chosen) {
+    const __m512i least = _mm512_set1_epi32(threshold);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    size_t count = 0, i = 0;
+    for (; i + 64 <= n; i += 64) {
+        __mmask16 masks[4];
+        for (size_t v = 0; v < 4; ++v)
+            masks[v] = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(scores + i + 16 * v), least);
+        // Few thresholds are so high that 16 scores can be passed over with a branch that is mostly foreseen.
+        if (!(masks[0] | masks[1] | masks[2] | masks[3])) continue;
+        for (size_t v = 0; v < 4; ++v) {
+            // Compressed in a register and stored whole: compressing stores are slow on some processors.
+            const size_t at = i + 16 * v;
+            const __m512i id = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first_id + uint32_t(at))));
+            const __m512i s = _mm512_loadu_si512(scores + at);
+            _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(masks[v], id));
+            _mm512_storeu_si512(chosen + count, _mm512_maskz_compress_epi32(masks[v], s));
+            count += size_t(__builtin_popcount(masks[v]));
+        }
+    }
+    return count + portable(scores + i, n - i, threshold, first_id + uint32_t(i), ids + count, chosen + count);
+}
+
+#endif
+
+}  // namespace
+
+size_t filter(Variant variant, const int32_t *scores, size_t n, int32_t threshold, uint32_t first_id,
+              uint32_t *ids, int32_t *chosen) {
+#if defined(__x86_64__)
+    if (variant == Variant::avx512vnni) return avx512(scores, n, threshold, first_id, ids, chosen);
+    if (variant == Variant::avx2) return avx2(scores, n, threshold, first_id, ids, chosen);
+#else
+    (void)variant;
+#endif
+    return portable(scores, n, threshold, first_id, ids, chosen);
+}
+
+}  // namespace hillinfer

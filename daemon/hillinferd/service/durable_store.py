@@ -1,0 +1,118 @@
+"""The durable contexts of a drive, as the event loop uses their records: every call waits in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+from pathlib import Path
+
+from hillinfer_core.errors import ConfigError, DamagedCatalogue
+
+from ..domain.content import Appended
+from ..domain.durable import Durable
+from ..domain.placement import Placed
+from ..domain.quantisation import SealedKeys
+from ..driver.contract import Identity
+from ..records.database import Database
+from ..records.durable import DurableRecords
+
+
+class DurableStore:
+    """Records in the catalogue file ``path``, for a pool at ``pool``. One call at a time.
+
+    Raises :class:`DamagedCatalogue`, ``PoolFull`` or ``DeviceUnavailable``; a change that raises was not
+    made.
+    """
+
+    def __init__(self, path: Path, pool: Path) -> None:
+        self._path = path
+        self._pool = pool
+        self._records: DurableRecords | None = None
+
+    async def open(self) -> None:
+        """Open the file, or make it where there is no pool yet; raises :class:`ConfigError` if it cannot be.
+
+        Call before the pool is opened: a pool without a catalogue is then known to have lost it. The
+        catalogue of a device is made at its first use.
+        """
+        if self._path.exists() or not self._pool.is_file() or self._pool.stat().st_size == 0:
+            self._records = await asyncio.to_thread(_open, self._path)
+
+    async def recover(self, identity: Identity) -> list[Durable]:
+        """Return every durable context of the pool that ``identity`` describes."""
+        if self._records is None:
+            raise DamagedCatalogue(
+                f"the pool {identity.path} has no catalogue at {self._path}; restore it, or delete the pool "
+                "to begin with an empty one"
+            )
+        return await asyncio.to_thread(_recover, self._records, identity)
+
+    async def create(self, durable: Durable) -> None:
+        """Record a new, empty context."""
+        await asyncio.to_thread(self._opened.create, durable)
+
+    async def append(
+        self, durable: Durable, layer: int, tokens: int, placed: list[Placed], done: Appended
+    ) -> None:
+        """Record an append that the worker has carried out."""
+        await asyncio.to_thread(self._opened.append, durable, layer, tokens, placed, done)
+
+    async def put_tail(self, durable: Durable, layer: int, tokens: int, rows: bytes) -> None:
+        """Keep rows aside."""
+        await asyncio.to_thread(self._opened.put_tail, durable, layer, tokens, rows)
+
+    async def tail(self, durable: Durable, layer: int, nbytes: int) -> bytes:
+        """Return the ``nbytes`` kept aside for a layer."""
+        data = await asyncio.to_thread(self._opened.tail, durable, layer)
+        if len(data) != nbytes:
+            raise DamagedCatalogue(
+                f"the tail of layer {layer} of {durable.name!r} has {len(data)} bytes, not {nbytes}; "
+                "delete the context"
+            )
+        return data
+
+    async def save(self, durable: Durable, sealed: list[tuple[int, SealedKeys]]) -> None:
+        """Record that the context is complete."""
+        await asyncio.to_thread(self._opened.save, durable, sealed)
+
+    async def delete(self, durable: Durable) -> None:
+        """Forget the context."""
+        await asyncio.to_thread(self._opened.delete, durable)
+
+    async def content(self, durable: Durable) -> int:
+        """Return a descriptor, to be closed, of a file with what a worker needs to load the context."""
+        contents = await asyncio.to_thread(self._opened.content, durable)
+        fd = os.memfd_create("hillinfer-context", os.MFD_CLOEXEC)
+        with open(os.dup(fd), "wb") as file:
+            pickle.dump(contents, file, pickle.HIGHEST_PROTOCOL)
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    async def close(self) -> None:
+        """Settle and close the file."""
+        if self._records is not None:
+            await asyncio.to_thread(self._records.database.close)
+
+    @property
+    def _opened(self) -> DurableRecords:
+        assert self._records is not None
+        return self._records
+
+
+def _open(path: Path) -> DurableRecords:
+    if not path.parent.is_dir():
+        raise ConfigError(f"No such file or directory: {path.parent}, for the pool and its catalogue; make it")
+    return DurableRecords(Database(path))
+
+
+def _recover(records: DurableRecords, identity: Identity) -> list[Durable]:
+    database = records.database
+    if database.pool_id != identity.pool_id:
+        if database.pool_id and next(database.all("context"), None):
+            raise DamagedCatalogue(
+                f"the catalogue belongs to another pool than {identity.path}; bring back the pool that was "
+                "there, or delete the catalogue to give up its contexts"
+            )
+        database.bind(identity.pool_id)
+    return records.load()
