@@ -77,7 +77,8 @@ class Storage:
     def health(self) -> None:
         """Read the header; raises ``OSError`` if that fails or it is not the pool's."""
         if self._first_page() != self._header.pack():
-            raise OSError(errno.EIO, "the header of the cold pool is not what it was", str(self.path))
+            error = OSError(errno.EIO, "the header of the cold pool is not what it was", str(self.path))
+            raise self._gone(error)
 
     def write(self, offset: int, data: Bytes) -> None:
         """Write whole pages from page-aligned memory, in place and several chunks at a time."""
