@@ -163,9 +163,11 @@ void py_write_range(int fd, uint64_t offset, Bytes1 data, bool direct) {
 
 // What statx(2) says of direct I/O on the file: alignment of memory and of offsets in bytes, 0 for "not at all".
 std::optional<std::pair<uint32_t, uint32_t>> py_direct_alignment(int fd) {
-    // A file in memory has no page cache to bypass.
+    // A file in memory has no page cache to bypass. A device has, though its node lies in memory (devtmpfs).
     struct statfs system {};
-    if (fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return std::pair(0u, 0u);
+    struct stat kind {};
+    const bool file = fstat(fd, &kind) == 0 && S_ISREG(kind.st_mode);
+    if (file && fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return std::pair(0u, 0u);
     struct statx info {};
     if (statx(fd, "", AT_EMPTY_PATH, kStatxDioAlign, &info) || !(info.stx_mask & kStatxDioAlign)) return {};
     uint32_t alignment[2];

@@ -77,7 +77,8 @@ class Storage:
     def health(self) -> None:
         """Read the header; raises ``OSError`` if that fails or it is not the pool's."""
         if self._first_page() != self._header.pack():
-            raise OSError(errno.EIO, "the header of the cold pool is not what it was", str(self.path))
+            error = OSError(errno.EIO, "the header of the cold pool is not what it was", str(self.path))
+            raise self._gone(error)
 
     def write(self, offset: int, data: Bytes) -> None:
         """Write whole pages from page-aligned memory, in place and several chunks at a time."""
@@ -86,7 +87,10 @@ class Storage:
         self._check(offset, len(data))
         if len(data):
             started = self._pacing.now()
-            kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
+            try:
+                kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
+            except OSError as error:
+                raise self._gone(error) from None
             self._pacing.append(started, len(data))
 
     def flush(self) -> None:
@@ -134,11 +138,17 @@ class Storage:
             (discard_device if self._device else kernel.punch_hole)(self._fd, offset, length)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
-                raise
+                raise self._gone(error) from None
 
     def close(self) -> None:
         """Close the pool; one that was not kept is gone then."""
         os.close(self._fd)
+
+    def _gone(self, error: OSError) -> OSError:
+        """Return ``error``, or ENODEV if the drive was pulled out: Linux calls that a full one, or EINVAL."""
+        if self._device and device_bytes(self._fd) < self.capacity:
+            return OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(self.path))
+        return error
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or offset + length > self.capacity:
@@ -262,14 +272,12 @@ def _claim(fd: int, path: Path) -> None:
     info = os.fstat(fd)
     if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
         raise ConfigError(f"pool: {path} is neither a regular file nor a block device")
-    if stat.S_ISBLK(info.st_mode):
-        return  # opened with O_EXCL; and udev locks a device for a moment after every writer closes it
     try:
         while_busy(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
         raise ConfigError(f"pool: {path} is in use by another daemon") from None
     # Another daemon that did not keep it may have taken its name since it was opened.
-    if os.fstat(fd).st_nlink == 0:
+    if stat.S_ISREG(info.st_mode) and os.fstat(fd).st_nlink == 0:
         raise ConfigError(f"pool: {path} is in use by another daemon")
 
 

@@ -22,9 +22,10 @@ def set_aside(catalogue: Path) -> Path | None:
     """Rename what there is of a catalogue, and return its new name; None if there is nothing."""
     if not any(path.exists() for path in files_of(catalogue)):
         return None
-    number = 1
-    while any(path.exists() for path in files_of(aside := Path(f"{catalogue}.old{number}"))):
+    number, aside = 1, Path(f"{catalogue}.old1")
+    while any(path.exists() for path in files_of(aside)):
         number += 1
+        aside = Path(f"{catalogue}.old{number}")
     for path, to in zip(files_of(catalogue), files_of(aside), strict=True):
         if path.exists():
             path.rename(to)

@@ -222,8 +222,8 @@ class Database:
         meta = json.loads(body)  # written by us: its checksum has just been verified
         if meta["format"] != FORMAT:
             raise VersionMismatch(
-                f"the catalogue {self._path} has format {meta['format']}, this daemon knows {FORMAT}; use the "
-                "hillinfer that wrote it"
+                f"the catalogue {self._path} has format {meta['format']}, this daemon knows {FORMAT}; "
+                "use the hillinfer that wrote it"
             )
         self._sequence, self._records, self._pool_id = meta["sequence"], meta["records"], meta["pool"]
 

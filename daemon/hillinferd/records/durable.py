@@ -135,8 +135,8 @@ class DurableRecords:
         fields = json.loads(body)
         if fields["layout"] != LAYOUT_VERSION:
             raise VersionMismatch(
-                f"context {fields['name']!r} has layout {fields['layout']}, this daemon {LAYOUT_VERSION}; use the "
-                "hillinfer that wrote it"
+                f"context {fields['name']!r} has layout {fields['layout']}, this daemon {LAYOUT_VERSION}; "
+                "use the hillinfer that wrote it"
             )
         shape = Shape(
             fields["layers"],

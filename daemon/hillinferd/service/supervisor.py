@@ -180,22 +180,22 @@ class Supervisor:
 
     def _readable(self, sock: socket.socket, replies: asyncio.Queue[messages.Reply | None]) -> None:
         try:
-            packet = sock.recv(messages.MAX_MESSAGE)
+            reply = messages.receive_reply(sock)
         except BlockingIOError:
             return
         except OSError:
-            packet = b""
-        if packet:
-            replies.put_nowait(messages.decode_reply(packet))
-        else:
+            reply = None
+        replies.put_nowait(reply)
+        if reply is None:
             asyncio.get_running_loop().remove_reader(sock.fileno())
-            replies.put_nowait(None)
             if sock is self._sock:
                 self._gone()
 
     def _gone(self) -> None:
         was_up, self._up = self._up, False
         self._close_socket()
+        # Whoever waits for an answer of this worker must not wait until the next one is there.
+        self._replies.put_nowait(None)
         if was_up:
             self._changed.set()
             self._on_death()

@@ -30,17 +30,17 @@ def serve(sock: socket.socket, settings: DriverSettings) -> None:
             configuration.restore()
         driver.health()
     except HillInferError as error:
-        sock.send(messages.encode(messages.Failed(name_of(error), str(error))))
+        messages.send_reply(sock, messages.Failed(name_of(error), str(error)))
         return
     except OSError as error:
         failed = messages.Failed(
             DeviceUnavailable.__name__, f"cannot open the cold pool {settings.path}: {error.strerror}"
         )
-        sock.send(messages.encode(failed))
+        messages.send_reply(sock, failed)
         return
     operations = Operations(driver, configuration)
     try:
-        sock.send(messages.encode(messages.Ready(driver.identify())))
+        messages.send_reply(sock, messages.Ready(driver.identify()))
         while True:
             request, fd = messages.receive_request(sock)
             if request is None:
@@ -50,7 +50,7 @@ def serve(sock: socket.socket, settings: DriverSettings) -> None:
             finally:
                 if fd is not None:
                     os.close(fd)
-            sock.send(messages.encode(reply))
+            messages.send_reply(sock, reply)
     except ConnectionError:
         log.debug("the daemon hung up")
     finally:

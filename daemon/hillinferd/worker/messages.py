@@ -6,6 +6,7 @@ checked regions, ids of contexts and numbers of tokens; the worker checks what o
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from ..driver.contract import Identity
 
 MAX_MESSAGE = 192 * 1024
 """Largest packet in bytes: what a local socket takes with Linux's default buffer of 212,992, less slack."""
+
+_IN_FILE = b"in file"
 
 MAX_EXTENTS = 1000
 """Extents in one :class:`Discard`: about 40 KB."""
@@ -261,7 +264,7 @@ class Failed:
 Reply: TypeAlias = Ready | Done | Failed
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode(message: Request) -> bytes:
     """Return the packet for ``message``; raises ``ValueError`` above :data:`MAX_MESSAGE` bytes."""
     packet = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     if len(packet) > MAX_MESSAGE:
@@ -269,14 +272,34 @@ def encode(message: Request | Reply) -> bytes:
     return packet
 
 
+def send_reply(sock: socket.socket, reply: Reply) -> None:
+    """Send ``reply``; one that is too large for a packet in a file of its own."""
+    packet = pickle.dumps(reply, protocol=pickle.HIGHEST_PROTOCOL)
+    if len(packet) <= MAX_MESSAGE:
+        sock.send(packet)
+        return
+    fd = os.memfd_create("hillinfer-reply", os.MFD_CLOEXEC)
+    try:
+        with open(os.dup(fd), "wb") as file:
+            file.write(packet)
+        socket.send_fds(sock, [_IN_FILE], [fd])
+    finally:
+        os.close(fd)
+
+
+def receive_reply(sock: socket.socket) -> Reply | None:
+    """Return the next reply, None at hang-up; raises ``BlockingIOError`` if there is none yet."""
+    packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
+    if packet == _IN_FILE:
+        with open(fds[0], "rb") as file:
+            file.seek(0)
+            packet = file.read()
+    reply: Reply | None = pickle.loads(packet) if packet else None
+    return reply
+
+
 def receive_request(sock: socket.socket) -> tuple[Request | None, int | None]:
     """Block for the next request and the descriptor that came with it; the request is None at hang-up."""
     packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
     request: Request | None = pickle.loads(packet) if packet else None
     return request, (fds[0] if fds else None)
-
-
-def decode_reply(packet: bytes) -> Reply:
-    """Return the reply in ``packet``."""
-    reply: Reply = pickle.loads(packet)
-    return reply
