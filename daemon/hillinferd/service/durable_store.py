@@ -90,9 +90,10 @@ class DurableStore:
         return fd
 
     async def close(self) -> None:
-        """Settle and close the file."""
+        """Settle and close the file; harmless if it is not open."""
         if self._records is not None:
-            await asyncio.to_thread(self._records.database.close)
+            records, self._records = self._records, None
+            await asyncio.to_thread(records.database.close)
 
     @property
     def _opened(self) -> DurableRecords:
@@ -102,9 +103,7 @@ class DurableStore:
 
 def _open(path: Path) -> DurableRecords:
     if not path.parent.is_dir():
-        raise ConfigError(
-            f"No such file or directory: {path.parent}, for pool and catalogue; make it"
-        )
+        raise ConfigError(f"No such file or directory: {path.parent}, for pool and catalogue; make it")
     return DurableRecords(Database(path))
 
 
