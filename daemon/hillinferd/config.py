@@ -17,6 +17,7 @@ from hillinfer_core.protocol import default_runtime_dir
 from hillinfer_core.units import parse_bytes
 
 from .domain.extents import GRANULE
+from .driver.block import names_device
 from .logs import LEVELS
 
 LARGEST_DEFAULT_POOL = 64 << 30
@@ -55,6 +56,7 @@ class Config:
     session_limit: int
     user_quota: int
     context_quota: int
+    request_timeout: int
     exit_when_idle: int
     log_level: str
     drives: tuple[DriveConfig, ...]
@@ -209,7 +211,7 @@ def _seconds(value: Any) -> int:
 
 def _default_capacity(values: Mapping[str, Any]) -> int:
     pool = values["pool"]
-    if pool is not None and pool.is_block_device():
+    if pool is not None and names_device(pool):
         return 0
     if pool is not None and pool.is_file():
         # What is there is used; a larger one has to be asked for.
@@ -278,6 +280,13 @@ KEYS = (
         lambda _: UNLIMITED,
         "a size, for example 20GiB",
         "what one context may take of a drive (default: all)",
+    ),
+    Key(
+        "request_timeout",
+        _positive,
+        lambda _: 60,
+        "a number of seconds of at least 1",
+        "longest that a drive may take for one request before its worker is replaced (default: 60)",
     ),
     Key(
         "exit_when_idle",

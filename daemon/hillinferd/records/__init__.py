@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..driver.block import names_device
+
 SYSTEM_STATE_DIR = Path("/var/lib/hillinfer")
 
 
 def catalogue_path(pool: Path, state_dir: Path | None) -> Path:
     """Return the catalogue file of ``pool``: in ``state_dir``, else beside a file, or the system's."""
-    directory = state_dir or (SYSTEM_STATE_DIR if pool.is_block_device() else pool.parent)
+    directory = state_dir or (SYSTEM_STATE_DIR if names_device(pool) else pool.parent)
     return directory / f"{pool.name}.catalogue"
 
 

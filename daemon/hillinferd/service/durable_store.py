@@ -100,9 +100,10 @@ class DurableStore:
         return fd
 
     async def close(self) -> None:
-        """Settle and close the file."""
+        """Settle and close the file; harmless if it is not open."""
         if self._records is not None:
-            await asyncio.to_thread(self._records.database.close)
+            records, self._records = self._records, None
+            await asyncio.to_thread(records.database.close)
 
     @property
     def _opened(self) -> DurableRecords:
