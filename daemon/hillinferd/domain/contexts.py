@@ -30,6 +30,12 @@ CHECKSUM_BYTES = 4
 MAX_APPEND = 1 << 20
 """Tokens of one append to a volatile context: what an arena can hold bounds it far earlier."""
 
+MAX_SESSION_LAYERS = 1 << 16
+"""Layers of all contexts that one session has open: a bound on the daemon's memory, not on what is stored."""
+
+MAX_DURABLE = 4096
+"""Durable contexts of one user on one drive: a bound on the catalogue, whatever they hold."""
+
 _ids = itertools.count(1)
 """Numbers of contexts, never used twice by one daemon, whichever its drive."""
 
@@ -164,8 +170,11 @@ class Catalogue:
         check_name(name)
         check_labels(labels)
         check_shape(shape)
+        self._check_session(session_id, shape)
         durable = self._durables.get((uid, name))
         if durable is None:
+            if sum(owner == uid for owner, _ in self._durables) >= MAX_DURABLE:
+                raise QuotaExceeded(f"{MAX_DURABLE} durable contexts of this user are there; delete some")
             durable = new
             durable.context_id = next(_ids)
             durable.layers = [Layer() for _ in range(shape.layers)]
@@ -281,7 +290,16 @@ class Catalogue:
         del self._durables[durable.uid, durable.name]
         self._free(durable.uid, durable.extents)
 
+    def _check_session(self, session_id: int, shape: Shape) -> None:
+        layers = shape.layers + sum(context.shape.layers for context in self.of_session(session_id))
+        if layers > MAX_SESSION_LAYERS:
+            raise QuotaExceeded(
+                f"the open contexts of this session would have {layers} layers; at most "
+                f"{MAX_SESSION_LAYERS} are allowed, close some"
+            )
+
     def _register(self, session_id: int, uid: int, shape: Shape, layers: list[Layer]) -> Context:
+        self._check_session(session_id, shape)
         context = Context(next(_ids), session_id, uid, shape, layers)
         self._contexts[context.context_id] = context
         return context

@@ -32,7 +32,12 @@ class HostDriver:
         self._key_memory = settings.key_memory
         self._pacing = Pacing(profile(settings.profile))
         self._storage = Storage(
-            Path(settings.path), settings.capacity, keep=settings.keep, direct=direct, pacing=self._pacing
+            Path(settings.path),
+            settings.capacity,
+            keep=settings.keep,
+            direct=direct,
+            pacing=self._pacing,
+            new_id=settings.new_id,
         )
         self._keys: dict[int, U8] = {}
         self._ahead = ThreadPoolExecutor(1, "hillinferd-read-ahead")

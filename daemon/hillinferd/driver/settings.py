@@ -17,6 +17,8 @@ class DriverSettings:
     "smartssd". For xrt only: ``card`` the BDF of the FPGA's user function; ``bitstream`` the xclbin to
     configure it with, or ``configurations`` the directory of a catalogue of such; ``state_dir`` for what is
     remembered of the card.
+
+    ``new_id`` is the UUID that a pool is given if it is new; empty for any.
     """
 
     kind: str
@@ -29,6 +31,7 @@ class DriverSettings:
     bitstream: str = ""
     configurations: str = ""
     state_dir: str = ""
+    new_id: str = ""
 
     def to_json(self) -> str:
         """Return the settings as one argument of a command line."""

@@ -35,7 +35,8 @@ class Storage:
     that exists keeps its content and its capacity, and grows where ``capacity`` asks for more (for a device
     within its size; 0 is all of it): :attr:`capacity` says what it is. With ``direct`` false, or where the
     file system does not take direct I/O, bytes go through the page cache: see :attr:`direct_io`.
-    ``pacing`` makes every transfer take the time of another device.
+    ``pacing`` makes every transfer take the time of another device. ``new_id`` is the UUID of a pool that is
+    new, so that whoever keeps account of it can know it before it is there.
 
     Raises :class:`~hillinfer_core.errors.ConfigError` for what cannot be a pool or is in use, and what
     :meth:`.header.Header.unpack` raises; the methods are those of :class:`.contract.Driver`.
@@ -47,7 +48,14 @@ class Storage:
     depth = 64
 
     def __init__(
-        self, path: Path, capacity: int, *, keep: bool, direct: bool = True, pacing: Pacing | None = None
+        self,
+        path: Path,
+        capacity: int,
+        *,
+        keep: bool,
+        direct: bool = True,
+        pacing: Pacing | None = None,
+        new_id: str = "",
     ) -> None:
         self.path = path
         self._pacing = pacing or Pacing(NONE)
@@ -55,7 +63,7 @@ class Storage:
         self._fd, self._device, self.direct_io = _open(path, direct, keep)
         try:
             _claim(self._fd, path)
-            self.fresh, self._header = self._prepare(capacity, keep)
+            self.fresh, self._header = self._prepare(capacity, keep, new_id)
         except BaseException:
             os.close(self._fd)
             raise
@@ -167,7 +175,7 @@ class Storage:
             done += take
         return total
 
-    def _prepare(self, capacity: int, keep: bool) -> tuple[bool, Header]:
+    def _prepare(self, capacity: int, keep: bool, new_id: str) -> tuple[bool, Header]:
         """Read the header or make one; return whether the pool is new, and its header."""
         size = device_bytes(self._fd) if self._device else os.fstat(self._fd).st_size
         wanted = min(capacity or size, size) if self._device else capacity
@@ -185,7 +193,7 @@ class Storage:
         # A device is formatted with no capacity yet, which tells the first to open it that it is new.
         fresh = blank or header.capacity == HEADER_BYTES
         if blank or wanted > header.capacity:
-            header = Header(header.pool_id, wanted)
+            header = Header(new_id if fresh and new_id else header.pool_id, wanted)
             # The size first: a header never promises bytes that are not there.
             if not self._device and size < wanted:
                 os.ftruncate(self._fd, wanted)

@@ -44,6 +44,7 @@ class ColdPoolService:
         self.sessions = Sessions(limits.arena_limit, limits.session_limit)
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
         self.administration = Administration(self.drives)
+        self._opening: dict[tuple[int, str], Drive] = {}
         self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
 
@@ -71,10 +72,13 @@ class ColdPoolService:
 
     async def stop(self) -> None:
         """Fail what waits, stop the drives. Call after the transports have stopped."""
-        await asyncio.gather(*(drive.stop() for drive in self.drives))
+        stopped = await asyncio.gather(*(drive.stop() for drive in self.drives), return_exceptions=True)
         for session in self.sessions:
             self.sessions.remove(session)
             session.close_arena()
+        for error in stopped:
+            if isinstance(error, BaseException):
+                raise error
 
     async def attach(self, client_name: str, arena_bytes: int, peer: Peer) -> Session:
         """Open a session; raises a typed error with nothing left behind. End it with :meth:`detach`.
@@ -104,8 +108,16 @@ class ColdPoolService:
         self, session: Session, ask: requests.OpenContext, deadline: float | None
     ) -> Context:
         """Open a context: a durable one, or a volatile one that begins empty or with a durable one."""
-        drive = self._drive_for(session, ask)
-        return await drive.open_context(session, ask, deadline)
+        name = session.peer.uid, ask.durable_name
+        drive = self._opening.get(name) or self._drive_for(session, ask)
+        if not ask.durable_name:
+            return await drive.open_context(session, ask, deadline)
+        # The name must not come to be on two drives.
+        self._opening[name] = drive
+        try:
+            return await drive.open_context(session, ask, deadline)
+        finally:
+            self._opening.pop(name, None)
 
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""

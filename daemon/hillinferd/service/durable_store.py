@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import uuid
 from pathlib import Path
 
 from hillinfer_core.errors import ConfigError, DamagedCatalogue
@@ -39,6 +40,11 @@ class DurableStore:
         """
         if self._path.exists() or not self._pool.is_file() or self._pool.stat().st_size == 0:
             self._records = await asyncio.to_thread(_open, self._path)
+
+    @property
+    def pool_id(self) -> str:
+        """The UUID of the pool that the records belong to, or of the one yet to be made."""
+        return self._records.database.pool_id if self._records else ""
 
     async def recover(self, identity: Identity) -> list[Durable]:
         """Return every durable context of the pool that ``identity`` describes."""
@@ -114,7 +120,11 @@ class DurableStore:
 def _open(path: Path) -> DurableRecords:
     if not path.parent.is_dir():
         raise ConfigError(f"No such file or directory: {path.parent}, for pool and catalogue; make it")
-    return DurableRecords(Database(path))
+    database = Database(path)
+    if not database.pool_id:
+        # Before there is a pool: made with this number, it is known for ours whenever the power goes.
+        database.bind(str(uuid.uuid4()))
+    return DurableRecords(database)
 
 
 def _recover(records: DurableRecords, identity: Identity) -> list[Durable]:

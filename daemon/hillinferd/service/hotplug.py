@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 @dataclass
 class _Place:
-    """Where a drive is: the node of its pool when last seen, which namespace that is, and what was removed."""
+    """Where a drive is: its pool's node when last seen, which namespace that is, and what was removed."""
 
     drive: Drive
     node: str

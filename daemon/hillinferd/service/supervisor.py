@@ -22,7 +22,7 @@ START_TIMEOUT_S = 30.0
 """Longest a new worker may take to open its drive. Our choice."""
 
 PREPARE_TIMEOUT_S = 60.0
-"""Longest a new worker may take for one request of ``on_ready``, such as to discard free space. Our choice."""
+"""Longest a new worker may take for one request of ``on_ready``, as to discard space. Our choice."""
 
 _LONGEST_PAUSE_S = 10.0
 
@@ -80,7 +80,7 @@ class Supervisor:
 
     @property
     def state(self) -> str:
-        """ "serving"; "restarting" after a worker died; "gone" while the drive is away or cannot be opened."""
+        """What status says: serving; restarting after a death; gone while the drive cannot be opened."""
         if self._up:
             return "serving"
         return "gone" if self.reason else "restarting"
@@ -169,6 +169,10 @@ class Supervisor:
         self._there.clear()
         self.replace()
 
+    def new_pool_id(self, pool_id: str) -> None:
+        """Say what UUID the pool is to have if a worker makes it."""
+        self._settings = replace(self._settings, new_id=pool_id)
+
     def bring_back(self, path: str) -> None:
         """Start a worker at once, unless there is one; the pool is at ``path`` now."""
         if self._up:
@@ -233,7 +237,8 @@ class Supervisor:
         except TimeoutError:
             what = type(request).__name__
             log.error("device worker hangs, killing it", drive=self._name, request=what, pid=self.pid)
-            self.replace()
+            if sock is self._sock:
+                self.replace()
             raise DeviceUnavailable(
                 f"the worker of drive {self._name} did not answer in {timeout_s:g} s; it is being restarted"
             ) from None
@@ -262,8 +267,6 @@ class Supervisor:
     def _gone(self) -> None:
         was_up, self._up = self._up, False
         self._close_socket()
-        # Whoever waits for an answer of this worker must not wait until the next one is there.
-        self._replies.put_nowait(None)
         if was_up:
             self._changed.set()
             self._on_death()
