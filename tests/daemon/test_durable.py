@@ -304,6 +304,18 @@ def test_contexts_are_listed_deleted_and_checked_from_the_command_line(runtime_d
     assert [(item["name"], item["rows"]) for item in report["contexts"]] == [("two", 2 * 2 * FLUSHED)]
 
 
+def test_an_append_as_large_as_allowed_has_an_answer_of_any_size(durable: Path) -> None:
+    shape = Shape(1, 64, 128, DType.float16, Precision.int4)
+    with RawClient(durable, 20 << 20) as client:
+        opened = client.open_named(shape, durable_name="wide")
+        rows = random_rows(RNG, shape, opened.append_limit)
+        assert client.append(opened.context_id, 0, 0, rows).layer_tokens == opened.append_limit
+        found = client.fetch_range(opened.context_id, shape, 0, 0, 100)
+        np.testing.assert_array_equal(found, rows[:, :100])
+        with pytest.raises(Refused, match="at most"):
+            client.append(opened.context_id, 0, opened.append_limit, np.repeat(rows, 2, axis=1)[:, :528])
+
+
 def test_recycled_space_shows_nothing_of_whoever_had_it(durable: Path) -> None:
     with RawClient(durable) as first, RawClient(durable) as second:
         secret = first.open(SHAPE)
