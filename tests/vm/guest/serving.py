@@ -37,12 +37,12 @@ class Daemon:
         return (self.directory / "log").read_text()
 
     def connect(self) -> Session:
-        return Session.connect(attach_socket(self.directory), timeout_s=40)
+        return Session.connect(attach_socket(self.directory), timeout_s=100)
 
     @property
     def state(self) -> str:
         """What the daemon says of its only drive."""
-        with Session.connect(attach_socket(self.directory), arena_bytes=0, timeout_s=40) as session:
+        with Session.connect(attach_socket(self.directory), arena_bytes=0, timeout_s=100) as session:
             return session.status().drives[0].state
 
 
@@ -66,7 +66,7 @@ def serving(pool: Path, state: Path, *flags: str) -> Iterator[Daemon]:
     daemon = Daemon(process, directory)
     try:
         wait_for(
-            "the daemon began to serve", lambda: " ready " in daemon.log or process.poll() is not None, 60
+            "the daemon began to serve", lambda: " ready " in daemon.log or process.poll() is not None, 120
         )
         assert process.poll() is None, daemon.log
         yield daemon

@@ -45,7 +45,7 @@ def until_served(daemon: Daemon, action: Callable[[Session], None]) -> None:
             return False
         return True
 
-    wait_for("the drive served again", attempt, 90)
+    wait_for("the drive served again", attempt, 200)
 
 
 def read_book(session: Session) -> None:
