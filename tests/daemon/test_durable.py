@@ -304,6 +304,25 @@ def test_contexts_are_listed_deleted_and_checked_from_the_command_line(runtime_d
     assert [(item["name"], item["rows"]) for item in report["contexts"]] == [("two", 2 * 2 * FLUSHED)]
 
 
+def test_recycled_space_shows_nothing_of_whoever_had_it(durable: Path) -> None:
+    with RawClient(durable) as first, RawClient(durable) as second:
+        secret = first.open(SHAPE)
+        fill(first, secret)
+        row = ROWS[0][1, 700].tobytes()
+        pool = durable / "pool"
+        assert row in pool.read_bytes()
+        first.close_context(secret)
+        assert row not in pool.read_bytes()
+        context = second.open(SHAPE)
+        second.append(context, 0, 0, ROWS[1][:, :16])
+        with pytest.raises(Refused, match="held by layer 0"):
+            second.fetch_range(context, SHAPE, 0, 0, 256)
+        with pytest.raises(Refused, match="does not exist"):
+            second.fetch_ids(context, SHAPE, 0, [[16], [0]])
+        with pytest.raises(Refused, match="held by layer 0"):
+            second.evaluate(context, SHAPE, 0, QUERY, 1, 0, 256)
+
+
 def test_an_idle_daemon_ends_when_told_to(runtime_dir: Path) -> None:
     with running_daemon(runtime_dir, "--exit-when-idle", "1", *flags(runtime_dir)) as process:
         with RawClient(runtime_dir) as client:

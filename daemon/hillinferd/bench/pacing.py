@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer_core import kernel
 from hillinfer_core.layout import Precision
 
 from ..driver.block import is_block_device
 from ..driver.contract import KeySegment, Scan
-from ..driver.host import HostDriver, key_checksums
+from ..driver.host import HostDriver
 from ..driver.profiles import profile
 from ..driver.settings import DriverSettings
 from ..driver.storage import aligned
@@ -65,7 +66,7 @@ def measure_profile(path: Path, name: str, size: int, seconds: float) -> list[Fi
 
         tokens = _BLOCK // _SEGMENTS // 8 // 64
         tiles = block.reshape(_SEGMENTS, 8, tokens // 16, 16 * 64)
-        sums = [tuple(int(value) for value in key_checksums(part)) for part in tiles]
+        sums = [tuple(kernel.data_checksums(part).tolist()) for part in tiles]
         segments = [
             KeySegment(
                 _FIRST + at * (_BLOCK // _SEGMENTS), at * tokens, tokens, 8, 64, Precision.int8, sums[at]

@@ -39,7 +39,7 @@ class Context:
     """An open context of one session.
 
     ``durable`` is what it writes, ``base`` what it began with; a context with neither is volatile and began
-    empty. ``lost`` once the worker that held its keys has died, unless it can be restored.
+    empty. ``lost`` says why once the worker that held its keys is gone, unless it can be restored.
     """
 
     context_id: int
@@ -49,7 +49,7 @@ class Context:
     layers: list[Layer]
     durable: Durable | None = None
     base: Durable | None = None
-    lost: bool = False
+    lost: str = ""
     evaluation_key_bytes: int = 0
 
     @property
@@ -206,7 +206,7 @@ class Catalogue:
         context = self.find(session_id, context_id)
         if context.lost:
             raise DeviceUnavailable(
-                f"context {context_id} was lost with the device worker; close it, and open and fill a new one"
+                f"context {context_id} was lost {context.lost}; close it, and open and fill a new one"
             )
         return context
 
@@ -221,8 +221,10 @@ class Catalogue:
         """Return the contexts of a session, oldest first."""
         return [context for context in self._contexts.values() if context.session_id == session_id]
 
-    def mark_lost(self) -> int:
+    def mark_lost(self, why: str) -> int:
         """Note that the worker's memory is gone; return how many open contexts are lost by that.
+
+        ``why`` continues "the context was lost".
 
         What a durable context holds is in the pool and in the catalogue file: it is loaded again when needed.
         """
@@ -230,7 +232,7 @@ class Catalogue:
             durable.loaded = False
         gone = [context for context in self._contexts.values() if not context.durable]
         for context in gone:
-            context.lost = True
+            context.lost = context.lost or why
         return len(gone)
 
     def reserve(self, context: Context, layer_index: int, first_token: int, tokens: int) -> list[Placed]:

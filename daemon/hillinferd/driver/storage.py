@@ -17,7 +17,7 @@ from hillinfer_core.errors import ConfigError, DamagedCatalogue
 from hillinfer_core.layout import PAGE
 from hillinfer_core.reference import U8
 
-from .block import device_bytes, discard_device, is_block_device, open_device
+from .block import device_bytes, discard_device, is_block_device, names_device, open_device
 from .contract import Bytes
 from .header import HEADER_BYTES, Header
 from .pacing import Pacing
@@ -243,6 +243,10 @@ def _open(path: Path, direct: bool, keep: bool) -> tuple[int, bool, bool]:
     device = is_block_device(path)
     if device and not keep:
         raise ConfigError(f"pool: {path} is a block device, which always keeps its content; set keep")
+    if names_device(path) and not device:
+        raise ConfigError(
+            f"pool: {path} is not there, and would have to be a drive; plug it in, or name another"
+        )
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         fd = open_device(path, 0) if device else os.open(path, flags, 0o600)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from hillinfer_core.errors import HillInferError, InvalidInput, VersionMismatch
+from hillinfer_core.errors import HillInferError, InvalidInput, VersionMismatch, name_of
 from hillinfer_core.protocol import LAYOUT_VERSION, MAX_PACKET, PROTOCOL_VERSION
 from hillinfer_core.v1 import attach_pb2 as pb
 
@@ -98,7 +98,7 @@ class AttachServer:
             session = await self._service.attach(request.client_name, request.arena_bytes, peer)
         except HillInferError as error:
             log.info("attach refused", pid=peer.pid, uid=peer.uid, reason=error)
-            refused = pb.Refused(error=type(error).__name__, message=str(error))
+            refused = pb.Refused(error=name_of(error), message=str(error))
             connection.send(pb.AttachReply(refused=refused).SerializeToString())
             return None
         accepted = pb.Accepted(

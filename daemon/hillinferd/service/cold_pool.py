@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hillinfer_core.errors import (
     DeviceUnavailable,
     ForeignToken,
+    HillInferError,
     InvalidInput,
     NotAllowed,
     UnknownContext,
@@ -20,6 +21,7 @@ from ..domain.durable import Durable
 from ..logs import get_logger
 from ..worker import messages
 from . import requests
+from .administration import Administration
 from .drive import Drive, DriveSettings
 from .sessions import Peer, Session, Sessions
 
@@ -41,6 +43,8 @@ class ColdPoolService:
     def __init__(self, drives: Sequence[DriveSettings], limits: Limits, log_level: str) -> None:
         self.sessions = Sessions(limits.arena_limit, limits.session_limit)
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
+        self.administration = Administration(self.drives)
+        self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
 
     @property
@@ -49,18 +53,25 @@ class ColdPoolService:
         return time.monotonic() - self._started
 
     async def start(self) -> None:
-        """Start every drive; raises the error of the first that cannot be opened, with all stopped."""
+        """Start every drive; one that cannot be opened is tried again and again while the others serve.
+
+        Raises the error of the first, with all stopped, if none can be opened.
+        """
         try:
-            for drive in self.drives:
-                await drive.start()
+            started = await asyncio.gather(*(drive.start() for drive in self.drives), return_exceptions=True)
+            errors = [error for error in started if isinstance(error, BaseException)]
+            for error in errors:
+                if not isinstance(error, HillInferError) or len(errors) == len(self.drives):
+                    raise error
         except BaseException:
             await self.stop()
             raise
+        for drive in self.drives:
+            drive.serve()
 
     async def stop(self) -> None:
         """Fail what waits, stop the drives. Call after the transports have stopped."""
-        for drive in self.drives:
-            await drive.stop()
+        await asyncio.gather(*(drive.stop() for drive in self.drives))
         for session in self.sessions:
             self.sessions.remove(session)
             session.close_arena()
@@ -68,7 +79,8 @@ class ColdPoolService:
     async def attach(self, client_name: str, arena_bytes: int, peer: Peer) -> Session:
         """Open a session; raises a typed error with nothing left behind. End it with :meth:`detach`.
 
-        A drive that is being restarted hears of the session when it is back, but one must be serving.
+        One drive must have heard of it: others that are busy do later, before any work of the session, and
+        one that is gone or being restarted when it is back.
         """
         session = self.sessions.open(client_name, arena_bytes, peer)
         try:
@@ -84,8 +96,7 @@ class ColdPoolService:
         self.sessions.remove(session)
         for drive in self.drives:
             drive.queue.cancel(session.session_id, ForeignToken("the session has ended"))
-        for drive in self.drives:
-            await drive.detach(session)
+        await asyncio.gather(*(drive.detach(session) for drive in self.drives))
         session.close_arena()
         log.info("session ended", session=session.session_id, pid=session.peer.pid)
 
@@ -114,7 +125,7 @@ class ColdPoolService:
         """Delete a durable context; return the bytes freed. Root may delete those of others."""
         if session.peer.uid not in (0, uid):
             raise NotAllowed(f"user {session.peer.uid} may not delete contexts of user {uid}")
-        drive = self._drive_with(uid, name) or self.drives[0]
+        drive = self._drive_with(uid, name) or self._serving[0]
         return await drive.delete_context(session, uid, name, deadline)
 
     async def append(
@@ -142,15 +153,29 @@ class ColdPoolService:
         return await self._drive_of(ask.context_id).fetch(session, ask, deadline)
 
     async def _attach_arena(self, session: Session) -> None:
-        results = await asyncio.gather(
-            *(drive.attach(session) for drive in self.drives), return_exceptions=True
-        )
-        errors = [result for result in results if isinstance(result, BaseException)]
-        for error in errors:
-            if not isinstance(error, DeviceUnavailable):
-                raise error
-        if len(errors) == len(self.drives):
-            raise errors[0]
+        waiting = {asyncio.create_task(drive.attach(session)) for drive in self.drives}
+        for task in waiting:
+            self._attaching.add(task)
+            task.add_done_callback(self._attached)
+        errors: list[BaseException] = []
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            errors += [error for task in done if (error := task.exception())]
+            for error in errors:
+                if not isinstance(error, DeviceUnavailable):
+                    raise error
+            if len(errors) + len(waiting) < len(self.drives):
+                return
+        raise errors[0]
+
+    def _attached(self, task: asyncio.Task[None]) -> None:
+        self._attaching.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.warning("a drive did not take in a session", error=error)
+
+    @property
+    def _serving(self) -> list[Drive]:
+        return [drive for drive in self.drives if drive.worker.up] or self.drives
 
     def _drive_of(self, context_id: int) -> Drive:
         for drive in self.drives:
@@ -169,8 +194,7 @@ class ColdPoolService:
         name = ask.base_name or ask.durable_name
         if name and (drive := self._drive_with(session.peer.uid, name)):
             return drive
-        serving = [drive for drive in self.drives if drive.worker.up] or self.drives
-        for drive in serving:
+        for drive in self._serving:
             if drive.catalogue.of_session(session.session_id):
                 return drive
-        return max(serving, key=lambda drive: drive.catalogue.allocator.free_bytes)
+        return max(self._serving, key=lambda drive: drive.catalogue.allocator.free_bytes)

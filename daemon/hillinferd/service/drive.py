@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hillinfer_core.errors import (
     InvalidInput,
 )
 
+from ..cec.loader import Status
 from ..domain.contexts import Catalogue, Context, Quotas
 from ..domain.durable import Durable
 from ..domain.extents import GRANULE, Extent, ExtentAllocator
@@ -31,16 +33,24 @@ from .work_queue import WorkQueue
 log = get_logger(__name__)
 
 HEARTBEAT_S = 10.0
-"""Seconds between two questions whether an idle drive still answers. Our choice."""
+"""Longest between two questions whether an idle drive still answers. Our choice."""
+
+REQUEST_TIMEOUT_S = 60.0
+"""Longest a request may take before the worker counts as hung; real ones take at most seconds. Our choice."""
 
 
 @dataclass(frozen=True)
 class DriveSettings:
-    """A drive's name, how its driver is opened, and its catalogue file (None: no durable contexts)."""
+    """A drive's name, how its driver is opened, its catalogue file (None: no durable contexts), its patience.
+
+    ``request_timeout_s`` is what one request may take; an idle drive is asked as often, but for
+    :data:`HEARTBEAT_S`, whether it still answers.
+    """
 
     name: str
     driver: DriverSettings
     catalogue: Path | None
+    request_timeout_s: float = REQUEST_TIMEOUT_S
 
 
 class Drive:
@@ -52,11 +62,19 @@ class Drive:
 
     def __init__(self, settings: DriveSettings, sessions: Sessions, quotas: Quotas, log_level: str) -> None:
         self.name = settings.name
+        self.settings = settings
         self.queue = WorkQueue()
-        self.worker = Supervisor(settings.driver, log_level, self._worker_died, self._worker_ready)
+        self.worker = Supervisor(
+            settings.name,
+            settings.driver,
+            log_level,
+            request_timeout_s=settings.request_timeout_s,
+            on_start=self._worker_starts,
+            on_ready=self._worker_ready,
+            on_death=self._worker_died,
+        )
         self.catalogue = Catalogue(ExtentAllocator(0), quotas)
         self.key_bytes = 0
-        self._settings = settings
         self._sessions = sessions
         self._quotas = quotas
         path, pool = settings.catalogue, Path(settings.driver.path)
@@ -64,11 +82,17 @@ class Drive:
         self._pool_id = ""
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def known(self) -> bool:
+        """Whether the drive was open once, so that the contexts on it are known."""
+        return bool(self._pool_id)
+
     async def start(self) -> None:
-        """Recover what the pool holds, start worker and queue; raises what keeps the drive from serving."""
-        if self._durables is not None:
-            await self._durables.open()
+        """Recover what the pool holds and start the worker; raises what keeps the drive from serving."""
         await self.worker.start()
+
+    def serve(self) -> None:
+        """Carry out work, and keep the worker alive; if :meth:`start` failed, try that again and again."""
         self._tasks = [
             asyncio.create_task(task) for task in (self.queue.run(), self.worker.watch(), self._heartbeat())
         ]
@@ -82,6 +106,15 @@ class Drive:
         await self.worker.stop()
         if self._durables is not None:
             await self._durables.close()
+
+    def gone(self, reason: str) -> None:
+        """Put the worker down: the drive was removed. What waits fails, volatile contexts are lost."""
+        log.error("drive is gone", drive=self.name, reason=reason)
+        self.worker.take_away(reason)
+
+    def back(self, path: str) -> None:
+        """Start a worker at once, unless there is one: the drive is there, its pool is ``path``."""
+        self.worker.bring_back(path)
 
     async def attach(self, session: Session) -> None:
         """Tell the worker of a session's arena."""
@@ -157,6 +190,35 @@ class Drive:
                     return 0
             await self._ensure_loaded(context)
             return (await self._call(request)).traffic.read
+
+        return await self.queue.submit(session.session_id, work, deadline)
+
+    @property
+    def card(self) -> str:
+        """PCI address of the FPGA, empty for none."""
+        driver = self._settings.driver
+        return driver.card if driver.kind == "xrt" else ""
+
+    @property
+    def open_contexts(self) -> int:
+        """How many contexts are open, without those that are lost."""
+        return sum(not context.lost for context in self.catalogue)
+
+    async def configure(
+        self, session: Session, request_for: Callable[[int], messages.CecRequest], deadline: float | None
+    ) -> tuple[Status, int]:
+        """Carry out what ``request_for`` makes of the number of open contexts; return what is then, and it.
+
+        Raises :class:`InvalidInput` if the drive has no card, and what the worker raises.
+        """
+        if not self.card:
+            raise InvalidInput(f"drive {self.name} has no FPGA to configure")
+
+        async def work() -> tuple[Status, int]:
+            contexts = self.open_contexts
+            status = (await self._call(request_for(contexts))).bitstreams
+            assert status is not None
+            return status, contexts
 
         return await self.queue.submit(session.session_id, work, deadline)
 
@@ -362,11 +424,13 @@ class Drive:
             raise InvalidInput(
                 "this daemon keeps no durable contexts, its cold pool goes with it; name a file with --pool"
             )
+        if not self.known:
+            raise self.worker.unavailable()
         return self._durables
 
     async def _heartbeat(self) -> None:
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(min(HEARTBEAT_S, self.settings.request_timeout_s))
             if not self.worker.up:
                 continue
             try:
@@ -376,12 +440,17 @@ class Drive:
                 self.worker.replace()
 
     def _worker_died(self) -> None:
-        lost = self.catalogue.mark_lost()
+        error = self.worker.unavailable()
+        lost = self.catalogue.mark_lost(f"with drive {self.name}: {self.worker.reason or 'its worker died'}")
         self.key_bytes = 0
-        self.queue.cancel_all(
-            DeviceUnavailable("the device worker died; its contexts are lost, open and fill new ones")
-        )
+        self.queue.cancel_all(error)
         log.warning("contexts lost with the device worker", drive=self.name, contexts=lost)
+
+    async def _worker_starts(self) -> None:
+        # Until the pool was open once everything may change, and is looked at anew.
+        if self._durables is not None and not self.known:
+            await self._durables.close()
+            await self._durables.open()
 
     async def _worker_ready(self) -> None:
         await self._recover()
@@ -398,7 +467,7 @@ class Drive:
         """With the first worker: take in durable contexts, and discard whatever else the pool holds."""
         identity = self.worker.identity
         assert identity is not None
-        if self._pool_id:
+        if self.known:
             if identity.pool_id != self._pool_id and self._durables is not None:
                 raise DamagedCatalogue(
                     f"{identity.path} is another pool than before; bring back the one that was"

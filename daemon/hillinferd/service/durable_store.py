@@ -14,6 +14,7 @@ from ..domain.durable import Durable
 from ..domain.placement import Placed
 from ..domain.quantisation import SealedKeys
 from ..driver.contract import Identity
+from ..records import files_of
 from ..records.database import Database
 from ..records.durable import DurableRecords
 
@@ -46,7 +47,16 @@ class DurableStore:
                 f"the pool {identity.path} has no catalogue at {self._path}; restore it, or delete the pool "
                 "to begin with an empty one"
             )
-        return await asyncio.to_thread(_recover, self._records, identity)
+        try:
+            return await asyncio.to_thread(_recover, self._records, identity)
+        except DamagedCatalogue:
+            if self._records.database.fresh:
+                # Made just now, for a pool that is not its own: the next start must not take it for one.
+                await self.close()
+                self._records = None
+                for path in files_of(self._path):
+                    path.unlink(missing_ok=True)
+            raise
 
     async def create(self, durable: Durable) -> None:
         """Record a new, empty context."""
@@ -90,9 +100,10 @@ class DurableStore:
         return fd
 
     async def close(self) -> None:
-        """Settle and close the file."""
+        """Settle and close the file; harmless if it is not open."""
         if self._records is not None:
-            await asyncio.to_thread(self._records.database.close)
+            records, self._records = self._records, None
+            await asyncio.to_thread(records.database.close)
 
     @property
     def _opened(self) -> DurableRecords:
@@ -102,7 +113,7 @@ class DurableStore:
 
 def _open(path: Path) -> DurableRecords:
     if not path.parent.is_dir():
-        raise ConfigError(f"No such file or directory: {path.parent}, for the pool and its catalogue; make it")
+        raise ConfigError(f"No such file or directory: {path.parent}, for pool and catalogue; make it")
     return DurableRecords(Database(path))
 
 
@@ -113,6 +124,11 @@ def _recover(records: DurableRecords, identity: Identity) -> list[Durable]:
             raise DamagedCatalogue(
                 f"the catalogue belongs to another pool than {identity.path}; bring back the pool that was "
                 "there, or delete the catalogue to give up its contexts"
+            )
+        if not identity.fresh:
+            raise DamagedCatalogue(
+                f"the pool {identity.path} was used with another catalogue; name its state_dir, or give up "
+                "the contexts in the pool with `hillinferctl fsck --repair`"
             )
         database.bind(identity.pool_id)
     return records.load()

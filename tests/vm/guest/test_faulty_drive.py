@@ -16,7 +16,7 @@ from hillinfer_core import kernel
 from hillinfer_core.layout import PAGE, Precision, tile_bytes
 from hillinferd.driver.block import format_device
 from hillinferd.driver.contract import DamagedKeys, KeySegment, Scan
-from hillinferd.driver.host import HostDriver, key_checksums
+from hillinferd.driver.host import HostDriver
 from hillinferd.driver.settings import DriverSettings
 from hillinferd.driver.storage import Storage, aligned
 
@@ -191,7 +191,7 @@ def test_evaluation_keys_altered_on_their_way_are_found_before_they_rank_anythin
     segments: list[KeySegment] = []
     for index in range(4):
         tiles = np.random.default_rng(index).integers(0, 256, shape, np.uint8)
-        sums = tuple(int(value) for value in key_checksums(tiles))
+        sums = tuple(kernel.data_checksums(tiles).tolist())
         segment = KeySegment(MIB * (1 + index), 1024 * index, 1024, 2, 64, Precision.int8, sums)
         padded = aligned(-(-tiles.nbytes // PAGE) * PAGE)
         padded[: tiles.nbytes] = tiles.ravel()
