@@ -47,20 +47,12 @@ class Daemon:
 
 
 @contextmanager
-def serving(pool: Path, state: Path, *flags: str) -> Iterator[Daemon]:
-    """Run a daemon on ``pool`` with its catalogue in ``state``; it must still be running at the end."""
+def serving(pool: Path | None, state: Path, *flags: str) -> Iterator[Daemon]:
+    """Run a daemon on ``pool`` (None: see ``flags``) with its catalogue in ``state``; it must run to the end."""
     directory = Path(tempfile.mkdtemp(dir="/tmp"))
-    command = [
-        sys.executable,
-        "-m",
-        "hillinferd",
-        "--runtime-dir",
-        directory,
-        "--pool",
-        pool,
-        "--state-dir",
-        state,
-    ]
+    command = [sys.executable, "-m", "hillinferd", "--runtime-dir", directory, "--state-dir", state]
+    if pool is not None:
+        command += ["--pool", pool]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen([*command, *flags], stdout=log, stderr=log)
     daemon = Daemon(process, directory)
