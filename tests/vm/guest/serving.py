@@ -37,36 +37,28 @@ class Daemon:
         return (self.directory / "log").read_text()
 
     def connect(self) -> Session:
-        return Session.connect(attach_socket(self.directory), timeout_s=40)
+        return Session.connect(attach_socket(self.directory), timeout_s=100)
 
     @property
     def state(self) -> str:
         """What the daemon says of its only drive."""
-        with Session.connect(attach_socket(self.directory), arena_bytes=0, timeout_s=40) as session:
+        with Session.connect(attach_socket(self.directory), arena_bytes=0, timeout_s=100) as session:
             return session.status().drives[0].state
 
 
 @contextmanager
-def serving(pool: Path, state: Path, *flags: str) -> Iterator[Daemon]:
-    """Run a daemon on ``pool`` with its catalogue in ``state``; it must still be running at the end."""
+def serving(pool: Path | None, state: Path, *flags: str) -> Iterator[Daemon]:
+    """Run a daemon on ``pool`` (None: see ``flags``) with its catalogue in ``state``; it must run to the end."""
     directory = Path(tempfile.mkdtemp(dir="/tmp"))
-    command = [
-        sys.executable,
-        "-m",
-        "hillinferd",
-        "--runtime-dir",
-        directory,
-        "--pool",
-        pool,
-        "--state-dir",
-        state,
-    ]
+    command = [sys.executable, "-m", "hillinferd", "--runtime-dir", directory, "--state-dir", state]
+    if pool is not None:
+        command += ["--pool", pool]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen([*command, *flags], stdout=log, stderr=log)
     daemon = Daemon(process, directory)
     try:
         wait_for(
-            "the daemon began to serve", lambda: " ready " in daemon.log or process.poll() is not None, 60
+            "the daemon began to serve", lambda: " ready " in daemon.log or process.poll() is not None, 120
         )
         assert process.poll() is None, daemon.log
         yield daemon

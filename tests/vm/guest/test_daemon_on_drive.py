@@ -45,7 +45,7 @@ def until_served(daemon: Daemon, action: Callable[[Session], None]) -> None:
             return False
         return True
 
-    wait_for("the drive served again", attempt, 90)
+    wait_for("the drive served again", attempt, 200)
 
 
 def read_book(session: Session) -> None:
@@ -167,14 +167,61 @@ def test_a_drive_that_is_pulled_out_is_unavailable_and_serves_when_it_is_back(tm
                 for attempt in (lambda: check(reader), lambda: fill(writer)):
                     with pytest.raises(errors.DeviceUnavailable):
                         attempt()
+                wait_for("the drive was called gone", lambda: session.status().drives[0].state == "gone")
             pid = daemon.process.pid
             ask_host("plug")
             until_served(daemon, read_book)
+            assert daemon.state == "serving"
             assert daemon.process.pid == pid
     finally:
         if PLUG.exists():
             ask_host("unplug")
             wait_for("the drive went away", lambda: not PLUG.exists())
+
+
+def test_while_one_drive_is_gone_the_other_serves(device: Path, tmp_path: Path) -> None:
+    ask_host("plug")
+    wait_for("the drive appeared", PLUG.exists)
+    try:
+        config = tmp_path / "config.toml"
+        config.write_text(
+            f'[[drive]]\nname = "stays"\npool = "{device}"\n[[drive]]\nname = "goes"\npool = "{PLUG}"\n'
+        )
+        format_device(device)
+        format_device(PLUG, force=True)
+        with serving(None, tmp_path, "--config", str(config)) as daemon, daemon.connect() as session:
+            # A context that is new goes to the emptiest drive, so two sessions fill one each.
+            with daemon.connect() as second:
+                contexts = []
+                for each in (session, second):
+                    contexts.append(each.open_context(SHAPE))
+                    fill(contexts[-1])
+                ask_host("unplug")
+                wait_for("a drive was called gone", lambda: "gone" in _states(session))
+                assert _states(session) == ["serving", "gone"]
+                outcomes = [_outcome(context) for context in contexts]
+                assert sorted(outcomes) == ["gone", "right"]
+                third = session.open_context(SHAPE) if outcomes[0] == "right" else second.open_context(SHAPE)
+                fill(third)
+                check(third)
+            ask_host("plug")
+            wait_for("the drive served again", lambda: _states(session) == ["serving", "serving"], 120)
+    finally:
+        if PLUG.exists():
+            ask_host("unplug")
+            wait_for("the drive went away", lambda: not PLUG.exists())
+
+
+def _states(session: Session) -> list[str]:
+    return [each.state for each in session.status().drives]
+
+
+def _outcome(context: Context) -> str:
+    try:
+        check(context)
+    except errors.DeviceUnavailable:
+        return "gone"
+    return "right"
 
 
 def test_no_acknowledged_token_is_lost_with_the_power(tmp_path: Path) -> None:
