@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 @dataclass
 class _Place:
-    """Where a drive is: the node of its pool when last seen, which namespace that is, and what was removed."""
+    """Where a drive is: the node of its pool when last seen, the namespace that is, what was removed."""
 
     drive: Drive
     node: str
@@ -107,4 +107,5 @@ def _removed(place: _Place, what: str, reason: str) -> None:
 def _returned(place: _Place, what: str) -> None:
     place.missing.discard(what)
     if not place.missing:
-        place.drive.back(place.node)
+        path = place.drive.settings.driver.path
+        place.drive.back(path if _node(place.drive) == place.node else place.node)
