@@ -80,7 +80,7 @@ class Supervisor:
 
     @property
     def state(self) -> str:
-        """``serving``; ``restarting`` after a worker died; ``gone``: the drive is away or cannot be opened."""
+        """``serving``; ``restarting`` after a worker died; ``gone``: the drive is away or does not open."""
         if self._up:
             return "serving"
         return "gone" if self.reason else "restarting"
