@@ -182,9 +182,7 @@ def _announce(service: ColdPoolService, settings: config.Config) -> None:
     for drive in service.drives:
         identity = drive.worker.identity
         if identity is None:
-            log.error(
-                "drive is gone; it is tried again and again", name=drive.name, reason=drive.worker.reason
-            )
+            log.error("drive is gone; it is tried again", name=drive.name, reason=drive.worker.reason)
             continue
         if not identity.direct_io:
             log.warning(

@@ -37,13 +37,13 @@ def is_block_device(path: Path) -> bool:
 
 
 def names_device(path: Path) -> bool:
-    """Return whether ``path`` is a block device, or would be one: it lies where there are only devices.
+    """Return whether ``path``, links followed, is a block device, or would be one: it lies below /dev.
 
-    A drive that is away has no node. Nothing may be made in its place: that would keep it from returning.
+    A drive that is away has no node. Nothing else may be made in its place: that would bar its return.
     """
     if os.path.exists(path):
         return is_block_device(path)
-    place = path.absolute().parent
+    place = Path(os.path.realpath(path)).parent
     while not os.path.exists(place):
         place = place.parent
     return os.stat(place).st_dev == os.stat("/dev").st_dev != os.stat("/").st_dev

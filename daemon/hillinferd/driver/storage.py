@@ -252,9 +252,7 @@ def _open(path: Path, direct: bool, keep: bool) -> tuple[int, bool, bool]:
     if device and not keep:
         raise ConfigError(f"pool: {path} is a block device, which always keeps its content; set keep")
     if names_device(path) and not device:
-        raise ConfigError(
-            f"pool: {path} is not there, and would have to be a drive; plug it in, or name another"
-        )
+        raise ConfigError(f"pool: {path} is not there; plug the drive in, or name another")
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         fd = open_device(path, 0) if device else os.open(path, flags, 0o600)

@@ -137,7 +137,7 @@ class ColdPoolService:
         """Delete a durable context; return the bytes freed. Root may delete those of others."""
         if session.peer.uid not in (0, uid):
             raise NotAllowed(f"user {session.peer.uid} may not delete contexts of user {uid}")
-        drive = self._drive_with(uid, name) or self._serving[0]
+        drive = self._drive_with(uid, name) or self._drive_without(name)
         return await drive.delete_context(session, uid, name, deadline)
 
     async def append(
@@ -182,7 +182,9 @@ class ColdPoolService:
 
     def _attached(self, task: asyncio.Task[None]) -> None:
         self._attaching.discard(task)
-        if not task.cancelled() and (error := task.exception()):
+        # A drive that is away hears of all sessions when it is back.
+        error = None if task.cancelled() else task.exception()
+        if error and not isinstance(error, DeviceUnavailable):
             log.warning("a drive did not take in a session", error=error)
 
     @property
@@ -201,11 +203,19 @@ class ColdPoolService:
                 return drive
         return None
 
+    def _drive_without(self, name: str) -> Drive:
+        """Return a drive to say that there is no such context, unless one that is gone may have it."""
+        if unknown := [str(drive.worker.unavailable()) for drive in self.drives if not drive.known]:
+            raise UnknownContext(f"no drive that serves has a context {name!r}; {'; '.join(unknown)}")
+        return self._serving[0]
+
     def _drive_for(self, session: Session, ask: requests.OpenContext) -> Drive:
         """Return the drive of a named context, else of the session's other contexts, else the emptiest."""
         name = ask.base_name or ask.durable_name
         if name and (drive := self._drive_with(session.peer.uid, name)):
             return drive
+        if ask.base_name:
+            return self._drive_without(name)
         for drive in self._serving:
             if drive.catalogue.of_session(session.session_id):
                 return drive

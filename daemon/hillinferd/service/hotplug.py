@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 @dataclass
 class _Place:
-    """Where a drive is: its pool's node when last seen, which namespace that is, and what was removed."""
+    """Where a drive is: the node of its pool when last seen, the namespace that is, what was removed."""
 
     drive: Drive
     node: str
@@ -73,12 +73,14 @@ class Hotplug:
         if name is not None and name == place.namespace:
             if place.missing and not _lies_on_now(place, namespace):
                 place.node = namespace.node + _partition(place.node)
-        elif (place.namespace is None or place.missing) and _lies_on_now(place, namespace):
-            # For all that is known the drive; if it is another, its pool is, and is refused.
-            place.namespace = place.namespace or name
-        else:
-            return
-        _returned(place, "namespace")
+            _returned(place, "namespace")
+        elif place.namespace is None and _lies_on_now(place, namespace):
+            place.namespace = name
+            _returned(place, "namespace")
+        elif place.missing == {"namespace"} and _lies_on_now(place, namespace):
+            # A stranger where the drive was: its pool may be on it, and is refused if it is another. The
+            # drive itself is still waited for.
+            _try(place)
 
 
 def _lies_on_now(place: _Place, namespace: Namespace) -> bool:
@@ -107,4 +109,9 @@ def _removed(place: _Place, what: str, reason: str) -> None:
 def _returned(place: _Place, what: str) -> None:
     place.missing.discard(what)
     if not place.missing:
-        place.drive.back(place.node)
+        _try(place)
+
+
+def _try(place: _Place) -> None:
+    path = place.drive.settings.driver.path
+    place.drive.back(path if _node(place.drive) == place.node else place.node)

@@ -22,7 +22,7 @@ START_TIMEOUT_S = 30.0
 """Longest a new worker may take to open its drive. Our choice."""
 
 PREPARE_TIMEOUT_S = 60.0
-"""Longest a new worker may take for one request of ``on_ready``, as to discard space. Our choice."""
+"""Longest a new worker may take for one request of ``on_ready``: discarding takes time. Our choice."""
 
 _LONGEST_PAUSE_S = 10.0
 
@@ -80,7 +80,7 @@ class Supervisor:
 
     @property
     def state(self) -> str:
-        """What status says: serving; restarting after a death; gone while the drive cannot be opened."""
+        """``serving``; ``restarting`` after a worker died; ``gone``: the drive is away or does not open."""
         if self._up:
             return "serving"
         return "gone" if self.reason else "restarting"
