@@ -180,6 +180,16 @@ def test_a_pool_is_not_emptied_for_a_catalogue_that_is_not_its_own(runtime_dir: 
     assert "belongs to another pool" in wrong.stderr
 
 
+def test_a_new_pool_is_not_taken_for_the_one_that_is_missing(runtime_dir: Path) -> None:
+    two_saved(runtime_dir)
+    kept = (runtime_dir / "pool").rename(runtime_dir / "kept")
+    for attempt in range(2):
+        said = refusal(runtime_dir / f"r2{attempt}", *flags(runtime_dir))
+        assert "belongs to another pool" in said
+    kept.rename(runtime_dir / "pool")
+    assert fsck(runtime_dir).returncode == 0
+
+
 def test_repair_deletes_what_is_damaged_and_nothing_else(runtime_dir: Path) -> None:
     two_saved(runtime_dir)
     pool = runtime_dir / "pool"

@@ -266,7 +266,7 @@ class Drive:
         if self._durables is not None and not self.known:
             await self._durables.close()
             await self._durables.open()
-            self.worker.new_pool_id(self._durables.pool_id)
+            self.worker.new_pool_id(self._durables.new_pool_id)
 
     async def _worker_ready(self) -> None:
         await self._recover()
@@ -298,6 +298,8 @@ class Drive:
                 self.catalogue.restore(durable)
             await self._discard_free()
         self._pool_id = identity.pool_id
+        # Another pool made in its place would be another pool.
+        self.worker.new_pool_id("")
 
     async def _discard_free(self) -> None:
         pieces = [

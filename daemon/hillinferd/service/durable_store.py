@@ -42,9 +42,14 @@ class DurableStore:
             self._records = await asyncio.to_thread(_open, self._path)
 
     @property
-    def pool_id(self) -> str:
-        """The UUID of the pool that the records belong to, or of the one yet to be made."""
-        return self._records.database.pool_id if self._records else ""
+    def new_pool_id(self) -> str:
+        """The UUID that a pool is to have if it is made now.
+
+        Empty where there are contexts already: a new pool must not be taken for the one that holds them.
+        """
+        if self._records is None or next(self._records.database.all("context"), None):
+            return ""
+        return self._records.database.pool_id
 
     async def recover(self, identity: Identity) -> list[Durable]:
         """Return every durable context of the pool that ``identity`` describes."""
