@@ -64,6 +64,7 @@ class Storage:
         try:
             _claim(self._fd, path)
             self.fresh, self._header = self._prepare(capacity, keep, new_id)
+            self._memory = None if self._device else _mapped(self._fd, self.capacity)
         except BaseException:
             os.close(self._fd)
             raise
@@ -116,6 +117,10 @@ class Storage:
         self._pacing.read(started, total)
         return total
 
+    def in_memory(self, offset: int, length: int) -> U8 | None:
+        """Return a range of a pool that lies in memory anyway, not copied; None for one on a drive."""
+        return None if self._memory is None else self._memory[offset : offset + length]
+
     def read_unpaced(self, offset: int, target: U8) -> int:
         """Read as :meth:`read` does, into uint8 [n], for an operation that is paced as a whole."""
         self._check(offset, target.size)
@@ -131,6 +136,11 @@ class Storage:
         if int(offsets.max()) + out.shape[1] > self.capacity:
             raise ValueError("a row to gather is beyond the capacity")
         started = self._pacing.now()
+        if self._memory is not None:
+            kernel.copy_rows(self._memory, offsets, out)
+            touching = np.count_nonzero(np.diff(np.sort(offsets)) == out.shape[1])
+            self._pacing.read(started, out.size, len(offsets) - int(touching))
+            return out.size
         total, requests = kernel.gather(self._fd, offsets, out.shape[1], out, self.direct_io, self.depth)
         self._pacing.read(started, total, requests)
         return total
@@ -239,6 +249,13 @@ class Storage:
             raise error
         _stop_direct(self._fd)
         self.direct_io = False
+
+
+def _mapped(fd: int, capacity: int) -> U8 | None:
+    """Map a pool on a file system that is memory, such as /dev/shm: reading it is no I/O to wait for."""
+    if not kernel.is_memory(fd):
+        return None
+    return np.frombuffer(mmap.mmap(fd, capacity, prot=mmap.PROT_READ), np.uint8)
 
 
 def aligned(nbytes: int) -> U8:
