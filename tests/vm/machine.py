@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 from image import DISK_SIGNATURE, Image, Unavailable
 
@@ -96,19 +95,24 @@ class Machine:
                 "device_add", driver="nvme", id="plugged", serial="hillinfer-plug", bus="bay", drive="plug"
             )
         elif request == ["unplug"]:
-            self._command("device_del", id="plugged")
+            # Until the guest has let go of it, the slot is not free for the next one.
+            self._command("device_del", id="plugged", event="DEVICE_DELETED")
         else:
             raise ValueError(f"unknown request {request}")
 
-    def _command(self, name: str, **arguments: str) -> Any:
+    def _command(self, name: str, *, event: str = "", **arguments: str) -> None:
+        """Have QEMU carry out a command of its QMP, and wait for ``event`` of its device, if named."""
         self._monitor.write(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
         self._monitor.flush()
-        while True:
+        waiting = {"return", event} - {""}
+        while waiting:
             answer = json.loads(self._monitor.readline())
             if "error" in answer:
                 raise RuntimeError(answer["error"]["desc"])
             if "return" in answer:
-                return answer["return"]
+                waiting.discard("return")
+            elif answer.get("data", {}).get("device") == arguments.get("id"):
+                waiting.discard(answer["event"])
 
 
 def _connect(path: Path) -> socket.socket:

@@ -103,7 +103,10 @@ def pages(count: int, seed: int) -> np.ndarray:
 
 
 def ask_host(request: str) -> None:
-    """Have the emulator "plug" or "unplug" the drive "plug"; returns when it has begun to."""
+    """Have the emulator "plug" or "unplug" the drive "plug".
+
+    Returns when the drive is out of the slot, or in it but perhaps not found yet.
+    """
     with _SLOT, open("/dev/ttyS1", "r+b", buffering=0) as port:
         port.write(f"{request}\n".encode())
         answer = b""

@@ -48,7 +48,7 @@ class Daemon:
 
 @contextmanager
 def serving(pool: Path | None, state: Path, *flags: str) -> Iterator[Daemon]:
-    """Run a daemon on ``pool`` (None: see ``flags``) with its catalogue in ``state``; it must run to the end."""
+    """Run a daemon on ``pool`` (None: see ``flags``), its catalogue in ``state``; it must outlive its use."""
     directory = Path(tempfile.mkdtemp(dir="/tmp"))
     command = [sys.executable, "-m", "hillinferd", "--runtime-dir", directory, "--state-dir", state]
     if pool is not None:
