@@ -23,5 +23,5 @@ class Abstracts(BlockPolicy):
         """Products with the mean keys, summed over the group."""
         at = starts(keys.shape[1], self.block_tokens)
         counts = np.diff(np.append(at, keys.shape[1])).astype(np.float32)
-        means: F32 = np.add.reduceat(keys, at, axis=1) / counts[:, None]
-        return group_sum(item.query, means)
+        sums: F32 = np.add.reduceat(keys, at, axis=1)
+        return group_sum(item.query, sums / counts[:, None])
