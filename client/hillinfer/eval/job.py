@@ -47,7 +47,7 @@ class EvalJob:
                 raise InvalidInput(f"a {what} is named twice in {','.join(given)}")
         if self.prompts < len(self.tasks):
             raise InvalidInput(
-                f"{self.prompts} prompts are too few for {len(self.tasks)} tasks: give one for each task or more"
+                f"{self.prompts} prompts are too few for {len(self.tasks)} tasks: give at least one for each"
             )
         if self.turns < 1 or self.max_new_tokens < 1:
             raise InvalidInput("turns and max-new-tokens must be at least 1")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from hillinfer.filler import filler_lines
 from hillinfer.tasks import ADJECTIVES, FORMS, NOUNS, Task, hide, lookup
@@ -39,7 +40,7 @@ class Question:
         """Return 1 for the right answer, else 0; where several are wanted, the share that is there."""
         if len(self.answers) == 1:
             return float(Task("", self.text, self.answers[0]).is_right(line))
-        return sum(float(answer in line) for answer in self.answers) / len(self.answers)
+        return sum(1 for answer in self.answers if answer in line) / len(self.answers)
 
 
 @dataclass(frozen=True)
@@ -120,22 +121,22 @@ TASKS: dict[str, Callable[[random.Random, int], Notes]] = {
 }
 
 
-def make_prompt(task: str, tokenizer: object, context_tokens: int, turns: int, seed: str) -> Prompt:
+def make_prompt(task: str, tokenizer: Any, context_tokens: int, turns: int, seed: str) -> Prompt:
     """Return a prompt of about `context_tokens` tokens, the same for the same interpreter and arguments.
 
     Raises InvalidInput where the notes alone are longer.
     """
     rng = random.Random(seed)
     notes, questions = TASKS[task](rng, turns)
-    taken = sum(len(tokenizer(note + "\n", add_special_tokens=False)["input_ids"]) for note in notes)  # type: ignore[operator]
+    taken = sum(len(tokenizer(note + "\n", add_special_tokens=False)["input_ids"]) for note in notes)
     filler = context_tokens - taken
     if filler < context_tokens // 4:
         raise InvalidInput(
             f"the notes of {task} take {taken} tokens: {context_tokens} context tokens are too few for them"
         )
     order = rng.getrandbits(32)
-    lines = filler_lines(tokenizer, filler, order)  # type: ignore[arg-type]
-    longer = filler_lines(tokenizer, filler + CONTINUATION, order)  # type: ignore[arg-type]
+    lines = filler_lines(tokenizer, filler, order)
+    longer = filler_lines(tokenizer, filler + CONTINUATION, order)
     return Prompt(
         task, hide(notes, lines, rng.getrandbits(32)), tuple(questions), "".join(longer[len(lines) :])
     )

@@ -10,7 +10,7 @@ from hillinfer.session import Brought, EvaluateItem, Session
 
 
 class Ranking(Comparison):
-    """The drive ranks all past tokens by their quantised keys, with the layer's own query: `ColdPoolRanking`."""
+    """The drive ranks all past tokens by their quantised keys, with the exact query: `ColdPoolRanking`."""
 
     name = "hillinfer"
 
