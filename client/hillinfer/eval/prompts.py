@@ -18,8 +18,6 @@ from hillinfer_core.errors import InvalidInput
 
 DISTRACTORS = 8
 """Notes of the form asked for that nobody asks about, where a task has any."""
-CHAINS = 4
-"""Chains in a text of chains, one of them asked for by each question."""
 VALUES = 3
 """Values of one key in `multi_value`."""
 GO_ON = 128
@@ -80,10 +78,12 @@ def multi_value(rng: random.Random, turns: int) -> Notes:
 
 
 def chain(hops: int) -> Callable[[random.Random, int], Notes]:
-    """Return the maker of chains of variables, each named by way of `hops` others."""
+    """Return the maker of one chain of variables for each question, the value `hops` names away.
+
+    There are no other chains, as is RULER's default: small models tell several apart badly.
+    """
 
     def make(rng: random.Random, turns: int) -> Notes:
-        count = max(CHAINS, turns)
         names = rng.sample(
             [f"{adjective}_{noun}" for adjective in ADJECTIVES for noun in NOUNS], count * (hops + 1)
         )
