@@ -22,8 +22,11 @@ def check_file(path: Path) -> None:
 def draw(result: Result, path: Path) -> None:
     """Write a panel for each context length: accuracy over budgets, and over questions in turn, by policy."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     lengths = list(dict.fromkeys(cell.context_tokens for cell in result.cells))
+    policies = list(dict.fromkeys(cell.policy for cell in result.cells if cell.policy != "full"))
+    colours = {"full": "black"} | {policy: f"C{number}" for number, policy in enumerate(policies)}
     turns = sorted({cell.turn for cell in result.cells})
     figure = Figure(figsize=(5.5 * len(lengths), 4.2 * (1 + (len(turns) > 1))), layout="constrained")
     panels = figure.subplots(1 + (len(turns) > 1), len(lengths), squeeze=False, sharey=True)
@@ -39,12 +42,19 @@ def draw(result: Result, path: Path) -> None:
                 for each in budgets
             ]
             if policy == "full":
-                top.axhline(points[0], color="black", linestyle="--", label="full")
+                top.axhline(points[0], color=colours[policy], linestyle="--", label="full")
             else:
-                top.plot(budgets, points, marker="o", label=policy)
+                top.plot(budgets, points, marker="o", color=colours[policy], label=policy)
             if len(turns) > 1:
-                panels[1][column].plot(turns, [_at(mine, turn) for turn in turns], marker="o", label=policy)
+                panels[1][column].plot(
+                    turns, [_at(mine, turn) for turn in turns], marker="o", color=colours[policy]
+                )
         top.set_xscale("log", base=2)
+        top.set_xticks(
+            sorted({parse_budget(cell.budget).of(tokens) for cell in cells if cell.policy != "full"})
+        )
+        top.xaxis.set_major_formatter(ScalarFormatter())
+        top.xaxis.set_minor_locator(NullLocator())
         if len(turns) > 1:
             panels[1][column].set(xlabel="question in turn", xticks=turns)
     for row in panels:

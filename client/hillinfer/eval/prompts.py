@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from hillinfer.filler import filler_lines
@@ -84,22 +85,17 @@ def chain(hops: int) -> Callable[[random.Random, int], Notes]:
     """
 
     def make(rng: random.Random, turns: int) -> Notes:
-        names = rng.sample(
-            [f"{adjective}_{noun}" for adjective in ADJECTIVES for noun in NOUNS], count * (hops + 1)
-        )
-        values = rng.sample(range(10_000, 100_000), count)
-        notes = []
-        for place in range(hops + 1):
-            for number, value in enumerate(values):
-                name = names[number * (hops + 1) + place]
-                last = place == hops
-                target = str(value) if last else f"VAR {names[number * (hops + 1) + place + 1]}"
-                notes.append(f"VAR {name} := {target}")
+        all_names = [f"{adjective}_{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+        names = rng.sample(all_names, turns * (hops + 1))
+        values = rng.sample(range(10_000, 100_000), turns)
+        notes, questions = [], []
+        for number, value in enumerate(values):
+            links = names[number * (hops + 1) : (number + 1) * (hops + 1)]
+            notes += [f"VAR {name} := VAR {other}" for name, other in pairwise(links)]
+            notes.append(f"VAR {links[-1]} := {value}")
+            questions.append(Question(f"print VAR {links[0]} ->", (str(value),)))
         rng.shuffle(notes)
-        asked = rng.sample(range(count), turns)
-        return notes, [
-            Question(f"print VAR {names[number * (hops + 1)]} ->", (str(values[number]),)) for number in asked
-        ]
+        return notes, questions
 
     return make
 
