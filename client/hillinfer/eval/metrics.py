@@ -102,4 +102,5 @@ class SelectionMetrics:
 
 def _cosine(one: F32, other: F32) -> float:
     norms: Any = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-    return float(((one * other).sum(axis=-1) / norms).mean())
+    # A query of zeros has no direction.
+    return float(((one * other).sum(axis=-1) / np.maximum(norms, 1e-12)).mean())

@@ -21,9 +21,9 @@ from hillinfer.eval.prompts import Prompt, make_prompt
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.model_directory import ModelDirectory
 from hillinfer.policies import POLICIES
-from hillinfer.policies.base import KeyCopy, Reading
-from hillinfer.policies.h2o import add_mass
+from hillinfer.policies.base import Reading
 from hillinfer.policies.next_layer import NextLayerQuery
+from hillinfer.policies.reading import Reader
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
 from hillinfer.run import PREFILL_CHUNK, RECENT, SINKS
@@ -142,24 +142,11 @@ class _Runner:
     def _read(self, ids: torch.Tensor) -> Reading:
         """Save the context `ids` [1, n] as `_NAME`."""
         tokens = ids.shape[1]
-        reading = Reading(tokens)
-        copy = KeyCopy()
-        with_mass = any(POLICIES[policy].needs_mass for policy in self._job.policies)
-
-        def observe(cache: HierarchicalCache, layer: int, query: torch.Tensor, scaling: float) -> None:
-            reading.scaling[layer] = scaling
-            reading.last_query[layer] = query[0, :, -1].float().cpu().numpy()
-            if with_mass:
-                context = cache.contexts[0]
-                keys = copy.keys(context, layer, context.length(layer))
-                if layer not in reading.mass:
-                    reading.mass[layer] = np.zeros((len(keys), tokens), np.float32)
-                add_mass(reading.mass[layer][:, : keys.shape[1]], query[0], keys, scaling)
-
+        reader = Reader(tokens, any(POLICIES[policy].needs_mass for policy in self._job.policies))
         cache = HierarchicalCache(
             self._session, self._text_config, self._config(_EVERYTHING, tokens), durable=_NAME
         )
-        cache.observer = observe
+        cache.observer = reader.observe
         first = 0
         while first < tokens:
             # A step of a single token would select; reading is exact.
@@ -168,7 +155,7 @@ class _Runner:
             first = end
         cache.save()
         cache.close()
-        return reading
+        return reader.reading
 
     def _ask(self, name: str, budget: Budget, tokens: int, prompt: Prompt, reading: Reading) -> None:
         with ExitStack() as stack:
