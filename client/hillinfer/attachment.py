@@ -53,7 +53,7 @@ class Attachment:
     ) -> None:
         register()
         self.session = session
-        self._model = model
+        self.model = model
         self._config = config
         self._policy = policy
         self._owns_session = owns_session
@@ -79,9 +79,9 @@ class Attachment:
         layers, UnknownContext, and ContextMismatch naming what differs. A name
         for `durable` that is taken is refused at the first step.
         """
-        text = self._model.config.get_text_config(decoder=True)
+        text = self.model.config.get_text_config(decoder=True)
         if durable is not None or base is not None:
-            model, dtype = model_fingerprint(self._model), str(self._model.dtype).removeprefix("torch.")
+            model, dtype = model_fingerprint(self.model), str(self.model.dtype).removeprefix("torch.")
             labels = {**(labels or {}), "model": model, "dtype": dtype}
         self._last = HierarchicalCache(
             self.session, text, self._config, self._policy, durable=durable, base=base, labels=labels
@@ -109,7 +109,7 @@ class Attachment:
             return
         self._attached = False
         self._hook.remove()
-        self._model.set_attn_implementation(self._previous)
+        self.model.set_attn_implementation(self._previous)
         for cache in list(self._caches):
             cache.close()
         self._last = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +29,9 @@ from hillinfer_core.errors import (
 )
 from hillinfer_core.layout import Precision, Shape
 from hillinfer_core.units import Budget
+
+Observer = Callable[["HierarchicalCache", int, torch.Tensor, float], None]
+"""Sees the cache, the layer, its queries [B, H, n, D] and their scaling after every attended step."""
 
 _HOT_STEP = 16  # rows by which a hot pool grows or shrinks, so that it is not resized at every step
 
@@ -98,6 +101,8 @@ class HierarchicalCache(Cache):
         self.predictor = predictor or ExactQuery()
         self.contexts: list[Context] = []
         self.tally = Tally()
+        self.observer: Observer | None = None
+        """For measurements, and policies that follow the attention; None costs nothing."""
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
         super().__init__(layers=[self._layer(layer) for layer in DynamicCache(config=model_config).layers])

@@ -146,6 +146,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """
         try:
             output = self._attend(query, key, value, padding, scaling)
+            if self._cache.observer is not None:
+                self._cache.observer(self._cache, self.index, query, scaling)
         except BaseException:
             # Some layers hold this step's tokens and some do not: going on would be wrong in silence.
             self._cache.fail()
