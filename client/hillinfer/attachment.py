@@ -132,7 +132,10 @@ class Attachment:
         if kwargs.get("use_cache", True) is False or isinstance(past, HierarchicalCache):
             return args, kwargs
         if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
-            kwargs["past_key_values"] = self.new_cache()
+            cache = self.new_cache()
+            if past is not None and any(getattr(layer, "record_past", False) for layer in past.layers):
+                cache.activate_past_recording()
+            kwargs["past_key_values"] = cache
             return args, kwargs
         raise UnsupportedModel(
             f"cannot go on with a {type(past).__name__} that holds tokens: begin with new_cache()"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,6 +107,7 @@ class HierarchicalCache(Cache):
             )
         self._named = durable is not None or base is not None
         self._durable = durable
+        self._base = base
         self._labels = labels
         if self._named and len(self.full_layers) < len(self.layers):
             raise UnsupportedModel(
@@ -141,14 +142,86 @@ class HierarchicalCache(Cache):
                 "there is nothing to save: begin with new_cache(durable=NAME), and run the model"
             )
         writer = self.contexts[0]
+        for layer in self.full_layers:
+            layer.append_window()
         if any(writer.length(layer.index) != layer.get_seq_length() for layer in self.full_layers):
             raise InvalidInput("a context with padding cannot be saved: give the text without any")
         writer.save()
         self.contexts[0] = self.session.open_context(writer.shape, base=self._durable, labels=self._labels)
-        self._durable = None
+        self._base, self._durable = self._durable, None
         writer.close()
         for layer in self.full_layers:
             layer.forget_selection()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Roll back: drop the last `-tokens_to_remove` columns of every sequence; the cache goes on before them.
+
+        A positive number is the length to keep, as in earlier versions of
+        transformers. Blocks. Cheap for tokens that wait in the recent window:
+        those of assisted generation do. Deeper, the cold pool being
+        append-only, what is kept is copied into a new context, block by block;
+        for a moment the daemon holds both.
+
+        Raises InvalidInput for a `durable` cache that is not saved yet, and
+        beyond what sliding-window layers recorded; PoolFull and MemoryLimit
+        when there is no room for the copy. The cache is as it was after these.
+        """
+        self.check_usable()
+        held = self.get_seq_length()
+        keep = min(tokens_to_remove, held) if tokens_to_remove > 0 else max(held + tokens_to_remove, 0)
+        removed = held - keep
+        sliding = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        for layer in sliding:
+            _check_croppable(layer, removed)
+        shorter = self._shortened(keep) if removed else {}
+        try:
+            for row, context in shorter.items():
+                old, self.contexts[row] = self.contexts[row], context
+                old.close()
+            for layer in sliding:
+                if removed or layer.record_past:
+                    layer.crop(-removed)
+            for full in self.full_layers if removed else ():
+                full.crop(-removed)
+        except BaseException:
+            self.fail()
+            raise
+
+    def _shortened(self, columns: int) -> dict[int, Context]:
+        """Return new contexts for the sequences whose old ones hold more than `columns` columns."""
+        with ExitStack() as opened:
+            contexts = {}
+            for row, old in enumerate(self.contexts):
+                tokens = self.full_layers[0].tokens(row, columns)
+                if any(old.length(layer.index) > tokens for layer in self.full_layers):
+                    contexts[row] = opened.enter_context(self._copied(old, tokens))
+            opened.pop_all()
+        return contexts
+
+    def _copied(self, old: Context, tokens: int) -> Context:
+        """Return a new context with the first `tokens` tokens of `old`, on the same base where that is shorter."""
+        if self._durable is not None:
+            raise InvalidInput(
+                f"{self._durable} is not saved yet and cannot be rolled back: save() first, "
+                "or begin with new_cache() without a name"
+            )
+        new = None
+        if self._base is not None:
+            new = self.session.open_context(old.shape, base=self._base, labels=self._labels)
+            if new.length(0) > tokens:
+                new.close()
+                new, self._base = None, None
+        new = new or self.session.open_context(old.shape)
+        try:
+            for layer in range(old.shape.layers):
+                for start in range(new.length(layer), tokens, self.block_tokens):
+                    rows = old.fetch_range(layer, start, min(self.block_tokens, tokens - start))
+                    new.append(layer, rows[:, :, 0], rows[:, :, 1])
+        except BaseException:
+            with suppress(HillInferError):
+                new.close()
+            raise
+        return new
 
     def check_usable(self) -> None:
         """Raise InvalidInput once the cache is closed, or a step failed half-way through the layers."""
@@ -233,7 +306,7 @@ class HierarchicalCache(Cache):
             return 0
         shape = self.contexts[0].shape
         per_token = shape.layers * shape.kv_heads * shape.row_bytes
-        return per_token * sum(context.length(0) for context in self.contexts)
+        return per_token * sum(self.full_layers[0].tokens(row) for row in range(len(self.contexts)))
 
     def account(self) -> None:
         """Note what is held now, if it is more than ever before."""
@@ -253,6 +326,17 @@ class HierarchicalCache(Cache):
         self._finalizer()
         for layer in self.full_layers:
             layer.release()
+
+
+def _check_croppable(layer: DynamicSlidingWindowLayer, removed: int) -> None:
+    """Raise InvalidInput unless the layer holds the window as it was `removed` columns ago."""
+    before = layer.get_seq_length() - removed
+    held = layer.keys.shape[-2] if layer.is_initialized else 0
+    if removed and held < removed + min(layer.sliding_window - 1, before):
+        raise InvalidInput(
+            f"sliding-window layers have forgotten what came before the last {removed} tokens: call "
+            "activate_past_recording() on the cache before the steps that may be rolled back"
+        )
 
 
 def _close_all(contexts: list[Context]) -> None:
