@@ -154,7 +154,7 @@ class HierarchicalCache(Cache):
             layer.forget_selection()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Roll back: drop the last `-tokens_to_remove` columns of every sequence; the cache goes on before them.
+        """Roll back: drop the last `-tokens_to_remove` columns of every sequence.
 
         A positive number is the length to keep, as in earlier versions of
         transformers. Blocks. Cheap for tokens that wait in the recent window:
@@ -199,7 +199,7 @@ class HierarchicalCache(Cache):
         return contexts
 
     def _copied(self, old: Context, tokens: int) -> Context:
-        """Return a new context with the first `tokens` tokens of `old`, on the same base where that is shorter."""
+        """Return a new context with the first `tokens` tokens of `old`, on its base if that is no longer."""
         if self._durable is not None:
             raise InvalidInput(
                 f"{self._durable} is not saved yet and cannot be rolled back: save() first, "
@@ -331,7 +331,7 @@ class HierarchicalCache(Cache):
 def _check_croppable(layer: DynamicSlidingWindowLayer, removed: int) -> None:
     """Raise InvalidInput unless the layer holds the window as it was `removed` columns ago."""
     before = layer.get_seq_length() - removed
-    held = layer.keys.shape[-2] if layer.is_initialized else 0
+    held = 0 if layer.keys is None else layer.keys.shape[-2]
     if removed and held < removed + min(layer.sliding_window - 1, before):
         raise InvalidInput(
             f"sliding-window layers have forgotten what came before the last {removed} tokens: call "
