@@ -8,10 +8,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from hillinfer.context import Context
+from hillinfer.hkm.coverage import kept_layers
 from hillinfer.hkm.layer import HierarchicalLayer
 from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
 from hillinfer.hkm.query import ExactQuery, QueryPredictor
@@ -100,11 +101,7 @@ class HierarchicalCache(Cache):
         self.tally = Tally()
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
-        super().__init__(layers=[self._layer(layer) for layer in DynamicCache(config=model_config).layers])
-        if not self.full_layers:
-            raise UnsupportedModel(
-                "the model has no full-attention layer: there is nothing to keep in the cold pool"
-            )
+        super().__init__(layers=[self._layer(layer) for layer in kept_layers(model_config)])
         self._named = durable is not None or base is not None
         self._durable = durable
         self._base = base
@@ -232,11 +229,9 @@ class HierarchicalCache(Cache):
         """Refuse every further step."""
         self._usable = False
 
-    def _layer(self, layer: object) -> CacheLayerMixin:
+    def _layer(self, layer: CacheLayerMixin) -> CacheLayerMixin:
         if isinstance(layer, DynamicSlidingWindowLayer):
             return layer  # bounded already: stays as it is
-        if type(layer) is not DynamicLayer:
-            raise UnsupportedModel(f"cache layers of type {type(layer).__name__} are not supported")
         self.full_layers.append(HierarchicalLayer(self, len(self.full_layers)))
         return self.full_layers[-1]
 

@@ -44,6 +44,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._seen = 0  # columns so far, padding included
         self._padding = Padding()
         self._pending = False  # between `update` and `attend`
+        self._softcap: float | None = None  # of the scores, as the model last said
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Open the contexts of the batch and allocate the pinned slots."""
@@ -109,7 +110,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         self._pending = True
         self._seen += key_states.shape[2]
-        setattr(key_states, LAYER_ATTRIBUTE, self)
+        for states in (key_states, value_states):
+            setattr(states, LAYER_ATTRIBUTE, self)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -178,13 +180,18 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         value: torch.Tensor,
         padding: torch.Tensor | None,
         scaling: float,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Store the new KV [B, Hkv, n, D] and attend the queries [B, H, n, D]; returns [B, H, n, D].
 
         padding: bool [B, columns], False for padding, or None. A step of one
-        token attends within the budget; a step of several is exact.
+        token attends within the budget; a step of several is exact. softcap:
+        see `attend_part`; ranking is by the products, whose order it keeps.
         """
+        self._softcap = softcap
         try:
+            if not self._pending:
+                raise UnsupportedModel("the model attends to the same keys more than once")
             output = self._attend(query, key, value, padding, scaling)
         except BaseException:
             # Some layers hold this step's tokens and some do not: going on would be wrong in silence.
@@ -226,7 +233,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             real = np.arange(key.shape[2]) if visible is None else np.flatnonzero(visible[row])
             columns = torch.from_numpy(real).to(key.device)
             q, k, v = (t[row].index_select(1, columns) for t in (query, key, value))
-            parts = [attend_part(q, k, v, scaling, causal=True), *self._past_parts(row, q, scaling)]
+            new = attend_part(q, k, v, scaling, causal=True, softcap=self._softcap)
+            parts = [new, *self._past_parts(row, q, scaling)]
             output[row].index_copy_(1, columns, merge(parts).to(query.dtype))
             self._store(row, k, v, self.slots.recent)
         # The new tokens' evaluation keys and checksums may need room that the hot pool has.
@@ -247,13 +255,14 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not held:
             return []
         keys, values = slots.pinned_part(row)
-        parts = [attend_part(query, keys, values, scaling)]
+        parts = [attend_part(query, keys, values, scaling, softcap=self._softcap)]
         first, end = slots.sinks, held - slots.recent
         block = self._cache.block_tokens
         for start in range(first, end, block):
             rows = context.fetch_range(self.index, start, min(block, end - start))
             kv = to_rows(rows, query)
-            parts.append(attend_part(query, kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous(), scaling))
+            keys, values = kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous()
+            parts.append(attend_part(query, keys, values, scaling, softcap=self._softcap))
             parts = [Part(merge(parts), torch.logsumexp(torch.stack([p.lse for p in parts]), 0))]
         return parts
 
@@ -294,7 +303,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         slots.resize(max(wanted))
         self.hot.resize(division.hot_rows)
         self._select(query, wanted)
-        output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible())
+        output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self._softcap)
         if not division.keep_slots:
             cache.account()
             slots.resize(0)
