@@ -158,6 +158,9 @@ def test_turns_on_one_text_each_rolled_back(session):
             assert torch.equal(got, plain.generate(ids, attention_mask=mask, **options))
             cache.crop(-(cache.get_seq_length() - 700))
             assert cache.get_seq_length() == 700
+            held = cache.resident()
+            assert attachment.report().resident["evaluation_keys"] >= 2 * held["evaluation_keys"] > 0
+            assert held["evaluation_keys"] == session.status().device.evaluation_key_bytes
             assert len(session.status().sessions[0].contexts) == 1
 
 

@@ -6,6 +6,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import hillinfer
+from hillinfer.hkm import interface
 from hillinfer.hkm.coverage import check_model
 from hillinfer_core.errors import UnsupportedModel
 
@@ -171,3 +172,36 @@ def test_encoder_decoders_are_refused_by_name():
         model = transformers.T5ForConditionalGeneration(transformers.T5Config())
     with pytest.raises(UnsupportedModel, match=r"T5ForConditionalGeneration .* encoder-decoder"):
         hillinfer.attach(model)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_that_is_not_causal_stays_so(softcap):
+    """A vision tower, say: the model's attention is changed for it too, its KV is not ours."""
+    torch.manual_seed(3)
+    module = torch.nn.Module()
+    module.is_causal = False
+    query, key, value = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    got, _ = interface.attention(module, query, key, value, None, scaling=0.5, softcap=softcap)
+    scores = query @ key.transpose(-1, -2) * 0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    torch.testing.assert_close(got, (scores.softmax(-1) @ value).transpose(1, 2))
+
+
+def test_what_slips_through_is_refused_at_its_first_token(session):
+    """Keys or values that change after the cache, an attention asked twice, scores with a bias or sinks."""
+    model = tiny(*FAMILIES["llama"])
+    query = torch.randn(1, 4, 5, 16)
+    with hillinfer.attach(model, session=session, budget="100%") as attachment:
+        for change, options, reason in (
+            (lambda key, value: (key.clone(), value), {}, "changes keys or values"),
+            (lambda key, value: (key, value.clone()), {}, "changes keys or values"),
+            (lambda key, value: (key, value), {"s_aux": torch.zeros(4)}, "sinks"),
+            (lambda key, value: (key, value), {"position_bias": torch.zeros(1)}, "bias"),
+        ):
+            states = attachment.new_cache().update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 0)
+            with pytest.raises(UnsupportedModel, match=reason):
+                interface.attention(model, query, *change(*states), None, scaling=0.25, **options)
+        states = attachment.new_cache().update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 0)
+        interface.attention(model, query, *states, None, scaling=0.25)
+        with pytest.raises(UnsupportedModel, match="more than once"):
+            interface.attention(model, query, *states, None, scaling=0.25)

@@ -171,6 +171,7 @@ class HierarchicalCache(Cache):
         for layer in sliding:
             _check_croppable(layer, removed)
         shorter = self._shortened(keep) if removed else {}
+        self.account(list(shorter.values()))
         try:
             for row, context in shorter.items():
                 old, self.contexts[row] = self.contexts[row], context
@@ -284,15 +285,16 @@ class HierarchicalCache(Cache):
         room = divide(self.config.resident, fixed, selected * row * streams + hits, row, streams)
         return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
-    def resident(self) -> dict[str, int]:
-        """Bytes held now, by kind, client and daemon together."""
+    def resident(self, also: Sequence[Context] = ()) -> dict[str, int]:
+        """Bytes held now, by kind, client and daemon together, those of the contexts `also` included."""
+        contexts = [*self.contexts, *also]
         layers = [layer for layer in self.full_layers if layer.is_initialized]
         return {
             "slots": sum(layer.slots.nbytes for layer in layers),
             "hot_pool": sum(layer.hot.nbytes for layer in layers),
-            "evaluation_keys": sum(context.evaluation_key_bytes for context in self.contexts),
-            "checksums": sum(context.checksum_bytes for context in self.contexts),
-            "buffers": self.session.arena_bytes + sum(context.tail_bytes for context in self.contexts),
+            "evaluation_keys": sum(context.evaluation_key_bytes for context in contexts),
+            "checksums": sum(context.checksum_bytes for context in contexts),
+            "buffers": self.session.arena_bytes + sum(context.tail_bytes for context in contexts),
         }
 
     def full_bytes(self) -> int:
@@ -303,9 +305,9 @@ class HierarchicalCache(Cache):
         per_token = shape.layers * shape.kv_heads * shape.row_bytes
         return per_token * sum(self.full_layers[0].tokens(row) for row in range(len(self.contexts)))
 
-    def account(self) -> None:
-        """Note what is held now, if it is more than ever before."""
-        kinds = self.resident()
+    def account(self, also: Sequence[Context] = ()) -> None:
+        """Note what is held now, if it is more than ever before; `also` as for `resident`."""
+        kinds = self.resident(also)
         total = sum(kinds.values())
         if total > self.tally.resident_peak:
             self.tally.resident_peak, self.tally.resident_at_peak = total, kinds
