@@ -36,7 +36,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(bundled_model(), local_files_only=True)
 
 
-def test_cells_and_the_same_figures_again(evaluated, tmp_path):
+def test_cells_metrics_and_picture(evaluated, tmp_path):
     picture = tmp_path / "accuracy.svg"
     policies = ("--policies", "full,hillinfer,recent,h2o", "--turns", 2, "--metrics")
     code, out, err = evaluated(*SMALL, *policies, "--json", "--plot", picture)
@@ -69,8 +69,26 @@ def test_cells_and_the_same_figures_again(evaluated, tmp_path):
     assert metrics["hillinfer", 0]["query_cosine"] is None
     assert 0.5 < metrics["hillinfer", 5]["query_cosine"] <= 1
     assert "<svg" in picture.read_text()
-    again = json.loads(evaluated(*SMALL, *policies, "--json")[1])
-    assert again == report
+
+
+def test_the_same_seed_gives_the_same_figures(evaluated):
+    small = (
+        "--context-tokens",
+        512,
+        "--budget",
+        50,
+        "--prompts",
+        1,
+        "--tasks",
+        "multi_key",
+        "--metrics",
+        "--json",
+    )
+    first, again, other = (
+        json.loads(evaluated(*small, "--policies", "hillinfer,h2o", "--seed", seed)[1]) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first["metrics"] != other["metrics"]
 
 
 def test_markdown_and_perplexity(evaluated):
