@@ -84,6 +84,8 @@ def begin(session, model, ids):
         with torch.inference_mode():
             for part in ids.split(250, dim=1):
                 model(part, past_key_values=cache, logits_to_keep=1)
+        for layer in cache.full_layers:
+            layer.append_window()
         policy = POLICIES[name](model, reader.reading)
         cache.policy, cache.observer = policy, policy.observe
         if policy.predictor is not None:

@@ -10,7 +10,7 @@ import torch
 
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.hkm.slots import EMPTY
-from hillinfer.policies.base import F32, Ids, KeyCopy, attention_mass, group_sum
+from hillinfer.policies.base import F32, Ids, KeyCopy, all_keys, attention_mass, group_sum
 from hillinfer.policies.next_layer import NextLayerQuery
 
 
@@ -80,7 +80,7 @@ class SelectionMetrics:
             return
         sums = self._layers.setdefault(layer, Sums())
         exact = query[0, :, 0].float().cpu().numpy()
-        keys = self._copy.keys(cache.contexts[0], layer, tokens)
+        keys = all_keys(self._copy, cache, layer)
         mass = attention_mass(exact, keys, scaling)
         scores = group_sum(exact, keys)[:, first:end]
         before = self._before.get(layer)

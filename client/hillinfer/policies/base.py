@@ -54,6 +54,13 @@ class KeyCopy:
         return self._layers[layer][:, :end]
 
 
+def all_keys(copy: KeyCopy, cache: HierarchicalCache, layer: int) -> F32:
+    """Return the keys of every token of a layer, those that only wait in the recent window too. Blocks."""
+    cache.full_layers[layer].append_window()
+    context = cache.contexts[0]
+    return copy.keys(context, layer, context.length(layer))
+
+
 @dataclass
 class Reading:
     """What the exact reading of a context left behind, by layer.

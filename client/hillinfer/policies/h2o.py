@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hillinfer.policies.base import F32, HostPolicy, Ids, Reading
+from hillinfer.policies.base import F32, HostPolicy, Ids, Reading, all_keys
 from hillinfer.session import EvaluateItem
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ class H2O(HostPolicy):
 
     def observe(self, cache: HierarchicalCache, layer: int, query: torch.Tensor, scaling: float) -> None:
         """Add this step's attention over what is left."""
-        context = cache.contexts[0]
-        keys = self.copy.keys(context, layer, context.length(layer))
+        keys = all_keys(self.copy, cache, layer)
         mass, dropped = self._room(layer, keys.shape[1])
         add_mass(mass, query[0], keys, scaling, dropped)
 

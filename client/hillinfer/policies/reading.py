@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hillinfer.hkm.cache import HierarchicalCache
-from hillinfer.policies.base import KeyCopy, Reading
+from hillinfer.policies.base import KeyCopy, Reading, all_keys
 from hillinfer.policies.h2o import add_mass
 
 
@@ -24,8 +24,7 @@ class Reader:
         reading.last_query[layer] = query[0, :, -1].float().cpu().numpy()
         if self._copy is None:
             return
-        context = cache.contexts[0]
-        keys = self._copy.keys(context, layer, context.length(layer))
+        keys = all_keys(self._copy, cache, layer)
         if layer not in reading.mass:
             reading.mass[layer] = np.zeros((len(keys), reading.tokens), np.float32)
         add_mass(reading.mass[layer][:, : keys.shape[1]], query[0], keys, scaling)

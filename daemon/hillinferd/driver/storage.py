@@ -160,6 +160,9 @@ class Storage:
 
     def close(self) -> None:
         """Close the pool; one that was not kept is gone then."""
+        # A mapping keeps the file open, and with it the lock, for as long as anyone has a view of it.
+        self._memory = None
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)
 
     def _gone(self, error: OSError) -> OSError:
