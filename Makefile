@@ -1,6 +1,6 @@
 # HillInfer. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long lint format proto clean
+.PHONY: help setup run test test-long test-vm lint format proto clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,9 @@ test: setup ## run the tests (one file: make test ARGS=tests/cli/test_tasks.py)
 
 test-long: setup ## run the tests of hundreds of repetitions
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-vm: setup ## run the tests of failing and unplugged drives in a virtual machine (docs/testing-vm.md)
+	$(BIN)/python tests/vm/run.py $(ARGS)
 
 lint: setup ## style, types and import rules; what CI checks before the tests
 	$(BIN)/ruff check

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hillinfer.fingerprint import model_fingerprint
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
+from hillinfer.hkm.coverage import check_model
 from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
 from hillinfer.session import Session
@@ -53,7 +54,7 @@ class Attachment:
     ) -> None:
         register()
         self.session = session
-        self._model = model
+        self.model = model
         self._config = config
         self._policy = policy
         self._owns_session = owns_session
@@ -79,9 +80,9 @@ class Attachment:
         layers, UnknownContext, and ContextMismatch naming what differs. A name
         for `durable` that is taken is refused at the first step.
         """
-        text = self._model.config.get_text_config(decoder=True)
+        text = self.model.config.get_text_config(decoder=True)
         if durable is not None or base is not None:
-            model, dtype = model_fingerprint(self._model), str(self._model.dtype).removeprefix("torch.")
+            model, dtype = model_fingerprint(self.model), str(self.model.dtype).removeprefix("torch.")
             labels = {**(labels or {}), "model": model, "dtype": dtype}
         self._last = HierarchicalCache(
             self.session, text, self._config, self._policy, durable=durable, base=base, labels=labels
@@ -109,7 +110,7 @@ class Attachment:
             return
         self._attached = False
         self._hook.remove()
-        self._model.set_attn_implementation(self._previous)
+        self.model.set_attn_implementation(self._previous)
         for cache in list(self._caches):
             cache.close()
         self._last = None
@@ -132,7 +133,10 @@ class Attachment:
         if kwargs.get("use_cache", True) is False or isinstance(past, HierarchicalCache):
             return args, kwargs
         if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
-            kwargs["past_key_values"] = self.new_cache()
+            cache = self.new_cache()
+            if past is not None and any(getattr(layer, "record_past", False) for layer in past.layers):
+                cache.activate_past_recording()  # type: ignore[no-untyped-call]
+            kwargs["past_key_values"] = cache
             return args, kwargs
         raise UnsupportedModel(
             f"cannot go on with a {type(past).__name__} that holds tokens: begin with new_cache()"
@@ -173,10 +177,6 @@ def attach(
 
 
 def _check(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(f"{name} does not use the transformers attention interface")
     if model.config._attn_implementation == ATTENTION_NAME:
-        raise InvalidInput(f"this {name} is attached already: detach it first")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is an encoder-decoder model: only decoder-only models are supported")
+        raise InvalidInput(f"this {type(model).__name__} is attached already: detach it first")
+    check_model(model)

@@ -11,6 +11,7 @@ import sys
 from hillinfer_core.errors import HillInferError, ResidentTooSmall
 
 EXTRAS = {
+    "matplotlib": "plots",
     "rich": "cli",
     "typer": "cli",
     "torch": "transformers",

@@ -167,6 +167,11 @@ _CLASSES: list[type[HillInferError]] = [HillInferError, *HillInferError.__subcla
 _BY_NAME = {cls.__name__: cls for cls in _CLASSES}
 
 
+def name_of(error: HillInferError) -> str:
+    """Return the name that :func:`by_name` knows the error by: of its class, or of the nearest one above."""
+    return next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in _BY_NAME)
+
+
 def by_name(name: str) -> type[HillInferError]:
     """Return the error class called ``name``, or :class:`HillInferError` for a name not known here."""
     return _BY_NAME.get(name, HillInferError)

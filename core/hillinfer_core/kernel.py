@@ -26,10 +26,12 @@ __all__ = [
     "Cancel",
     "Ranges",
     "Ranked",
+    "copy_rows",
     "data_checksums",
     "direct_alignment",
     "fit_ranges",
     "gather",
+    "is_memory",
     "merge",
     "punch_hole",
     "quantise_keys",
@@ -285,6 +287,27 @@ def data_checksums(tiles: U8) -> U32:
         _require(tiles[0].flags.c_contiguous, "only the first axis of tiles may be strided")
         _native.data_checksums(_variant(), tiles, out)
     return out
+
+
+def is_memory(fd: int) -> bool:
+    """Say whether the file ``fd`` lies on a file system that is memory: tmpfs or ramfs."""
+    return _native.is_memory(fd)
+
+
+def copy_rows(memory: U8, offsets: npt.NDArray[np.uint64], out: U8) -> None:
+    """Copy rows that lie scattered in ``memory`` uint8 [bytes] to ``out`` uint8 [n, row bytes].
+
+    ``offsets`` uint64 [n] are in any order, repeats allowed.
+    """
+    _require(memory.dtype == np.uint8 and memory.ndim == 1, "memory must be uint8 [bytes]")
+    _require(memory.flags.c_contiguous, "memory must be C-contiguous")
+    _require(out.dtype == np.uint8 and out.ndim == 2, "out must be uint8 [n, row bytes]")
+    _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
+    _require(offsets.dtype == np.uint64 and offsets.shape == out.shape[:1], "offsets must be uint64 [n]")
+    if offsets.size:
+        last = int(offsets.max())
+        _require(last < 1 << 62 and last + out.shape[1] <= memory.size, "a row is not within the memory")
+        _native.copy_rows(memory, np.ascontiguousarray(offsets), out)
 
 
 def gather(

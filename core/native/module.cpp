@@ -2,6 +2,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <sys/vfs.h>
+#include <linux/magic.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -133,6 +135,16 @@ void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint3
     }
 }
 
+bool py_is_memory(int fd) {
+    struct statfs info;
+    return fstatfs(fd, &info) == 0 && (info.f_type == TMPFS_MAGIC || info.f_type == RAMFS_MAGIC);
+}
+
+void py_copy_rows(Bytes1 memory, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out) {
+    nb::gil_scoped_release released;
+    copy_rows(memory.data(), offsets.data(), offsets.shape(0), out.shape(1), out.data());
+}
+
 std::pair<uint64_t, uint64_t> py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct,
                                         size_t depth) {
     GatherResult result;
@@ -163,9 +175,11 @@ void py_write_range(int fd, uint64_t offset, Bytes1 data, bool direct) {
 
 // What statx(2) says of direct I/O on the file: alignment of memory and of offsets in bytes, 0 for "not at all".
 std::optional<std::pair<uint32_t, uint32_t>> py_direct_alignment(int fd) {
-    // A file in memory has no page cache to bypass.
+    // A file in memory has no page cache to bypass. A device has, though its node lies in memory (devtmpfs).
     struct statfs system {};
-    if (fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return std::pair(0u, 0u);
+    struct stat kind {};
+    const bool file = fstat(fd, &kind) == 0 && S_ISREG(kind.st_mode);
+    if (file && fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC) return std::pair(0u, 0u);
     struct statx info {};
     if (statx(fd, "", AT_EMPTY_PATH, kStatxDioAlign, &info) || !(info.stx_mask & kStatxDioAlign)) return {};
     uint32_t alignment[2];
@@ -213,6 +227,8 @@ NB_MODULE(_native, module) {
                nb::arg().noconvert());
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("is_memory", &py_is_memory);
+    module.def("copy_rows", &py_copy_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
                nb::arg());
     module.def("read_range", &py_read_range, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg());

@@ -17,13 +17,14 @@ from hillinfer_core.protocol import default_runtime_dir
 from hillinfer_core.units import parse_bytes
 
 from .domain.extents import GRANULE
+from .driver.block import names_device
 from .logs import LEVELS
 
 LARGEST_DEFAULT_POOL = 64 << 30
 """Bytes that the cold pool takes at most unless told otherwise."""
 
 UNLIMITED = 1 << 62
-"""Bytes that no quota reaches."""
+"""Bytes that no quota and no card's memory reaches."""
 
 SMALLEST_POOL = 2 * GRANULE
 """Bytes of a pool that has room for its header and one extent."""
@@ -41,6 +42,7 @@ class DriveConfig:
     profile: str
     card: str
     bitstream: Path | None
+    configurations: Path | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Config:
     session_limit: int
     user_quota: int
     context_quota: int
+    request_timeout: int
     exit_when_idle: int
     log_level: str
     drives: tuple[DriveConfig, ...]
@@ -84,6 +87,12 @@ def load(file: Path | None, overrides: Mapping[str, Any]) -> Config:
     else:
         values = _values(KEYS, given, {})
         drives = _drives(tables, values["pool_dir"])
+    for drive in drives:
+        if drive["bitstream"] and drive["configurations"]:
+            raise ConfigError(
+                f"drive {drive['name']} has bitstream and configurations; give one of them: hillinferctl cec "
+                "load chooses from configurations"
+            )
     return Config(**values, drives=tuple(DriveConfig(**drive) for drive in drives))
 
 
@@ -144,6 +153,13 @@ def _path(value: Any) -> Path:
     return Path(value).expanduser().absolute()
 
 
+def _directory(value: Any) -> Path:
+    path = _path(value)
+    if not path.is_dir():
+        raise ValueError(value)
+    return path
+
+
 def _size(smallest: int) -> Callable[[Any], int]:
     def convert(value: Any) -> int:
         size = parse_bytes(value)
@@ -195,7 +211,7 @@ def _seconds(value: Any) -> int:
 
 def _default_capacity(values: Mapping[str, Any]) -> int:
     pool = values["pool"]
-    if pool is not None and pool.is_block_device():
+    if pool is not None and names_device(pool):
         return 0
     if pool is not None and pool.is_file():
         # What is there is used; a larger one has to be asked for.
@@ -207,7 +223,9 @@ def _default_capacity(values: Mapping[str, Any]) -> int:
     return max(SMALLEST_POOL, min(half, LARGEST_DEFAULT_POOL))
 
 
-def _quarter_of_memory(_: Mapping[str, Any]) -> int:
+def _default_key_memory(values: Mapping[str, Any]) -> int:
+    if values["driver"] == "xrt":
+        return UNLIMITED  # the driver takes what the card has
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
@@ -264,6 +282,13 @@ KEYS = (
         "what one context may take of a drive (default: all)",
     ),
     Key(
+        "request_timeout",
+        _positive,
+        lambda _: 60,
+        "a number of seconds of at least 1",
+        "longest that a drive may take for one request before its worker is replaced (default: 60)",
+    ),
+    Key(
         "exit_when_idle",
         _seconds,
         lambda _: 0,
@@ -307,10 +332,10 @@ DRIVE_KEYS = (
     Key(
         "evaluation_keys_dram",
         _size(0),
-        _quarter_of_memory,
+        _default_key_memory,
         "a size, for example 2GiB",
         "DRAM that evaluation keys may take, the rest is streamed from the drive (default: a quarter of the "
-        "memory)",
+        "memory; with xrt all that the card has)",
     ),
     Key(
         "profile",
@@ -321,6 +346,13 @@ DRIVE_KEYS = (
     ),
     Key("card", _card, lambda _: "", "a PCI address such as 0000:3b:00.1", "FPGA of a SmartSSD (xrt)"),
     Key("bitstream", _path, lambda _: None, "an xclbin file", "bitstream to configure the FPGA with (xrt)"),
+    Key(
+        "configurations",
+        _directory,
+        lambda _: None,
+        "a directory that exists",
+        "directory of the bitstreams that hillinferctl cec load chooses from (xrt)",
+    ),
 )
 """The keys of a drive: of the only one, or of each [[drive]] table of the TOML file."""
 

@@ -8,21 +8,20 @@ import typer
 
 from hillinfer_core.errors import HillInferError
 
-from .cec.command import app as cec_app
-from .commands import contexts, devices, pool
+from .commands import cec, contexts, devices, pool
 from .commands.status import status
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Ask a running hillinferd, look after its drives, or plan for a card.",
+    help="Ask a running hillinferd, look after its drives and cards, or plan for a card.",
 )
 app.command()(status)
 app.add_typer(contexts.app, name="contexts")
 app.command("format")(pool.format_command)
 app.command()(pool.fsck)
 app.add_typer(devices.app)
-app.add_typer(cec_app, name="cec")
+app.add_typer(cec.app, name="cec")
 
 
 def main() -> None:

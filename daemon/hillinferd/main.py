@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,14 @@ from hillinfer_core.protocol import attach_socket
 
 from . import __version__, config, records
 from .domain.contexts import Quotas
+from .driver.block import names_device
 from .driver.settings import DriverSettings
 from .logs import get_logger, set_up
 from .process import RuntimeLock, die_with_parent, make_runtime_dir
 from .rpc.server import Transports
 from .service.cold_pool import ColdPoolService, Limits
 from .service.drive import DriveSettings
+from .service.hotplug import Hotplug
 
 log = get_logger(__name__)
 
@@ -106,7 +109,8 @@ async def _run(settings: config.Config) -> None:
         try:
             await transports.start()
             _announce(service, settings)
-            await _until(stop, service, settings.exit_when_idle)
+            async with _following(service, settings):
+                await _until(stop, service, settings.exit_when_idle)
             log.info("stopping")
         finally:
             await transports.stop()
@@ -127,8 +131,23 @@ async def _until(stop: asyncio.Event, service: ColdPoolService, idle_s: int) -> 
             await asyncio.wait_for(stop.wait(), 0.5 if idle_s else None)
 
 
+@asynccontextmanager
+async def _following(service: ColdPoolService, settings: config.Config) -> AsyncIterator[None]:
+    """Follow what comes and goes, if that can concern a drive: one with a file only is never affected."""
+    if not any(drive.card or (drive.pool and names_device(drive.pool)) for drive in settings.drives):
+        yield
+        return
+    task = asyncio.create_task(Hotplug(service.drives).follow())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 def _drive_settings(drive: config.DriveConfig, settings: config.Config) -> DriveSettings:
     path, catalogue = drive.pool, None
+    state_dir = settings.state_dir or settings.pool_dir
     if path is None:
         try:
             settings.pool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -139,6 +158,7 @@ def _drive_settings(drive: config.DriveConfig, settings: config.Config) -> Drive
         path = settings.pool_dir / f"pool-{os.getpid()}-{drive.name}"
     else:
         catalogue = records.catalogue_path(path, settings.state_dir)
+        state_dir = catalogue.parent
     return DriveSettings(
         drive.name,
         DriverSettings(
@@ -150,15 +170,20 @@ def _drive_settings(drive: config.DriveConfig, settings: config.Config) -> Drive
             drive.profile,
             drive.card,
             str(drive.bitstream or ""),
+            str(drive.configurations or ""),
+            str(state_dir),
         ),
         catalogue,
+        settings.request_timeout,
     )
 
 
 def _announce(service: ColdPoolService, settings: config.Config) -> None:
     for drive in service.drives:
         identity = drive.worker.identity
-        assert identity is not None
+        if identity is None:
+            log.error("drive is gone; it is tried again", name=drive.name, reason=drive.worker.reason)
+            continue
         if not identity.direct_io:
             log.warning(
                 "no direct I/O on this file system: the cold pool goes through the page cache",

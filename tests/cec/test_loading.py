@@ -4,23 +4,18 @@ import hashlib
 import json
 import logging
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from uuid import UUID
 
 import numpy as np
 import pytest
-from rich.console import Console
 from xclbin_writer import SHELL, Container, default_sections, ip_layout
 
 from hillinfer_core.errors import BadBitstream, ContextInUse, DeviceUnavailable
-from hillinfer_core.v1 import admin_pb2
-from hillinferd.cec import manage
 from hillinferd.cec.catalogue import read_catalogue
 from hillinferd.cec.configurable import Outcome, Vector
 from hillinferd.cec.configurations import SHIPPED
 from hillinferd.cec.loader import Loader
-from hillinferd.cec.messages import to_message
 from hillinferd.cec.selftest import expected, vectors
 from hillinferd.cec.xclbin import read_xclbin
 
@@ -258,45 +253,3 @@ def test_a_self_test_sees_any_one_wrong_number(kernel) -> None:
         assert outcome.same(replace(outcome, ids=outcome.ids.copy()))
         lanes = np.unique(outcome.ids % 16)
         assert len(lanes) == 16
-
-
-class Answers:
-    """A stub that answers from a loader, as the daemon will."""
-
-    def __init__(self, used: Loader) -> None:
-        self.used = used
-
-    def CecStatus(self, request: admin_pb2.CecStatusRequest) -> admin_pb2.CecStatusResponse:  # noqa: N802
-        return admin_pb2.CecStatusResponse(cards=[to_message(BDF, self.used.status(), 2)])
-
-    def CecLoad(self, request: admin_pb2.CecLoadRequest) -> admin_pb2.CecLoadResponse:  # noqa: N802
-        return admin_pb2.CecLoadResponse(card=to_message(BDF, self.used.load(request.name, 0), 0))
-
-    def CecRollback(  # noqa: N802
-        self, request: admin_pb2.CecRollbackRequest
-    ) -> admin_pb2.CecRollbackResponse:
-        return admin_pb2.CecRollbackResponse(card=to_message(BDF, self.used.rollback(0), 0))
-
-
-def test_what_the_commands_print(catalogue_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stub, console = Answers(loader(BenchCard(), catalogue_path)), Console(file=StringIO(), width=120)
-    manage.status(stub, as_json=False, console=console)
-    manage.load(stub, "evaluate_int4", "", as_json=False, console=console)
-    manage.load(stub, "evaluate_int8", "", as_json=True, console=console)
-    manage.rollback(stub, "", as_json=False, console=console)
-    text = console.file.getvalue()
-    for part in (
-        "none; load one with hillinferctl cec load",
-        "2.xclbin is loaded and passed",
-        "no, another shell",
-    ):
-        assert part in text
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["good"]["kernel"] == "evaluate_int8"
-    assert printed["previous"]["file"] == "2.xclbin"
-    assert printed["loaded_uuid"] == str(UUID(int=1))
-    manage.status(stub, as_json=True, console=console)
-    (card,) = json.loads(capsys.readouterr().out)["cards"]
-    assert card["contexts"] == 2
-    assert card["good_loaded"] is True
-    assert len(card["catalogue"]) == 4

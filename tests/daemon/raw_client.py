@@ -236,7 +236,7 @@ def running_daemon(runtime_dir: Path, *flags: str) -> Iterator[subprocess.Popen[
 
 def spawn(runtime_dir: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "hillinferd", "--runtime-dir", str(runtime_dir), *flags]
-    if "--pool-capacity" not in flags:
+    if not {"--pool-capacity", "--config"} & set(flags):
         command += ["--pool-capacity", "1GiB"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(runtime_dir)}
     with (runtime_dir / "log").open("a") as log:

@@ -147,7 +147,7 @@ def test_commits_that_the_log_lost_are_missed(copy: Path) -> None:
     (copy / "pool.catalogue").write_bytes(before)
     with pytest.raises(HillInferError, match="last commits are missing"):
         Database(copy / "pool.catalogue")
-    Database(copy / "pool.catalogue", forgive_lost_commits=True).close()
+    Database(copy / "pool.catalogue", salvage=True).close()
     Database(copy / "pool.catalogue").close()
 
 

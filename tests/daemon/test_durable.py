@@ -304,6 +304,37 @@ def test_contexts_are_listed_deleted_and_checked_from_the_command_line(runtime_d
     assert [(item["name"], item["rows"]) for item in report["contexts"]] == [("two", 2 * 2 * FLUSHED)]
 
 
+def test_an_append_as_large_as_allowed_has_an_answer_of_any_size(durable: Path) -> None:
+    shape = Shape(1, 64, 128, DType.float16, Precision.int4)
+    with RawClient(durable, 20 << 20) as client:
+        opened = client.open_named(shape, durable_name="wide")
+        rows = random_rows(RNG, shape, opened.append_limit)
+        assert client.append(opened.context_id, 0, 0, rows).layer_tokens == opened.append_limit
+        found = client.fetch_range(opened.context_id, shape, 0, 0, 100)
+        np.testing.assert_array_equal(found, rows[:, :100])
+        with pytest.raises(Refused, match="at most"):
+            client.append(opened.context_id, 0, opened.append_limit, np.repeat(rows, 2, axis=1)[:, :528])
+
+
+def test_recycled_space_shows_nothing_of_whoever_had_it(durable: Path) -> None:
+    with RawClient(durable) as first, RawClient(durable) as second:
+        secret = first.open(SHAPE)
+        fill(first, secret)
+        row = ROWS[0][1, 700].tobytes()
+        pool = durable / "pool"
+        assert row in pool.read_bytes()
+        first.close_context(secret)
+        assert row not in pool.read_bytes()
+        context = second.open(SHAPE)
+        second.append(context, 0, 0, ROWS[1][:, :16])
+        with pytest.raises(Refused, match="held by layer 0"):
+            second.fetch_range(context, SHAPE, 0, 0, 256)
+        with pytest.raises(Refused, match="does not exist"):
+            second.fetch_ids(context, SHAPE, 0, [[16], [0]])
+        with pytest.raises(Refused, match="held by layer 0"):
+            second.evaluate(context, SHAPE, 0, QUERY, 1, 0, 256)
+
+
 def test_an_idle_daemon_ends_when_told_to(runtime_dir: Path) -> None:
     with running_daemon(runtime_dir, "--exit-when-idle", "1", *flags(runtime_dir)) as process:
         with RawClient(runtime_dir) as client:

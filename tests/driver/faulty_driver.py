@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer_core import kernel
 from hillinfer_core.layout import Precision
 from hillinferd.driver.contract import KeySegment, Scan
-from hillinferd.driver.host import HostDriver, key_checksums
+from hillinferd.driver.host import HostDriver
 from hillinferd.driver.settings import DriverSettings
 from hillinferd.driver.storage import aligned
 
@@ -51,7 +52,7 @@ def main(path: str, direct: bool) -> None:
     keys = aligned(tiles.size)
     keys[:] = tiles.reshape(-1)
     driver.write(KEYS, memoryview(keys))
-    sums = tuple(int(value) for value in key_checksums(tiles))
+    sums = tuple(kernel.data_checksums(tiles).tolist())
     segment = KeySegment(KEYS, 0, 256, 2, 16, Precision.int8, sums)
     scan = Scan([segment], np.ones((2, 1, 16), np.int8), 0, 256, 4)
     ids = driver.evaluate(scan).ids

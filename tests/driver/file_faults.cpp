@@ -20,6 +20,7 @@
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <string>
 
 namespace {
@@ -62,6 +63,9 @@ bool is_pool(int fd) {
 // The fault for this request, or "".
 std::string fault_of(int fd, bool write, size_t length) {
     if (!is_pool(fd) || length == 0) return "";
+    // The driver reads from several threads.
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
     load();
     if (strcmp(plan.operation, write ? "write" : "read") || plan.at < 0) return "";
     return seen++ == plan.at ? plan.fault : "";

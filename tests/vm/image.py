@@ -1,4 +1,4 @@
-"""Builds the guest's disk: Debian's cloud kernel and udev, and from this machine Python with what the tests import.
+"""Builds the guest's disk: Debian's cloud kernel and udev, and this machine's Python with what tests import.
 
 The kernel has NVMe and ext4 built in but neither 9p nor a way to use a directory of the host without a daemon
 that runs as root, so the guest boots from an image. Nothing here needs root.
@@ -48,7 +48,7 @@ class Image:
 
 
 def build(folder: Path, arguments: list[str]) -> Image:
-    """Make the image under ``folder``, whose tests get ``arguments``, with packages that are downloaded once."""
+    """Make the image under ``folder``; its pytest gets ``arguments``. Packages are downloaded once."""
     for tool, package in {"apt-get": "apt", "dpkg-deb": "dpkg", "mke2fs": "e2fsprogs"}.items():
         if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
             raise Unavailable(f"{tool} is needed, of Debian's package {package}")
@@ -148,11 +148,15 @@ def _packages(folder: Path) -> Path:
         return unpacked
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    depends = subprocess.run(["apt-cache", "depends", KERNEL_PACKAGE], capture_output=True, text=True, check=False)
+    depends = subprocess.run(
+        ["apt-cache", "depends", KERNEL_PACKAGE], capture_output=True, text=True, check=False
+    )
     kernels = re.findall(r"Depends: (linux-image-\S+)", depends.stdout)
     command = ["apt-get", "download", "-q", *kernels, *PACKAGES]
     if not kernels or subprocess.run(command, cwd=folder, check=False, stdout=subprocess.DEVNULL).returncode:
-        raise Unavailable(f"apt cannot download {KERNEL_PACKAGE} and {', '.join(PACKAGES)}: try apt-get update, on Debian")
+        raise Unavailable(
+            f"apt cannot download {KERNEL_PACKAGE} and {', '.join(PACKAGES)}: try apt-get update, on Debian"
+        )
     part = folder / "part"
     for package in folder.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, part], check=True)
@@ -183,7 +187,7 @@ def _python_files() -> Iterable[Path]:
 
 
 def _closure() -> list[importlib.metadata.Distribution]:
-    """Return the installed distributions that :data:`_WANTED` need; a marker that is not an extra is ignored."""
+    """Return the installed distributions that :data:`_WANTED` need; of markers only extras count."""
     found: dict[tuple[str, str], importlib.metadata.Distribution] = {}
     todo = list(_WANTED)
     while todo:
@@ -217,7 +221,9 @@ def _format(root: Path, disk: Path) -> None:
         file.write(struct.pack("<440xIH", DISK_SIGNATURE, 0) + entry + b"\0" * 48 + b"\x55\xaa")
     mke2fs = shutil.which("mke2fs", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     subprocess.run(
-        [mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", "-d", root, "-E", f"offset={_PARTITION}"]
-        + ["-O", "^has_journal", "-N", "65536", disk, f"{size // 1024}k"],
+        [
+            *(mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", "-N", "65536", "-O", "^has_journal"),
+            *("-d", root, "-E", f"offset={_PARTITION}", disk, f"{size // 1024}k"),
+        ],
         check=True,
     )

@@ -10,12 +10,11 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 from image import DISK_SIGNATURE, Image, Unavailable
 
 DRIVES = {"cold": 512, "wide": 4096, "log": 512, "replay": 512, "plug": 512}
-"""Serial number (after "hillinfer-") and bytes a sector of each drive; "plug" is there only while plugged in."""
+"""Serial number (after "hillinfer-") and bytes a sector of each drive; "plug" is there while plugged in."""
 
 _DRIVE_BYTES = 512 << 20
 _KERNEL_ARGUMENTS = (
@@ -27,8 +26,8 @@ _KERNEL_ARGUMENTS = (
 class Machine:
     """A running guest. What it writes to its console goes to ``console``; its requests are answered.
 
-    The guest asks on its second serial port, a line each: "plug", "unplug" (answered "ok", or "error" and why),
-    "exit STATUS" (kept in :attr:`status`).
+    The guest asks on its second serial port, a line each: "plug" and "unplug" (answered "ok", or "error" and
+    why), "exit STATUS" (kept in :attr:`status`).
     """
 
     def __init__(self, image: Image, folder: Path) -> None:
@@ -92,21 +91,28 @@ class Machine:
 
     def _carry_out(self, request: list[str]) -> None:
         if request == ["plug"]:
-            self._command("device_add", driver="nvme", id="plugged", serial="hillinfer-plug", bus="bay", drive="plug")
+            self._command(
+                "device_add", driver="nvme", id="plugged", serial="hillinfer-plug", bus="bay", drive="plug"
+            )
         elif request == ["unplug"]:
-            self._command("device_del", id="plugged")
+            # Until the guest has let go of it, the slot is not free for the next one.
+            self._command("device_del", id="plugged", event="DEVICE_DELETED")
         else:
             raise ValueError(f"unknown request {request}")
 
-    def _command(self, name: str, **arguments: str) -> Any:
+    def _command(self, name: str, *, event: str = "", **arguments: str) -> None:
+        """Have QEMU carry out a command of its QMP, and wait for ``event`` of its device, if named."""
         self._monitor.write(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
         self._monitor.flush()
-        while True:
+        waiting = {"return", event} - {""}
+        while waiting:
             answer = json.loads(self._monitor.readline())
             if "error" in answer:
                 raise RuntimeError(answer["error"]["desc"])
             if "return" in answer:
-                return answer["return"]
+                waiting.discard("return")
+            elif answer.get("data", {}).get("device") == arguments.get("id"):
+                waiting.discard(answer["event"])
 
 
 def _connect(path: Path) -> socket.socket:
@@ -126,10 +132,16 @@ def _drive(folder: Path, name: str, sector: int) -> list[str]:
     return [
         *arguments,
         *("-device", f"nvme,serial=hillinfer-{name},id={name}-drive"),
-        *("-device", f"nvme-ns,drive={name},bus={name}-drive,logical_block_size={sector},physical_block_size={sector}"),
+        *(
+            "-device",
+            f"nvme-ns,drive={name},bus={name}-drive,logical_block_size={sector},physical_block_size={sector}",
+        ),
     ]
 
 
 def _blockdev(name: str, path: Path, cache: str) -> list[str]:
     options = "cache.no-flush=on," if cache == "unsafe" else ""
-    return ["-blockdev", f"driver=raw,node-name={name},{options}discard=unmap,file.driver=file,file.filename={path}"]
+    return [
+        "-blockdev",
+        f"driver=raw,node-name={name},{options}discard=unmap,file.driver=file,file.filename={path}",
+    ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _KEY_BLOCK = 512  # keys per score matrix where no fused kernel returns the log-sum-exp
+_QUERY_BLOCK = 256  # queries per score matrix where scores are capped and masked
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,19 @@ class Part:
 
 
 def attend_part(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, *, causal: bool = False
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    *,
+    causal: bool = False,
+    softcap: float | None = None,
 ) -> Part:
     """Attend `query` [H, q, D] to `key` and `value` [Hkv, n, D], H a multiple of Hkv, n at least 1.
 
     With `causal`, n must equal q and query i sees keys 0..i; otherwise every
-    query sees every key.
+    query sees every key. With `softcap` c, scores s become c * tanh(s / c)
+    (Gemma 2, arXiv 2408.00118, section 2).
     """
     heads, queries, dim = query.shape
     kv_heads = key.shape[0]
@@ -44,13 +52,13 @@ def attend_part(
     else:
         # Without a mask the heads of a group are just more queries on the same keys.
         folded = query.reshape(kv_heads, group * queries, dim)
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and softcap is None:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             folded[None], key[None], value[None], 0.0, causal, scale=scaling
         )
         output, lse = output[0].float(), lse[0].float()
     else:
-        output, lse = _attend_in_blocks(folded, key, value, scaling, causal)
+        output, lse = _attend_in_blocks(folded, key, value, scaling, causal, softcap)
     return Part(output.reshape(heads, queries, dim), lse.reshape(heads, queries))
 
 
@@ -72,6 +80,7 @@ def attend_slots(
     value: torch.Tensor,
     scaling: float,
     visible: torch.Tensor | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """One decode step: `query` [B, H, 1, D] on `key` and `value` [B, Hkv, n, D].
 
@@ -81,19 +90,53 @@ def attend_slots(
     kv_heads = key.shape[1]
     folded = query.reshape(batch, kv_heads, heads // kv_heads, dim)
     mask = None if visible is None else visible[:, :, None, :]
+    if softcap is not None:
+        return attend_capped(folded, key, value, scaling, softcap, mask).reshape(batch, heads, 1, dim)
     output = torch.nn.functional.scaled_dot_product_attention(
         folded, key, value, attn_mask=mask, scale=scaling
     )
     return output.reshape(batch, heads, 1, dim)
 
 
+def attend_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    softcap: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Capped attention of `query` [B, H, q, D] on `key` and `value` [B, H, n, D] under a mask, [B, H, q, D].
+
+    mask: bool, broadcast to [B, H, q, n], True where a query sees a key; or None.
+    """
+    outputs = []
+    for start in range(0, query.shape[2], _QUERY_BLOCK):
+        block = slice(start, start + _QUERY_BLOCK)
+        scores = _capped((query[:, :, block] @ key.transpose(-1, -2)).float() * scaling, softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, block], float("-inf"))
+        # A query that sees nothing, as padding does, has zeros and not NaN.
+        outputs.append(torch.softmax(scores, -1).nan_to_num().to(value.dtype) @ value)
+    return torch.cat(outputs, 2)
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
 def _attend_in_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    causal: bool,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parts = []
     for start in range(0, key.shape[1], _KEY_BLOCK):
         block = slice(start, start + _KEY_BLOCK)
-        scores = (query @ key[:, block].transpose(-1, -2)).float() * scaling
+        scores = _capped((query @ key[:, block].transpose(-1, -2)).float() * scaling, softcap)
         if causal:
             rows = torch.arange(query.shape[1], device=query.device)[:, None]
             columns = start + torch.arange(scores.shape[-1], device=query.device)[None]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from hillinfer.context import Context
+from hillinfer.hkm.coverage import kept_layers
 from hillinfer.hkm.layer import HierarchicalLayer
 from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
 from hillinfer.hkm.query import ExactQuery, QueryPredictor
@@ -29,6 +30,9 @@ from hillinfer_core.errors import (
 )
 from hillinfer_core.layout import Precision, Shape
 from hillinfer_core.units import Budget
+
+Observer = Callable[["HierarchicalCache", int, torch.Tensor, float], None]
+"""Sees the cache, the layer, its queries [B, H, n, D] and their scaling after every attended step."""
 
 _HOT_STEP = 16  # rows by which a hot pool grows or shrinks, so that it is not resized at every step
 
@@ -98,15 +102,14 @@ class HierarchicalCache(Cache):
         self.predictor = predictor or ExactQuery()
         self.contexts: list[Context] = []
         self.tally = Tally()
+        self.observer: Observer | None = None
+        """For measurements, and policies that follow the attention; None costs nothing."""
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
-        super().__init__(layers=[self._layer(layer) for layer in DynamicCache(config=model_config).layers])
-        if not self.full_layers:
-            raise UnsupportedModel(
-                "the model has no full-attention layer: there is nothing to keep in the cold pool"
-            )
+        super().__init__(layers=[self._layer(layer) for layer in kept_layers(model_config)])
         self._named = durable is not None or base is not None
         self._durable = durable
+        self._base = base
         self._labels = labels
         if self._named and len(self.full_layers) < len(self.layers):
             raise UnsupportedModel(
@@ -141,14 +144,87 @@ class HierarchicalCache(Cache):
                 "there is nothing to save: begin with new_cache(durable=NAME), and run the model"
             )
         writer = self.contexts[0]
+        for layer in self.full_layers:
+            layer.append_window()
         if any(writer.length(layer.index) != layer.get_seq_length() for layer in self.full_layers):
             raise InvalidInput("a context with padding cannot be saved: give the text without any")
         writer.save()
         self.contexts[0] = self.session.open_context(writer.shape, base=self._durable, labels=self._labels)
-        self._durable = None
+        self._base, self._durable = self._durable, None
         writer.close()
         for layer in self.full_layers:
             layer.forget_selection()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Roll back: drop the last `-tokens_to_remove` columns of every sequence.
+
+        A positive number is the length to keep, as in earlier versions of
+        transformers. Blocks. Cheap for tokens that wait in the recent window:
+        those of assisted generation do. Deeper, the cold pool being
+        append-only, what is kept is copied into a new context, block by block;
+        for a moment the daemon holds both.
+
+        Raises InvalidInput for a `durable` cache that is not saved yet, and
+        beyond what sliding-window layers recorded; PoolFull and MemoryLimit
+        when there is no room for the copy. The cache is as it was after these.
+        """
+        self.check_usable()
+        held = self.get_seq_length()
+        keep = min(tokens_to_remove, held) if tokens_to_remove > 0 else max(held + tokens_to_remove, 0)
+        removed = held - keep
+        sliding = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        for layer in sliding:
+            _check_croppable(layer, removed)
+        shorter = self._shortened(keep) if removed else {}
+        self.account(list(shorter.values()))
+        try:
+            for row, context in shorter.items():
+                old, self.contexts[row] = self.contexts[row], context
+                old.close()
+            for layer in sliding:
+                if removed or layer.record_past:
+                    layer.crop(-removed)
+            for full in self.full_layers if removed else ():
+                full.crop(-removed)
+        except BaseException:
+            self.fail()
+            raise
+
+    def _shortened(self, columns: int) -> dict[int, Context]:
+        """Return new contexts for the sequences whose old ones hold more than `columns` columns."""
+        with ExitStack() as opened:
+            contexts = {}
+            for row, old in enumerate(self.contexts):
+                tokens = self.full_layers[0].tokens(row, columns)
+                if any(old.length(layer.index) > tokens for layer in self.full_layers):
+                    contexts[row] = opened.enter_context(self._copied(old, tokens))
+            opened.pop_all()
+        return contexts
+
+    def _copied(self, old: Context, tokens: int) -> Context:
+        """Return a new context with the first `tokens` tokens of `old`, on its base if that is no longer."""
+        if self._durable is not None:
+            raise InvalidInput(
+                f"{self._durable} is not saved yet and cannot be rolled back: save() first, "
+                "or begin with new_cache() without a name"
+            )
+        new = None
+        if self._base is not None:
+            new = self.session.open_context(old.shape, base=self._base, labels=self._labels)
+            if new.length(0) > tokens:
+                new.close()
+                new, self._base = None, None
+        new = new or self.session.open_context(old.shape)
+        try:
+            for layer in range(old.shape.layers):
+                for start in range(new.length(layer), tokens, self.block_tokens):
+                    rows = old.fetch_range(layer, start, min(self.block_tokens, tokens - start))
+                    new.append(layer, rows[:, :, 0], rows[:, :, 1])
+        except BaseException:
+            with suppress(HillInferError):
+                new.close()
+            raise
+        return new
 
     def check_usable(self) -> None:
         """Raise InvalidInput once the cache is closed, or a step failed half-way through the layers."""
@@ -159,11 +235,9 @@ class HierarchicalCache(Cache):
         """Refuse every further step."""
         self._usable = False
 
-    def _layer(self, layer: object) -> CacheLayerMixin:
+    def _layer(self, layer: CacheLayerMixin) -> CacheLayerMixin:
         if isinstance(layer, DynamicSlidingWindowLayer):
             return layer  # bounded already: stays as it is
-        if type(layer) is not DynamicLayer:
-            raise UnsupportedModel(f"cache layers of type {type(layer).__name__} are not supported")
         self.full_layers.append(HierarchicalLayer(self, len(self.full_layers)))
         return self.full_layers[-1]
 
@@ -216,15 +290,16 @@ class HierarchicalCache(Cache):
         room = divide(self.config.resident, fixed, selected * row * streams + hits, row, streams)
         return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
-    def resident(self) -> dict[str, int]:
-        """Bytes held now, by kind, client and daemon together."""
+    def resident(self, also: Sequence[Context] = ()) -> dict[str, int]:
+        """Bytes held now, by kind, client and daemon together, those of the contexts `also` included."""
+        contexts = [*self.contexts, *also]
         layers = [layer for layer in self.full_layers if layer.is_initialized]
         return {
             "slots": sum(layer.slots.nbytes for layer in layers),
             "hot_pool": sum(layer.hot.nbytes for layer in layers),
-            "evaluation_keys": sum(context.evaluation_key_bytes for context in self.contexts),
-            "checksums": sum(context.checksum_bytes for context in self.contexts),
-            "buffers": self.session.arena_bytes + sum(context.tail_bytes for context in self.contexts),
+            "evaluation_keys": sum(context.evaluation_key_bytes for context in contexts),
+            "checksums": sum(context.checksum_bytes for context in contexts),
+            "buffers": self.session.arena_bytes + sum(context.tail_bytes for context in contexts),
         }
 
     def full_bytes(self) -> int:
@@ -233,11 +308,11 @@ class HierarchicalCache(Cache):
             return 0
         shape = self.contexts[0].shape
         per_token = shape.layers * shape.kv_heads * shape.row_bytes
-        return per_token * sum(context.length(0) for context in self.contexts)
+        return per_token * sum(self.full_layers[0].tokens(row) for row in range(len(self.contexts)))
 
-    def account(self) -> None:
-        """Note what is held now, if it is more than ever before."""
-        kinds = self.resident()
+    def account(self, also: Sequence[Context] = ()) -> None:
+        """Note what is held now, if it is more than ever before; `also` as for `resident`."""
+        kinds = self.resident(also)
         total = sum(kinds.values())
         if total > self.tally.resident_peak:
             self.tally.resident_peak, self.tally.resident_at_peak = total, kinds
@@ -253,6 +328,17 @@ class HierarchicalCache(Cache):
         self._finalizer()
         for layer in self.full_layers:
             layer.release()
+
+
+def _check_croppable(layer: DynamicSlidingWindowLayer, removed: int) -> None:
+    """Raise InvalidInput unless the layer holds the window as it was `removed` columns ago."""
+    before = layer.get_seq_length() - removed
+    held = 0 if layer.keys is None else layer.keys.shape[-2]
+    if removed and held < removed + min(layer.sliding_window - 1, before):
+        raise InvalidInput(
+            f"sliding-window layers have forgotten what came before the last {removed} tokens: call "
+            "activate_past_recording() on the cache before the steps that may be rolled back"
+        )
 
 
 def _close_all(contexts: list[Context]) -> None:

@@ -63,6 +63,11 @@ class HotPool:
         if self._selections[row, head] % _AGE_EVERY == 0:
             hits >>= 1
 
+    def crop(self, row: int, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens of sequence `row`: others may take their ids."""
+        self.ids[row][self.ids[row] >= tokens] = EMPTY
+        self._hits[row, :, tokens:] = 0
+
     def find(
         self, row: int, head: int, wanted: npt.NDArray[np.uint32]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:

@@ -11,10 +11,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hillinfer.hkm.attention import Part, attend_part, attend_slots, merge
 from hillinfer.hkm.hot_pool import HotPool
+from hillinfer.hkm.padding import Padding
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
 from hillinfer.session import Brought, EvaluateItem
-from hillinfer_core.errors import CorruptData, UnsupportedModel
+from hillinfer_core.errors import CorruptData, InvalidInput, UnsupportedModel
 
 if TYPE_CHECKING:
     from hillinfer.context import Context
@@ -32,6 +33,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self, cache: HierarchicalCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -40,7 +42,9 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Not a cycle: a cache that nobody refers to must free its contexts at once.
         self._cache: HierarchicalCache = weakref.proxy(cache)
         self._seen = 0  # columns so far, padding included
+        self._padding = Padding()
         self._pending = False  # between `update` and `attend`
+        self._softcap: float | None = None  # of the scores, as the model last said
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Open the contexts of the batch and allocate the pinned slots."""
@@ -106,7 +110,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         self._pending = True
         self._seen += key_states.shape[2]
-        setattr(key_states, LAYER_ATTRIBUTE, self)
+        for states in (key_states, value_states):
+            setattr(states, LAYER_ATTRIBUTE, self)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -127,9 +132,46 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             "beam search needs to reorder the KV cache, which is not supported: use num_beams=1"
         )
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeating the sequences of a batch is not supported."""
+        raise UnsupportedModel("the sequences of a KV cache cannot be repeated: use a new cache for each")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Dropping sequences of a batch is not supported."""
+        raise UnsupportedModel("the sequences of a KV cache cannot be selected: use a new cache for each")
+
+    def reset(self) -> None:
+        """Emptying a cache is not supported."""
+        raise UnsupportedModel("a KV cache in the cold pool cannot be emptied: begin with new_cache()")
+
+    def tokens(self, row: int, columns: int | None = None) -> int:
+        """Tokens of sequence `row` in its first `columns` columns, by default in all."""
+        return self._padding.tokens(row, self._seen if columns is None else columns)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Rollback is not supported."""
-        raise UnsupportedModel("rolling back the KV cache is not supported: start a new cache instead")
+        """Drop the last `-tokens_to_remove` columns of slots and hot pool: the layer's part of `Cache.crop`.
+
+        Blocks: what is in the recent window again comes from the context, which
+        must not hold dropped tokens any more (InvalidInput).
+        """
+        columns = self._seen + tokens_to_remove
+        for row, context in enumerate(self._cache.contexts):
+            tokens = self._padding.tokens(row, columns)
+            if context.length(self.index) > tokens:
+                raise InvalidInput("a layer cannot be cropped alone: crop the cache")
+            if self.is_initialized:
+                first, count = self.slots.crop(row, tokens)
+                if count:
+                    kv = to_rows(context.fetch_range(self.index, first, count), self.slots.keys)
+                    self.slots.refill(row, first, kv[:, :, 0], kv[:, :, 1])
+                self.hot.crop(row, tokens)
+        self._padding.crop(columns)
+        self._seen = columns
+
+    def append_window(self) -> None:
+        """Append to the contexts what waits in the recent window."""
+        for row, context in enumerate(self._cache.contexts):
+            self._append_pinned(row, context, int(self.slots.lengths[row]))
 
     def attend(
         self,
@@ -138,14 +180,21 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         value: torch.Tensor,
         padding: torch.Tensor | None,
         scaling: float,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Store the new KV [B, Hkv, n, D] and attend the queries [B, H, n, D]; returns [B, H, n, D].
 
         padding: bool [B, columns], False for padding, or None. A step of one
-        token attends within the budget; a step of several is exact.
+        token attends within the budget; a step of several is exact. softcap:
+        see `attend_part`; ranking is by the products, whose order it keeps.
         """
+        self._softcap = softcap
         try:
+            if not self._pending:
+                raise UnsupportedModel("the model attends to the same keys more than once")
             output = self._attend(query, key, value, padding, scaling)
+            if self._cache.observer is not None:
+                self._cache.observer(self._cache, self.index, query, scaling)
         except BaseException:
             # Some layers hold this step's tokens and some do not: going on would be wrong in silence.
             self._cache.fail()
@@ -166,6 +215,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         visible = None if padding is None else padding[:, -new:].cpu().numpy()
         if visible is not None and not visible[:, -1].all():
             raise UnsupportedModel("the last token of a sequence is padding: pad on the left")
+        if visible is not None:
+            self._padding.note(self._seen - new, visible)
         if new == 1:
             return self._decode(query, key, value, scaling)
         return self._exact(query, key, value, visible, scaling)
@@ -184,9 +235,10 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             real = np.arange(key.shape[2]) if visible is None else np.flatnonzero(visible[row])
             columns = torch.from_numpy(real).to(key.device)
             q, k, v = (t[row].index_select(1, columns) for t in (query, key, value))
-            parts = [attend_part(q, k, v, scaling, causal=True), *self._past_parts(row, q, scaling)]
+            new = attend_part(q, k, v, scaling, causal=True, softcap=self._softcap)
+            parts = [new, *self._past_parts(row, q, scaling)]
             output[row].index_copy_(1, columns, merge(parts).to(query.dtype))
-            self._store(row, k, v)
+            self._store(row, k, v, self.slots.recent)
         # The new tokens' evaluation keys and checksums may need room that the hot pool has.
         self._cache.account()
         self._shrink_hot()
@@ -205,27 +257,45 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not held:
             return []
         keys, values = slots.pinned_part(row)
-        parts = [attend_part(query, keys, values, scaling)]
+        parts = [attend_part(query, keys, values, scaling, softcap=self._softcap)]
         first, end = slots.sinks, held - slots.recent
         block = self._cache.block_tokens
         for start in range(first, end, block):
             rows = context.fetch_range(self.index, start, min(block, end - start))
             kv = to_rows(rows, query)
-            parts.append(attend_part(query, kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous(), scaling))
+            keys, values = kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous()
+            parts.append(attend_part(query, keys, values, scaling, softcap=self._softcap))
             parts = [Part(merge(parts), torch.logsumexp(torch.stack([p.lse for p in parts]), 0))]
         return parts
 
-    def _store(self, row: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Append tokens [Hkv, n, D] to the context and to the recent window."""
-        self._cache.contexts[row].append(self.index, to_storage(key), to_storage(value))
-        self.slots.append(row, key, value)
+    def _store(self, row: int, key: torch.Tensor, value: torch.Tensor, most: int) -> None:
+        """Add tokens [Hkv, n, D] to the recent window, and to the context all but the last `most`.
+
+        Those wait in the window, so `most` is at most its length: a `crop` then costs nothing.
+        """
+        context, slots = self._cache.contexts[row], self.slots
+        held = int(slots.lengths[row])
+        end = held + key.shape[1] - most
+        self._append_pinned(row, context, min(end, held))
+        if end > held:
+            new = slice(0, end - held)
+            context.append(self.index, to_storage(key[:, new]), to_storage(value[:, new]))
+        slots.append(row, key, value)
+
+    def _append_pinned(self, row: int, context: Context, end: int) -> None:
+        first = context.length(self.index)
+        if end > first:
+            keys, values = self.slots.pinned_rows(row, first, end - first)
+            context.append(self.index, to_storage(keys), to_storage(values))
 
     def _decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         slots, cache = self.slots, self._cache
+        # Ranking needs all but the window in whole append units.
+        most = slots.recent - cache.contexts[0].append_unit + 1
         for row in range(key.shape[0]):
-            self._store(row, key[row], value[row])
+            self._store(row, key[row], value[row], most)
         wanted = [cache.selection_size(int(n), slots) for n in slots.lengths]
         division = cache.divide(slots, max(wanted))
         candidates = [max(int(n) - slots.pinned, 0) for n in slots.lengths]
@@ -235,7 +305,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         slots.resize(max(wanted))
         self.hot.resize(division.hot_rows)
         self._select(query, wanted)
-        output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible())
+        output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self._softcap)
         if not division.keep_slots:
             cache.account()
             slots.resize(0)

@@ -47,16 +47,47 @@ class Slots:
         count = keys.shape[1]
         start = int(self.lengths[row])
         positions = np.arange(start, start + count)
-        wanted = (positions < self.sinks) | (positions >= start + count - self.recent)
-        positions = positions[wanted]
+        positions = positions[(positions < self.sinks) | (positions >= start + count - self.recent)]
+        source = torch.from_numpy(positions - start).to(self.keys.device)
+        self._put(row, positions, keys.index_select(1, source), values.index_select(1, source))
+        self.lengths[row] = start + count
+
+    def crop(self, row: int, tokens: int) -> tuple[int, int]:
+        """Drop all but the first `tokens` tokens of sequence `row`, and what is selected among the dropped.
+
+        Returns (first, count) of the tokens that the recent window has back and
+        whose rows it lacks: the caller gives them to `refill`.
+        """
+        window = max(int(self.lengths[row]) - self.recent, self.sinks)
+        first = max(tokens - self.recent, self.sinks)
+        self.lengths[row] = tokens
+        # What is in the window again must not be attended twice.
+        ids = self.ids[row]
+        ids[ids >= max(tokens - self.recent, 0)] = EMPTY
+        return first, max(min(tokens, window) - first, 0)
+
+    def refill(self, row: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put back pinned tokens `first` onwards, [Hkv, n, D], of sequence `row`."""
+        self._put(row, np.arange(first, first + keys.shape[1]), keys, values)
+
+    def pinned_rows(self, row: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [Hkv, count, D] of tokens `first` onwards, which must be pinned ones."""
+        places = self._places(np.arange(first, first + count))
+        return self.keys[row].index_select(1, places), self.values[row].index_select(1, places)
+
+    def _put(
+        self, row: int, positions: npt.NDArray[np.int64], keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        places = self._places(positions)
+        self.keys[row].index_copy_(1, places, keys)
+        self.values[row].index_copy_(1, places, values)
+
+    def _places(self, positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Where pinned tokens are: sinks first, the window as a ring after them."""
         places = np.where(
             positions < self.sinks, positions, self.sinks + (positions - self.sinks) % self.recent
         )
-        target = torch.from_numpy(places).to(self.keys.device)
-        source = torch.from_numpy(positions - start).to(self.keys.device)
-        self.keys[row].index_copy_(1, target, keys.index_select(1, source))
-        self.values[row].index_copy_(1, target, values.index_select(1, source))
-        self.lengths[row] = start + count
+        return torch.from_numpy(places).to(self.keys.device)
 
     def pinned_part(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [Hkv, n, D] of the sinks and the recent window of sequence `row`, in no order."""

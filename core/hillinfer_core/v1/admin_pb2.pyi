@@ -8,8 +8,10 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CecStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("drive",)
+    DRIVE_FIELD_NUMBER: _ClassVar[int]
+    drive: str
+    def __init__(self, drive: _Optional[str] = ...) -> None: ...
 
 class CecStatusResponse(_message.Message):
     __slots__ = ("cards",)
@@ -18,12 +20,12 @@ class CecStatusResponse(_message.Message):
     def __init__(self, cards: _Optional[_Iterable[_Union[CecCard, _Mapping]]] = ...) -> None: ...
 
 class CecLoadRequest(_message.Message):
-    __slots__ = ("card", "name")
-    CARD_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("drive", "name")
+    DRIVE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
-    card: str
+    drive: str
     name: str
-    def __init__(self, card: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+    def __init__(self, drive: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class CecLoadResponse(_message.Message):
     __slots__ = ("card",)
@@ -32,10 +34,10 @@ class CecLoadResponse(_message.Message):
     def __init__(self, card: _Optional[_Union[CecCard, _Mapping]] = ...) -> None: ...
 
 class CecRollbackRequest(_message.Message):
-    __slots__ = ("card",)
-    CARD_FIELD_NUMBER: _ClassVar[int]
-    card: str
-    def __init__(self, card: _Optional[str] = ...) -> None: ...
+    __slots__ = ("drive",)
+    DRIVE_FIELD_NUMBER: _ClassVar[int]
+    drive: str
+    def __init__(self, drive: _Optional[str] = ...) -> None: ...
 
 class CecRollbackResponse(_message.Message):
     __slots__ = ("card",)
@@ -44,7 +46,7 @@ class CecRollbackResponse(_message.Message):
     def __init__(self, card: _Optional[_Union[CecCard, _Mapping]] = ...) -> None: ...
 
 class CecCard(_message.Message):
-    __slots__ = ("card", "interface_uuids", "loaded_uuid", "good_loaded", "good", "previous", "catalogue", "contexts")
+    __slots__ = ("card", "interface_uuids", "loaded_uuid", "good_loaded", "good", "previous", "catalogue", "contexts", "drive")
     CARD_FIELD_NUMBER: _ClassVar[int]
     INTERFACE_UUIDS_FIELD_NUMBER: _ClassVar[int]
     LOADED_UUID_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +55,7 @@ class CecCard(_message.Message):
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     CATALOGUE_FIELD_NUMBER: _ClassVar[int]
     CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    DRIVE_FIELD_NUMBER: _ClassVar[int]
     card: str
     interface_uuids: _containers.RepeatedScalarFieldContainer[str]
     loaded_uuid: str
@@ -61,7 +64,8 @@ class CecCard(_message.Message):
     previous: Bitstream
     catalogue: _containers.RepeatedCompositeFieldContainer[Bitstream]
     contexts: int
-    def __init__(self, card: _Optional[str] = ..., interface_uuids: _Optional[_Iterable[str]] = ..., loaded_uuid: _Optional[str] = ..., good_loaded: bool = ..., good: _Optional[_Union[Bitstream, _Mapping]] = ..., previous: _Optional[_Union[Bitstream, _Mapping]] = ..., catalogue: _Optional[_Iterable[_Union[Bitstream, _Mapping]]] = ..., contexts: _Optional[int] = ...) -> None: ...
+    drive: str
+    def __init__(self, card: _Optional[str] = ..., interface_uuids: _Optional[_Iterable[str]] = ..., loaded_uuid: _Optional[str] = ..., good_loaded: bool = ..., good: _Optional[_Union[Bitstream, _Mapping]] = ..., previous: _Optional[_Union[Bitstream, _Mapping]] = ..., catalogue: _Optional[_Iterable[_Union[Bitstream, _Mapping]]] = ..., contexts: _Optional[int] = ..., drive: _Optional[str] = ...) -> None: ...
 
 class Bitstream(_message.Message):
     __slots__ = ("file", "sha256", "kernel", "precision", "head_dims", "interface_uuid")

@@ -317,20 +317,22 @@ class StatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., drives: _Optional[_Iterable[_Union[DriveStatus, _Mapping]]] = ...) -> None: ...
 
 class DriveStatus(_message.Message):
-    __slots__ = ("name", "state", "device", "pool", "durable_contexts", "durable_bytes")
+    __slots__ = ("name", "state", "device", "pool", "durable_contexts", "durable_bytes", "reason")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     DURABLE_CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     DURABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     device: DeviceStatus
     pool: PoolStatus
     durable_contexts: int
     durable_bytes: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., durable_contexts: _Optional[int] = ..., durable_bytes: _Optional[int] = ...) -> None: ...
+    reason: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., durable_contexts: _Optional[int] = ..., durable_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
     __slots__ = ("driver", "path", "direct_io", "worker_pid", "worker_restarts", "written_bytes", "read_bytes", "evaluated_bytes", "evaluation_key_bytes", "evaluation_key_limit_bytes", "profile", "streamed_bytes")

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer_core import kernel
 from hillinfer_core.layout import Precision
 
 from ..driver.block import is_block_device
 from ..driver.contract import KeySegment, Scan
-from ..driver.host import HostDriver, key_checksums
+from ..driver.host import HostDriver
 from ..driver.profiles import profile
 from ..driver.settings import DriverSettings
 from ..driver.storage import aligned
 
-_BLOCK = 32 << 20
+_BLOCK = 64 << 20
 _FIRST = 1 << 20
 _ROWS = 4096
-_SEGMENTS = 4
+_SEGMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class Figure:
 
 
 def measure_profile(path: Path, name: str, size: int, seconds: float) -> list[Figure]:
-    """Measure a pool at ``path`` of ``size`` bytes (at least 128 MiB) under the profile ``name``.
+    """Measure a pool at ``path`` of ``size`` bytes (at least 256 MiB) under the profile ``name``.
 
     Each figure is taken for ``seconds`` with one thread and with four. As in the daemon, one thread at a
     time uses the driver; a latency is that of the driver, without the turn's wait.
     """
     limit = profile(name)
-    size = max(size, 128 << 20)
+    size = max(size, 256 << 20)
     capacity = 0 if is_block_device(path) else size
     driver = HostDriver(DriverSettings("host", str(path), capacity, True, 1 << 30, name))
     try:
@@ -65,7 +66,7 @@ def measure_profile(path: Path, name: str, size: int, seconds: float) -> list[Fi
 
         tokens = _BLOCK // _SEGMENTS // 8 // 64
         tiles = block.reshape(_SEGMENTS, 8, tokens // 16, 16 * 64)
-        sums = [tuple(int(value) for value in key_checksums(part)) for part in tiles]
+        sums = [tuple(kernel.data_checksums(part).tolist()) for part in tiles]
         segments = [
             KeySegment(
                 _FIRST + at * (_BLOCK // _SEGMENTS), at * tokens, tokens, 8, 64, Precision.int8, sums[at]

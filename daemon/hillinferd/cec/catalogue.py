@@ -17,6 +17,9 @@ from .configurations import SHIPPED, Configuration
 from .xclbin import Xclbin, read_xclbin
 
 VERSION = 1
+MANIFEST = "manifest.toml"
+"""Name of the manifest in the directory of a catalogue."""
+
 LARGEST_MANIFEST = 1 << 20
 """Bytes of the largest manifest that is read. Our choice."""
 

@@ -1,4 +1,4 @@
-"""``hillinferctl cec``: planning needs no daemon and no device."""
+"""``hillinferctl cec plan``: planning needs no daemon and no device."""
 
 from __future__ import annotations
 
@@ -26,16 +26,7 @@ TIME_LEAVES_OUT = (
 )
 PARTS = ("NAND", "DRAM", "compute", "link")
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="The evaluation kernel on the card.")
 
-
-@app.callback()
-def _commands() -> None:
-    # Makes typer keep `plan` a subcommand while it is the only one.
-    pass
-
-
-@app.command(name="plan", help="Choose the kernel, and where evaluation keys live, for a model and a card.")
 def plan_command(
     model: Annotated[
         Path, typer.Option("--model", help="directory of a transformers model; only config.json is read")

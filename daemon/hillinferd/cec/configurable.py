@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from uuid import UUID
 
 import numpy as np
@@ -47,6 +47,7 @@ class Outcome:
         )
 
 
+@runtime_checkable
 class Configurable(Protocol):
     """A card. Calls block, one at a time; a card that does not answer raises ``DeviceUnavailable``."""
 

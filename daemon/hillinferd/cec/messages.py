@@ -8,9 +8,10 @@ from .catalogue import Entry
 from .loader import Status
 
 
-def to_message(card: str, status: Status, contexts: int) -> admin_pb2.CecCard:
-    """Return the message for the card at PCI address ``card``, with ``contexts`` open that need it."""
+def to_message(drive: str, card: str, status: Status, contexts: int) -> admin_pb2.CecCard:
+    """Return the message for the card of ``drive`` at PCI address ``card``, which ``contexts`` need."""
     return admin_pb2.CecCard(
+        drive=drive,
         card=card,
         interface_uuids=[str(uuid) for uuid in status.interface_uuids],
         loaded_uuid=str(status.loaded or ""),

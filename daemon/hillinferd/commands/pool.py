@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hillinfer_core.errors import ConfigError, DamagedCatalogue, DeviceUnavailable
+from hillinfer_core.layout import PAGE
 from hillinfer_core.units import format_bytes
 
 from ..driver.block import format_device
 from ..driver.storage import Storage
-from ..records import catalogue_path
+from ..records import catalogue_path, set_aside
 from ..records.check import PoolReport, check
 from ..records.database import Database
 from ..records.durable import DurableRecords
@@ -35,10 +36,11 @@ def format_command(
     """Make a block device an empty cold pool; what it held is lost."""
     try:
         pool_id = format_device(device, force=force)
-        for path in _catalogue_files(catalogue_path(device, state_dir)):
-            path.unlink(missing_ok=True)
     except OSError as error:
         raise DeviceUnavailable(f"cannot format {device}: {error.strerror}") from None
+    # Not deleted: device names change, and it may be that of another pool.
+    if aside := set_aside(catalogue_path(device, state_dir)):
+        print(f"the catalogue that was there is now {aside}")
     print(f"{device} is an empty cold pool ({pool_id}); give it to hillinferd with --pool {device}")
 
 
@@ -52,59 +54,57 @@ def fsck(
 ) -> None:
     """Check every row and key of the durable contexts in a pool; no daemon may have it open."""
     path = catalogue_path(pool, state_dir)
-    for needed in (pool, path):
-        if not needed.exists():
-            raise ConfigError(f"there is no {needed}; name the pool of a daemon that keeps durable contexts")
+    if not pool.exists() or not (path.exists() or repair):
+        missing = pool if not pool.exists() else path
+        raise ConfigError(f"there is no {missing}; name the pool of a daemon that keeps durable contexts")
     try:
-        storage = Storage(pool, 0, keep=True)
+        # The smallest capacity: what is there is kept, and not grown.
+        storage = Storage(pool, PAGE, keep=True)
         try:
-            report, repaired = _check(storage, path, repair)
+            report, outcome = _check(storage, path, repair)
         finally:
             storage.close()
     except OSError as error:
         raise DeviceUnavailable(f"cannot read {pool}: {error.strerror}") from None
     if as_json:
-        print(json.dumps(_plain(report, repaired), indent=2))
+        print(json.dumps(_plain(report, outcome), indent=2))
     else:
-        _show(report, repaired, Console())
-    if not report.clean and not repaired:
+        _show(report, outcome, Console())
+    if outcome == "damaged":
         raise typer.Exit(1)
 
 
-def _check(storage: Storage, path: Path, repair: bool) -> tuple[PoolReport, bool]:
+def _check(storage: Storage, path: Path, repair: bool) -> tuple[PoolReport, str]:
     try:
-        records = DurableRecords(Database(path, forgive_lost_commits=repair))
+        records = DurableRecords(Database(path, salvage=repair))
         try:
+            if records.database.fresh:
+                records.database.bind(storage.pool_id)
             report, lost = check(storage, records)
             if repair:
                 for durable in lost:
                     records.delete(durable)
-            return report, repair
+            gone = len(lost) + len(records.database.salvaged)
+            return report, "clean" if not gone else f"{gone} contexts deleted" if repair else "damaged"
         finally:
             records.database.close()
     except DamagedCatalogue:
         if not repair:
             raise
     # Nothing can be said of any context without its records.
-    for file in _catalogue_files(path):
-        if file.exists():
-            file.rename(file.with_name(file.name + ".damaged"))
+    aside = set_aside(path)
     records = DurableRecords(Database(path))
     records.database.bind(storage.pool_id)
     records.database.close()
-    return PoolReport(storage.capacity), True
+    return PoolReport(storage.capacity), f"all contexts given up, the catalogue is now {aside}"
 
 
-def _catalogue_files(path: Path) -> list[Path]:
-    return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", ".sequence")]
-
-
-def _plain(report: PoolReport, repaired: bool) -> dict[str, object]:
+def _plain(report: PoolReport, outcome: str) -> dict[str, object]:
     contexts = [{**asdict(context), "lost": context.lost} for context in report.contexts]
-    return {**asdict(report), "contexts": contexts, "clean": report.clean, "repaired": repaired}
+    return {**asdict(report), "contexts": contexts, "clean": outcome == "clean", "outcome": outcome}
 
 
-def _show(report: PoolReport, repaired: bool, console: Console) -> None:
+def _show(report: PoolReport, outcome: str, console: Console) -> None:
     table = Table("context", "uid", "state", "tokens", "rows", "damaged rows", "damaged keys", "problem")
     for context in report.contexts:
         table.add_row(
@@ -119,5 +119,5 @@ def _show(report: PoolReport, repaired: bool, console: Console) -> None:
         )
     console.print(table if report.contexts else "no durable contexts")
     used, capacity = format_bytes(report.used_bytes), format_bytes(report.capacity_bytes)
-    verdict = "clean" if report.clean else "damage was removed" if repaired else "damaged: see --repair"
-    console.print(f"{used} of {capacity} in use, {verdict}")
+    remedy = "; --repair deletes the contexts that are" if outcome == "damaged" else ""
+    console.print(f"{used} of {capacity} in use, {outcome}{remedy}")

@@ -28,6 +28,8 @@ def _show(response: pb.StatusResponse, console: Console) -> None:
     console.print(f" hillinferd {response.version}, up {response.uptime_s:.0f} s")
     for drive in response.drives:
         console.print(_facts(drive))
+        if drive.reason:
+            console.print(f" {drive.name} is gone: {drive.reason}", markup=False, highlight=False)
     sessions = Table("session", "client", "pid", "uid", "arena", "contexts", "tokens", "extents")
     for session in response.sessions:
         sessions.add_row(

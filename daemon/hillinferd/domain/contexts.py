@@ -30,6 +30,12 @@ CHECKSUM_BYTES = 4
 MAX_APPEND = 1 << 20
 """Tokens of one append to a volatile context: what an arena can hold bounds it far earlier."""
 
+MAX_SESSION_LAYERS = 1 << 16
+"""Layers of all contexts that one session has open: a bound on the daemon's memory, not on what is stored."""
+
+MAX_DURABLE = 4096
+"""Durable contexts of one user on one drive: a bound on the catalogue, whatever they hold."""
+
 _ids = itertools.count(1)
 """Numbers of contexts, never used twice by one daemon, whichever its drive."""
 
@@ -39,7 +45,7 @@ class Context:
     """An open context of one session.
 
     ``durable`` is what it writes, ``base`` what it began with; a context with neither is volatile and began
-    empty. ``lost`` once the worker that held its keys has died, unless it can be restored.
+    empty. ``lost`` says why once the worker that held its keys is gone, unless it can be restored.
     """
 
     context_id: int
@@ -49,7 +55,7 @@ class Context:
     layers: list[Layer]
     durable: Durable | None = None
     base: Durable | None = None
-    lost: bool = False
+    lost: str = ""
     evaluation_key_bytes: int = 0
 
     @property
@@ -164,8 +170,11 @@ class Catalogue:
         check_name(name)
         check_labels(labels)
         check_shape(shape)
+        self._check_session(session_id, shape)
         durable = self._durables.get((uid, name))
         if durable is None:
+            if sum(owner == uid for owner, _ in self._durables) >= MAX_DURABLE:
+                raise QuotaExceeded(f"{MAX_DURABLE} durable contexts of this user are there; delete some")
             durable = new
             durable.context_id = next(_ids)
             durable.layers = [Layer() for _ in range(shape.layers)]
@@ -206,7 +215,7 @@ class Catalogue:
         context = self.find(session_id, context_id)
         if context.lost:
             raise DeviceUnavailable(
-                f"context {context_id} was lost with the device worker; close it, and open and fill a new one"
+                f"context {context_id} was lost {context.lost}; close it, and open and fill a new one"
             )
         return context
 
@@ -221,8 +230,10 @@ class Catalogue:
         """Return the contexts of a session, oldest first."""
         return [context for context in self._contexts.values() if context.session_id == session_id]
 
-    def mark_lost(self) -> int:
+    def mark_lost(self, why: str) -> int:
         """Note that the worker's memory is gone; return how many open contexts are lost by that.
+
+        ``why`` continues "the context was lost".
 
         What a durable context holds is in the pool and in the catalogue file: it is loaded again when needed.
         """
@@ -230,7 +241,7 @@ class Catalogue:
             durable.loaded = False
         gone = [context for context in self._contexts.values() if not context.durable]
         for context in gone:
-            context.lost = True
+            context.lost = context.lost or why
         return len(gone)
 
     def reserve(self, context: Context, layer_index: int, first_token: int, tokens: int) -> list[Placed]:
@@ -279,7 +290,16 @@ class Catalogue:
         del self._durables[durable.uid, durable.name]
         self._free(durable.uid, durable.extents)
 
+    def _check_session(self, session_id: int, shape: Shape) -> None:
+        layers = shape.layers + sum(context.shape.layers for context in self.of_session(session_id))
+        if layers > MAX_SESSION_LAYERS:
+            raise QuotaExceeded(
+                f"the open contexts of this session would have {layers} layers; at most "
+                f"{MAX_SESSION_LAYERS} are allowed, close some"
+            )
+
     def _register(self, session_id: int, uid: int, shape: Shape, layers: list[Layer]) -> Context:
+        self._check_session(session_id, shape)
         context = Context(next(_ids), session_id, uid, shape, layers)
         self._contexts[context.context_id] = context
         return context

@@ -36,6 +36,19 @@ def is_block_device(path: Path) -> bool:
         return False
 
 
+def names_device(path: Path) -> bool:
+    """Return whether ``path``, links followed, is a block device, or would be one: it lies below /dev.
+
+    A drive that is away has no node. Nothing else may be made in its place: that would bar its return.
+    """
+    if os.path.exists(path):
+        return is_block_device(path)
+    place = Path(os.path.realpath(path)).parent
+    while not os.path.exists(place):
+        place = place.parent
+    return os.stat(place).st_dev == os.stat("/dev").st_dev != os.stat("/").st_dev
+
+
 def open_device(path: Path, flags: int) -> int:
     """Open the block device ``path`` for ourselves alone and return the descriptor.
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hillinfer_core import kernel
 from hillinfer_core.layout import PAGE, TILE_TOKENS
-from hillinfer_core.reference import U8, U32
+from hillinfer_core.reference import U8, Ranked
 
 from .contract import Bytes, DamagedKeys, Identity, KeySegment, Scan, Winners
 from .pacing import Pacing
@@ -32,12 +32,16 @@ class HostDriver:
         self._key_memory = settings.key_memory
         self._pacing = Pacing(profile(settings.profile))
         self._storage = Storage(
-            Path(settings.path), settings.capacity, keep=settings.keep, direct=direct, pacing=self._pacing
+            Path(settings.path),
+            settings.capacity,
+            keep=settings.keep,
+            direct=direct,
+            pacing=self._pacing,
+            new_id=settings.new_id,
         )
         self._keys: dict[int, U8] = {}
         self._ahead = ThreadPoolExecutor(1, "hillinferd-read-ahead")
         self._buffers = [aligned(0), aligned(0)]
-        self._scores = np.empty(0, np.int32)
 
     def identify(self) -> Identity:
         """Return what is driven."""
@@ -93,28 +97,30 @@ class HostDriver:
         self._keys.pop(offset, None)
 
     def evaluate(self, scan: Scan) -> Winners:
-        """Score tiles where they are, or as they come from the pool; then select."""
-        heads = scan.q.shape[0]
-        origin = scan.first // TILE_TOKENS * TILE_TOKENS
-        segments = overlapping(scan)
-        columns = max(0, -(-scan.end // TILE_TOKENS) * TILE_TOKENS - origin)
-        if self._scores.size < heads * columns:
-            self._scores = np.empty(heads * columns, np.int32)
-        scores = self._scores[: heads * columns].reshape(heads, columns)
+        """Rank tiles where they are, or as they come from the pool."""
+        found: list[Ranked] = []
+        run: list[tuple[KeySegment, U8]] = []
         parts: list[tuple[int, bool]] = []
         started = self._pacing.now()
-        for segment, tiles, streamed in self._tiles(segments):
-            low = max(origin, segment.first_token)
-            high = min(origin + columns, segment.end_token)
-            begin = (low - segment.first_token) // TILE_TOKENS
-            part = tiles[:, begin : begin + (high - low) // TILE_TOKENS]
-            kernel.scores(part, scan.q, segment.precision, scores[:, low - origin : high - origin])
-            # What is read is looked at as a whole, for its checksum.
-            parts.append((segment.nbytes if streamed else part.size, streamed))
-        ids, best = kernel.top_k(scores[:, scan.first - origin : scan.end - origin], scan.k, scan.first)
+        for segment, tiles, streamed in self._tiles(overlapping(scan)):
+            parts.append((_scanned(scan, segment, streamed), streamed))
+            if not streamed:
+                run.append((segment, tiles))
+                continue
+            if run:
+                found.append(_rank(scan, run))
+                run = []
+            # Ranked at once: its buffer is filled again with the segment after the next.
+            found.append(_rank(scan, [(segment, tiles)], verify=True))
+        if run:
+            found.append(_rank(scan, run))
         self._pacing.evaluate(started, parts)
+        if not found:
+            nothing = np.empty((scan.q.shape[0], 0), np.uint32)
+            return Winners(nothing, nothing.astype(np.int32), 0, 0)
+        best = found[0] if len(found) == 1 else kernel.merge(found, scan.k)
         scanned = sum(nbytes for nbytes, _ in parts)
-        return Winners(ids, best, scanned, sum(nbytes for nbytes, streamed in parts if streamed))
+        return Winners(best.ids, best.scores, scanned, sum(nbytes for nbytes, streamed in parts if streamed))
 
     def close(self) -> None:
         """Close the pool."""
@@ -138,8 +144,6 @@ class HostDriver:
                 taken += 1
                 if taken < len(wanted):
                     coming.append(self._ahead.submit(self._fetch, wanted[taken], taken % 2))
-                if not np.array_equal(key_checksums(tiles), np.array(segment.checksums, np.uint32)):
-                    raise DamagedKeys(segment)
                 yield segment, tiles, True
         finally:
             # The buffers are free for the next scan only when nothing is on its way to them.
@@ -147,6 +151,9 @@ class HostDriver:
                 future.exception()
 
     def _fetch(self, segment: KeySegment, side: int) -> U8:
+        there = self._storage.in_memory(segment.offset, segment.nbytes)
+        if there is not None:
+            return there.reshape(segment.shape)
         padded = -(-segment.nbytes // PAGE) * PAGE
         if self._buffers[side].size < padded:
             self._buffers[side] = aligned(padded)
@@ -155,6 +162,30 @@ class HostDriver:
         return buffer[: segment.nbytes].reshape(segment.shape)
 
 
-def key_checksums(tiles: U8) -> U32:
-    """Return the data checksum (docs/evaluation.md), uint32 [kv_heads], of ``tiles``."""
-    return kernel.data_checksums(tiles)
+def _scanned(scan: Scan, segment: KeySegment, streamed: bool) -> int:
+    # What is read is looked at as a whole, for its checksum.
+    if streamed:
+        return segment.nbytes
+    low = max(scan.first, segment.first_token) // TILE_TOKENS
+    high = -(-min(scan.end, segment.end_token) // TILE_TOKENS)
+    return segment.nbytes // (segment.tokens // TILE_TOKENS) * (high - low)
+
+
+def _rank(scan: Scan, run: list[tuple[KeySegment, U8]], *, verify: bool = False) -> Ranked:
+    """Rank segments that follow one another; raises :class:`DamagedKeys` if one to verify is damaged."""
+    origin, end = run[0][0].first_token, run[-1][0].end_token
+    ranked = kernel.rank(
+        [tiles for _, tiles in run],
+        scan.q,
+        run[0][0].precision,
+        max(scan.first, origin),
+        min(scan.end, end),
+        scan.k,
+        origin=origin,
+        checksums=verify,
+    )
+    if ranked.checksums is not None:
+        for (segment, _), sums in zip(run, ranked.checksums, strict=True):
+            if tuple(sums.tolist()) != segment.checksums:
+                raise DamagedKeys(segment)
+    return ranked

@@ -14,8 +14,11 @@ class DriverSettings:
     device that has been formatted; ``capacity`` of the pool (a multiple of 4096; for a block device an upper
     bound, 0 for all of it); ``keep`` False for a file that loses its name at once, and with it its content;
     ``key_memory`` that evaluation keys may take (host: DRAM); ``profile`` of the pacing, "none" or
-    "smartssd"; ``card`` the BDF of the FPGA's user function, and ``bitstream`` the xclbin to configure it
-    with (xrt only).
+    "smartssd". For xrt only: ``card`` the BDF of the FPGA's user function; ``bitstream`` the xclbin to
+    configure it with, or ``configurations`` the directory of a catalogue of such; ``state_dir`` for what is
+    remembered of the card.
+
+    ``new_id`` is the UUID that a pool is given if it is new; empty for any.
     """
 
     kind: str
@@ -26,6 +29,9 @@ class DriverSettings:
     profile: str = "none"
     card: str = ""
     bitstream: str = ""
+    configurations: str = ""
+    state_dir: str = ""
+    new_id: str = ""
 
     def to_json(self) -> str:
         """Return the settings as one argument of a command line."""

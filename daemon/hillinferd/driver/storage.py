@@ -17,7 +17,7 @@ from hillinfer_core.errors import ConfigError, DamagedCatalogue
 from hillinfer_core.layout import PAGE
 from hillinfer_core.reference import U8
 
-from .block import device_bytes, discard_device, is_block_device, open_device
+from .block import device_bytes, discard_device, is_block_device, names_device, open_device
 from .contract import Bytes
 from .header import HEADER_BYTES, Header
 from .pacing import Pacing
@@ -35,7 +35,8 @@ class Storage:
     that exists keeps its content and its capacity, and grows where ``capacity`` asks for more (for a device
     within its size; 0 is all of it): :attr:`capacity` says what it is. With ``direct`` false, or where the
     file system does not take direct I/O, bytes go through the page cache: see :attr:`direct_io`.
-    ``pacing`` makes every transfer take the time of another device.
+    ``pacing`` makes every transfer take the time of another device. ``new_id`` is the UUID of a pool that is
+    new, so that whoever keeps account of it can know it before it is there.
 
     Raises :class:`~hillinfer_core.errors.ConfigError` for what cannot be a pool or is in use, and what
     :meth:`.header.Header.unpack` raises; the methods are those of :class:`.contract.Driver`.
@@ -47,7 +48,14 @@ class Storage:
     depth = 64
 
     def __init__(
-        self, path: Path, capacity: int, *, keep: bool, direct: bool = True, pacing: Pacing | None = None
+        self,
+        path: Path,
+        capacity: int,
+        *,
+        keep: bool,
+        direct: bool = True,
+        pacing: Pacing | None = None,
+        new_id: str = "",
     ) -> None:
         self.path = path
         self._pacing = pacing or Pacing(NONE)
@@ -55,7 +63,8 @@ class Storage:
         self._fd, self._device, self.direct_io = _open(path, direct, keep)
         try:
             _claim(self._fd, path)
-            self.fresh, self._header = self._prepare(capacity, keep)
+            self.fresh, self._header = self._prepare(capacity, keep, new_id)
+            self._memory = None if self._device else _mapped(self._fd, self.capacity)
         except BaseException:
             os.close(self._fd)
             raise
@@ -77,7 +86,8 @@ class Storage:
     def health(self) -> None:
         """Read the header; raises ``OSError`` if that fails or it is not the pool's."""
         if self._first_page() != self._header.pack():
-            raise OSError(errno.EIO, "the header of the cold pool is not what it was", str(self.path))
+            error = OSError(errno.EIO, "the header of the cold pool is not what it was", str(self.path))
+            raise self._gone(error)
 
     def write(self, offset: int, data: Bytes) -> None:
         """Write whole pages from page-aligned memory, in place and several chunks at a time."""
@@ -86,7 +96,10 @@ class Storage:
         self._check(offset, len(data))
         if len(data):
             started = self._pacing.now()
-            kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
+            try:
+                kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
+            except OSError as error:
+                raise self._gone(error) from None
             self._pacing.append(started, len(data))
 
     def flush(self) -> None:
@@ -104,6 +117,10 @@ class Storage:
         self._pacing.read(started, total)
         return total
 
+    def in_memory(self, offset: int, length: int) -> U8 | None:
+        """Return a range of a pool that lies in memory anyway, not copied; None for one on a drive."""
+        return None if self._memory is None else self._memory[offset : offset + length]
+
     def read_unpaced(self, offset: int, target: U8) -> int:
         """Read as :meth:`read` does, into uint8 [n], for an operation that is paced as a whole."""
         self._check(offset, target.size)
@@ -119,6 +136,11 @@ class Storage:
         if int(offsets.max()) + out.shape[1] > self.capacity:
             raise ValueError("a row to gather is beyond the capacity")
         started = self._pacing.now()
+        if self._memory is not None:
+            kernel.copy_rows(self._memory, offsets, out)
+            touching = np.count_nonzero(np.diff(np.sort(offsets)) == out.shape[1])
+            self._pacing.read(started, out.size, len(offsets) - int(touching))
+            return out.size
         total, requests = kernel.gather(self._fd, offsets, out.shape[1], out, self.direct_io, self.depth)
         self._pacing.read(started, total, requests)
         return total
@@ -134,11 +156,20 @@ class Storage:
             (discard_device if self._device else kernel.punch_hole)(self._fd, offset, length)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
-                raise
+                raise self._gone(error) from None
 
     def close(self) -> None:
         """Close the pool; one that was not kept is gone then."""
+        # A mapping keeps the file open, and with it the lock, for as long as anyone has a view of it.
+        self._memory = None
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)
+
+    def _gone(self, error: OSError) -> OSError:
+        """Return ``error``, or ENODEV if the drive was pulled out: Linux calls that a full one, or EINVAL."""
+        if self._device and device_bytes(self._fd) < self.capacity:
+            return OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(self.path))
+        return error
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or offset + length > self.capacity:
@@ -157,7 +188,7 @@ class Storage:
             done += take
         return total
 
-    def _prepare(self, capacity: int, keep: bool) -> tuple[bool, Header]:
+    def _prepare(self, capacity: int, keep: bool, new_id: str) -> tuple[bool, Header]:
         """Read the header or make one; return whether the pool is new, and its header."""
         size = device_bytes(self._fd) if self._device else os.fstat(self._fd).st_size
         wanted = min(capacity or size, size) if self._device else capacity
@@ -175,7 +206,7 @@ class Storage:
         # A device is formatted with no capacity yet, which tells the first to open it that it is new.
         fresh = blank or header.capacity == HEADER_BYTES
         if blank or wanted > header.capacity:
-            header = Header(header.pool_id, wanted)
+            header = Header(new_id if fresh and new_id else header.pool_id, wanted)
             # The size first: a header never promises bytes that are not there.
             if not self._device and size < wanted:
                 os.ftruncate(self._fd, wanted)
@@ -223,6 +254,13 @@ class Storage:
         self.direct_io = False
 
 
+def _mapped(fd: int, capacity: int) -> U8 | None:
+    """Map a pool on a file system that is memory, such as /dev/shm: reading it is no I/O to wait for."""
+    if not kernel.is_memory(fd):
+        return None
+    return np.frombuffer(mmap.mmap(fd, capacity, prot=mmap.PROT_READ), np.uint8)
+
+
 def aligned(nbytes: int) -> U8:
     """Return ``nbytes`` of page-aligned memory, zeros, uint8 [nbytes]; untouched pages cost nothing."""
     return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
@@ -233,6 +271,8 @@ def _open(path: Path, direct: bool, keep: bool) -> tuple[int, bool, bool]:
     device = is_block_device(path)
     if device and not keep:
         raise ConfigError(f"pool: {path} is a block device, which always keeps its content; set keep")
+    if names_device(path) and not device:
+        raise ConfigError(f"pool: {path} is not there; plug the drive in, or name another")
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         fd = open_device(path, 0) if device else os.open(path, flags, 0o600)
@@ -262,14 +302,12 @@ def _claim(fd: int, path: Path) -> None:
     info = os.fstat(fd)
     if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
         raise ConfigError(f"pool: {path} is neither a regular file nor a block device")
-    if stat.S_ISBLK(info.st_mode):
-        return  # opened with O_EXCL; and udev locks a device for a moment after every writer closes it
     try:
         while_busy(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
         raise ConfigError(f"pool: {path} is in use by another daemon") from None
     # Another daemon that did not keep it may have taken its name since it was opened.
-    if os.fstat(fd).st_nlink == 0:
+    if stat.S_ISREG(info.st_mode) and os.fstat(fd).st_nlink == 0:
         raise ConfigError(f"pool: {path} is in use by another daemon")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hillinfer_core import kernel
-from hillinfer_core.errors import DamagedCatalogue
+from hillinfer_core.errors import ConfigError, DamagedCatalogue
 from hillinfer_core.layout import TILE_TOKENS, Shape
 
 from ..domain.content import LayerContent
@@ -59,11 +59,14 @@ class PoolReport:
 def check(storage: Storage, records: DurableRecords) -> tuple[PoolReport, list[Durable]]:
     """Read and verify everything; return the report and the contexts that can no longer be used.
 
-    Blocks for as long as the drive takes. Raises :class:`DamagedCatalogue` if the catalogue belongs to
-    another pool or cannot be read, ``OSError`` from the drive.
+    Blocks for as long as the drive takes. Raises :class:`ConfigError` if the catalogue belongs to
+    another pool, :class:`DamagedCatalogue` if it cannot be read, ``OSError`` from the drive.
     """
     if records.database.pool_id != storage.pool_id:
-        raise DamagedCatalogue(f"the catalogue belongs to another pool than {storage.path}")
+        raise ConfigError(
+            f"the catalogue belongs to another pool than {storage.path}; name the directory of its own with "
+            "--state-dir, or move this catalogue away"
+        )
     allocator = ExtentAllocator(storage.capacity, reserved=GRANULE)
     books = Catalogue(allocator, Quotas(0, 0))
     report = PoolReport(storage.capacity)

@@ -12,7 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hillinfer_core.errors import DamagedCatalogue, DeviceUnavailable, PoolFull
+from hillinfer_core.errors import DamagedCatalogue, DeviceUnavailable, PoolFull, VersionMismatch
+
+from ..logs import get_logger
+
+log = get_logger(__name__)
 
 FORMAT = 1
 """Version of the records; a file of another version is refused."""
@@ -47,24 +51,32 @@ class Database:
 
     ``path`` is made if it does not exist. Every record carries a CRC-32 of its key and body. SQLite does not
     check the pages of a database, nor can it tell a damaged end of its log from an unfinished write: the file
-    ``path`` + ".sequence" holds the number of the last commit, and a database that is behind it is refused,
-    unless ``forgive_lost_commits``.
+    ``path`` + ".sequence" holds the number of the last commit, and a database that is behind it is refused.
+
+    With ``salvage`` lost commits are forgiven, and contexts with damaged records deleted: ``salvaged`` has
+    their numbers.
 
     Opening reads and checks all of it. One thread at a time; every method blocks and raises
     :class:`DamagedCatalogue`, :class:`PoolFull` or :class:`DeviceUnavailable`.
     """
 
-    def __init__(self, path: Path, *, forgive_lost_commits: bool = False) -> None:
+    def __init__(self, path: Path, *, salvage: bool = False) -> None:
         self._path = path
-        self._forgive = forgive_lost_commits
+        self._salvage = salvage
         self._sequence_path = path.with_name(path.name + ".sequence")
-        self.fresh = not path.exists()
+        self.fresh = not path.exists() or path.stat().st_size == 0
+        self.salvaged: set[int] = set()
         with self._typed():
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._sequence_fd = -1
             try:
                 self._open()
-            except BaseException:
+            except BaseException as error:
                 self._db.close()
+                if self._sequence_fd >= 0:
+                    os.close(self._sequence_fd)
+                if isinstance(error, OSError):
+                    raise self._damaged(f"{self._sequence_path.name}: {error.strerror}") from None
                 raise
 
     @property
@@ -92,13 +104,23 @@ class Database:
                     self._db.execute("ROLLBACK")
                 self._load_meta()
                 raise
-            self._write_sequence()
+            try:
+                self._write_sequence()
+            except OSError as error:
+                # A counter that lags refuses nothing; the commit is made.
+                log.warning("the catalogue's counter was not written", path=self._sequence_path, error=error)
 
     def put(self, key: Key, body: bytes) -> None:
         """Write a record in place of any that is there; inside :meth:`transaction`."""
         if self._get(key) is None:
             self._records += 1
         self._write(key, body)
+
+    def drop(self, key: Key) -> None:
+        """Delete a record if there is one; inside :meth:`transaction`."""
+        values = (key.kind, key.context, key.layer, key.first)
+        query = "DELETE FROM record WHERE kind = ? AND context = ? AND layer = ? AND first = ?"
+        self._records -= self._db.execute(query, values).rowcount
 
     def delete(self, context: int) -> None:
         """Delete all records of a context; inside :meth:`transaction`."""
@@ -135,29 +157,53 @@ class Database:
             self.settle()
         finally:
             self._db.close()
+            os.close(self._sequence_fd)
 
     def _open(self) -> None:
         for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
             self._db.execute(f"PRAGMA {pragma}")
         self._sequence, self._records, self._pool_id = 0, 0, ""
+        if not self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            # Its making may have been cut short.
+            self.fresh = True
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._sequence_fd = os.open(self._sequence_path, flags if self.fresh else flags & ~os.O_CREAT, 0o600)
         if self.fresh:
+            # Before the first commit: a catalogue without its counter would be refused.
+            self._write_sequence()
+            os.fsync(self._sequence_fd)
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute(_SCHEMA)
             self._write(_META, self._meta())
             self._db.execute("COMMIT")
-            self._write_sequence()
             return
         problems = [row[0] for row in self._db.execute("PRAGMA integrity_check(1)") if row[0] != "ok"]
         if problems:
             raise self._damaged(str(problems[0]))
         self._load_meta()
+        if self._salvage:
+            self._salvage_records()
+            self._write_sequence()
         count = sum(1 for _ in self._every())
         if count != self._records + 1:
             raise self._damaged(f"{count - 1} of {self._records} records are there")
-        if self._forgive:
-            self._write_sequence()
-        elif self._sequence < self._read_sequence():
+        if self._sequence < self._read_sequence():
             raise self._damaged("its last commits are missing")
+
+    def _salvage_records(self) -> None:
+        keys = "kind, context, layer, first"
+        known = {row[0] for row in self._db.execute("SELECT context FROM record WHERE kind = 'context'")}
+        for *parts, body, crc in self._db.execute(f"SELECT {keys}, body, crc FROM record"):
+            key = Key(*parts)
+            whole = isinstance(body, bytes) and _crc(key, body) == crc
+            if key != _META and not (whole and key.context in known):
+                self.salvaged.add(key.context)
+        self._db.execute("BEGIN IMMEDIATE")
+        for context in self.salvaged:
+            self._db.execute("DELETE FROM record WHERE context = ? AND kind != 'meta'", (context,))
+        self._records = self._db.execute("SELECT count(*) FROM record WHERE kind != 'meta'").fetchone()[0]
+        self._write(_META, self._meta())
+        self._db.execute("COMMIT")
 
     def _every(self) -> Iterator[tuple[Key, bytes]]:
         for *parts, body, crc in self._db.execute(
@@ -175,7 +221,10 @@ class Database:
             raise self._damaged("its first record is missing")
         meta = json.loads(body)  # written by us: its checksum has just been verified
         if meta["format"] != FORMAT:
-            raise self._damaged(f"its format is {meta['format']}, this daemon knows {FORMAT}")
+            raise VersionMismatch(
+                f"the catalogue {self._path} has format {meta['format']}, this daemon knows {FORMAT}; "
+                "use the hillinfer that wrote it"
+            )
         self._sequence, self._records, self._pool_id = meta["sequence"], meta["records"], meta["pool"]
 
     def _get(self, key: Key) -> bytes | None:
@@ -196,15 +245,11 @@ class Database:
 
     def _write_sequence(self) -> None:
         number = struct.pack("<Q", self._sequence)
-        fd = os.open(self._sequence_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            os.pwrite(fd, _SEQUENCE.pack(self._sequence, zlib.crc32(number)), 0)
-        finally:
-            os.close(fd)
+        os.pwrite(self._sequence_fd, _SEQUENCE.pack(self._sequence, zlib.crc32(number)), 0)
 
     def _read_sequence(self) -> int:
         try:
-            number, crc = _SEQUENCE.unpack(self._sequence_path.read_bytes())
+            number, crc = _SEQUENCE.unpack(os.pread(self._sequence_fd, 2 * _SEQUENCE.size, 0))
         except (OSError, struct.error):
             raise self._damaged(f"{self._sequence_path.name} cannot be read") from None
         if zlib.crc32(struct.pack("<Q", number)) != crc:

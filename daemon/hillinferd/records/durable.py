@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hillinfer_core.errors import DamagedCatalogue
+from hillinfer_core.errors import DamagedCatalogue, HillInferError, VersionMismatch
 from hillinfer_core.layout import DType, Precision, Shape
 from hillinfer_core.protocol import LAYOUT_VERSION
 from hillinfer_core.reference import Ranges
@@ -19,7 +19,10 @@ from ..domain.extents import Extent
 from ..domain.layers import Layer
 from ..domain.placement import Placed
 from ..domain.quantisation import Quantisation, SealedKeys
+from ..logs import get_logger
 from .database import Database, Key
+
+log = get_logger(__name__)
 
 
 class DurableRecords:
@@ -41,10 +44,14 @@ class DurableRecords:
     def create(self, durable: Durable) -> None:
         """Write a new, empty durable context, and give it its number."""
         durable.record_id = max((key.context for key, _ in self.database.all("context")), default=0) + 1
-        with self.database.transaction():
-            self._put_context(durable)
-            for index in range(durable.shape.layers):
-                self._put_layer(durable, index, 0, None)
+        try:
+            with self.database.transaction():
+                self._put_context(durable)
+                for index in range(durable.shape.layers):
+                    self._put_layer(durable, index, 0, None)
+        except BaseException:
+            durable.record_id = 0
+            raise
 
     def append(self, durable: Durable, layer: int, tokens: int, placed: list[Placed], done: Appended) -> None:
         """Write an append of ``tokens`` to ``layer``, which took the new extents ``placed``."""
@@ -57,6 +64,8 @@ class DurableRecords:
             for item in durable.layers[layer].placed:
                 if item.first_token in sealed:
                     self._put_extent(durable, layer, item, sealed[item.first_token])
+            # What was kept aside is among the new tokens, or never will be.
+            self.database.drop(Key("tail", durable.record_id, layer))
             checksums = np.ascontiguousarray(done.row_checksums).tobytes()
             self.database.put(Key("rows", durable.record_id, layer, held), checksums)
 
@@ -77,7 +86,11 @@ class DurableRecords:
             for layer, item in sealed:
                 placed = next(p for p in durable.layers[layer].placed if p.first_token == item.first_token)
                 self._put_extent(durable, layer, placed, item)
-        self.database.settle()
+        try:
+            self.database.settle()
+        except HillInferError as error:
+            # The commit is made; the log is moved into the file later.
+            log.warning("the catalogue's log was not moved into it", error=error)
 
     def delete(self, durable: Durable) -> None:
         """Delete all records of the context."""
@@ -121,7 +134,10 @@ class DurableRecords:
     def _decode(self, key: Key, body: bytes) -> Durable:
         fields = json.loads(body)
         if fields["layout"] != LAYOUT_VERSION:
-            raise _damaged(f"{fields['name']!r} has layout {fields['layout']}, this daemon {LAYOUT_VERSION}")
+            raise VersionMismatch(
+                f"context {fields['name']!r} has layout {fields['layout']}, this daemon {LAYOUT_VERSION}; "
+                "use the hillinfer that wrote it"
+            )
         shape = Shape(
             fields["layers"],
             fields["kv_heads"],

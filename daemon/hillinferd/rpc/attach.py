@@ -9,7 +9,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from hillinfer_core.errors import HillInferError, InvalidInput, VersionMismatch
+from hillinfer_core.errors import HillInferError, InvalidInput, VersionMismatch, name_of
 from hillinfer_core.protocol import LAYOUT_VERSION, MAX_PACKET, PROTOCOL_VERSION
 from hillinfer_core.v1 import attach_pb2 as pb
 
@@ -36,6 +36,7 @@ class AttachServer:
         self._grpc_address = grpc_address
         self._connections: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
+        self._unattached = asyncio.Semaphore(_BACKLOG)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             self._sock.bind(str(path))
@@ -59,9 +60,12 @@ class AttachServer:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            # Each connection is a descriptor: silent ones must not use up all there are.
+            await self._unattached.acquire()
             try:
                 connection, _ = await loop.sock_accept(self._sock)
             except OSError as error:
+                self._unattached.release()
                 log.warning("cannot accept a client", error=error)
                 await asyncio.sleep(0.1)
                 continue
@@ -74,9 +78,12 @@ class AttachServer:
         session = None
         with connection:
             try:
-                # Not wait_for: before Python 3.12 it loses a cancellation that comes with the packet.
-                async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                    packet = await loop.sock_recv(connection, MAX_PACKET)
+                try:
+                    # Not wait_for: before Python 3.12 it loses a cancellation that comes with the packet.
+                    async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                        packet = await loop.sock_recv(connection, MAX_PACKET)
+                finally:
+                    self._unattached.release()
                 if not packet:
                     return
                 session = await self._attach(connection, packet)
@@ -98,7 +105,7 @@ class AttachServer:
             session = await self._service.attach(request.client_name, request.arena_bytes, peer)
         except HillInferError as error:
             log.info("attach refused", pid=peer.pid, uid=peer.uid, reason=error)
-            refused = pb.Refused(error=type(error).__name__, message=str(error))
+            refused = pb.Refused(error=name_of(error), message=str(error))
             connection.send(pb.AttachReply(refused=refused).SerializeToString())
             return None
         accepted = pb.Accepted(

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from hillinfer_core.errors import HillInferError
+from hillinfer_core.errors import HillInferError, name_of
 from hillinfer_core.protocol import ERROR_KEY
 
 from ..logs import get_logger
@@ -67,7 +67,7 @@ def _stream(method: Any) -> Any:
 
 
 async def _abort(context: Context, error: HillInferError) -> None:
-    name = type(error).__name__
+    name = name_of(error)
     log.debug("call refused", error=name, reason=error)
     await context.abort(grpc.StatusCode[error.status], str(error), ((ERROR_KEY, name),))
 

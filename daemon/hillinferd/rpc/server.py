@@ -13,11 +13,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from hillinfer_core.protocol import attach_socket, grpc_socket
-from hillinfer_core.v1 import cold_pool_pb2, cold_pool_pb2_grpc
+from hillinfer_core.v1 import admin_pb2, admin_pb2_grpc, cold_pool_pb2, cold_pool_pb2_grpc
 
 from ..logs import get_logger
 from ..service.cold_pool import ColdPoolService
 from ..service.supervisor import Supervisor
+from .admin import AdminServicer
 from .attach import AttachServer
 from .interceptor import ErrorInterceptor
 from .servicer import ColdPoolServicer
@@ -27,7 +28,10 @@ log = get_logger(__name__)
 STOP_GRACE_S = 0.5
 """How long calls in flight may go on after a stop was asked for; streams never end by themselves."""
 
-_SERVICE = cold_pool_pb2.DESCRIPTOR.services_by_name["ColdPool"].full_name
+_SERVICES = (
+    cold_pool_pb2.DESCRIPTOR.services_by_name["ColdPool"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
+)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -47,8 +51,9 @@ class Transports:
         self._health = health.aio.HealthServicer()
         servicer = ColdPoolServicer(service)
         cold_pool_pb2_grpc.add_ColdPoolServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(service), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         with _owner_and_group_only():
             self._server.add_insecure_port(address)
@@ -76,7 +81,7 @@ class Transports:
 
     async def _set_health(self) -> None:
         up = any(worker.up for worker in self._workers)
-        for name in ("", _SERVICE):
+        for name in ("", *_SERVICES):
             await self._health.set(name, _SERVING if up else _NOT_SERVING)
 
     def _unlink(self) -> None:

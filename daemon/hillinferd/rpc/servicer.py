@@ -4,15 +4,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
-from typing import Any
-
-import grpc.aio
 
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
-from hillinfer_core.protocol import TOKEN_KEY
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1 import cold_pool_pb2_grpc
 
@@ -20,9 +15,8 @@ from .. import __version__
 from ..service import requests
 from ..service.cold_pool import ColdPoolService
 from ..service.sessions import Session
+from .call import Context, deadline_of, session_of
 from .status import durable_context, status_response
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
@@ -43,7 +37,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
         ask = requests.OpenContext(shape, request.durable_name, request.base_name, dict(request.labels))
         if request.WhichOneof("kind") and not (ask.durable_name or ask.base_name):
             raise InvalidInput("the name of a durable context is empty")
-        opened = await self._service.open_context(self._session(context), ask, _deadline(context))
+        opened = await self._service.open_context(self._session(context), ask, deadline_of(context))
         return pb.OpenContextResponse(
             context_id=opened.context_id,
             append_unit=shape.append_unit,
@@ -58,7 +52,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
         self, request: pb.CloseContextRequest, context: Context
     ) -> pb.CloseContextResponse:
         """Close a context."""
-        await self._service.close_context(self._session(context), request.context_id, _deadline(context))
+        await self._service.close_context(self._session(context), request.context_id, deadline_of(context))
         return pb.CloseContextResponse()
 
     async def Append(self, request: pb.AppendRequest, context: Context) -> pb.AppendResponse:
@@ -71,7 +65,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             _region(request.rows),
             request.tail,
         )
-        done = await self._service.append(self._session(context), ask, _deadline(context))
+        done = await self._service.append(self._session(context), ask, deadline_of(context))
         return pb.AppendResponse(
             layer_tokens=done.layer_tokens,
             evaluation_key_bytes=done.evaluation_key_bytes,
@@ -89,7 +83,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
                 Reduction.from_proto(request.reduction),
                 [_evaluation(item) for item in request.evaluations],
             )
-            results = await self._service.evaluate(self._session(context), ask, _deadline(context))
+            results = await self._service.evaluate(self._session(context), ask, deadline_of(context))
             yield pb.EvaluateResponse(
                 results=[
                     pb.EvaluationResult(
@@ -127,12 +121,12 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             ask = requests.FetchTail(request.context_id, request.layer, _region(request.rows))
         else:
             raise InvalidInput("fetch needs by_ids, range or tail")
-        read = await self._service.fetch(self._session(context), ask, _deadline(context))
+        read = await self._service.fetch(self._session(context), ask, deadline_of(context))
         return pb.FetchResponse(read_bytes=read)
 
     async def SaveContext(self, request: pb.SaveContextRequest, context: Context) -> pb.SaveContextResponse:
         """Make a durable context complete and read-only."""
-        await self._service.save_context(self._session(context), request.context_id, _deadline(context))
+        await self._service.save_context(self._session(context), request.context_id, deadline_of(context))
         return pb.SaveContextResponse()
 
     async def ListContexts(
@@ -147,7 +141,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
     ) -> pb.DeleteContextResponse:
         """Delete a durable context."""
         freed = await self._service.delete_context(
-            self._session(context), request.uid, request.name, _deadline(context)
+            self._session(context), request.uid, request.name, deadline_of(context)
         )
         return pb.DeleteContextResponse(freed_bytes=freed)
 
@@ -157,16 +151,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
         return status_response(self._service, __version__)
 
     def _session(self, context: Context) -> Session:
-        token = None
-        for key, value in context.invocation_metadata() or ():
-            if key == TOKEN_KEY and isinstance(value, str):
-                token = value
-        return self._service.sessions.by_token(token)
-
-
-def _deadline(context: Context) -> float | None:
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
+        return session_of(self._service, context)
 
 
 def _region(region: pb.Region) -> requests.RawRegion:

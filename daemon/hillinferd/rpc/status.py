@@ -51,13 +51,15 @@ def durable_context(drive: Drive, durable: Durable) -> pb.DurableContext:
 
 def _drive(drive: Drive) -> pb.DriveStatus:
     worker, identity, allocator = drive.worker, drive.worker.identity, drive.catalogue.allocator
+    asked = drive.settings.driver
     durables = drive.catalogue.durables
     return pb.DriveStatus(
         name=drive.name,
-        state="serving" if worker.up else "restarting",
+        state=worker.state,
+        reason=worker.reason,
         device=pb.DeviceStatus(
-            driver=identity.driver if identity else "",
-            path=identity.path if identity else "",
+            driver=identity.driver if identity else asked.kind,
+            path=identity.path if identity else asked.path,
             direct_io=identity.direct_io if identity else False,
             worker_pid=worker.pid,
             worker_restarts=worker.restarts,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from hillinfer_core.errors import InvalidInput, OutOfOrder
-from hillinfer_core.layout import PAGE
+from hillinfer_core.layout import PAGE, TILE_TOKENS, Shape
+from hillinfer_core.units import format_bytes
 
-from ..domain.contexts import Catalogue, Context
+from ..domain.contexts import Catalogue, Context, key_bytes
 from ..domain.regions import Region
 from ..worker import messages
 from . import requests
@@ -16,6 +17,12 @@ ID_BYTES = 4
 
 MAX_RESULTS = 16384
 """Evaluations times KV heads in one request: keeps the worker's answer within one packet."""
+
+MAX_GROUP = 128
+"""Query heads for one KV head: more than any model has; each is a pass over the keys with Reduction.max."""
+
+MAX_SCANNED = 32 << 30
+"""Bytes of evaluation keys in one request: seconds from memory, within the deadline from a drive."""
 
 MAX_EVALUATIONS = 256
 """Evaluations in one request: keeps the message to the worker within one packet."""
@@ -67,6 +74,17 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
         raise InvalidInput(
             f"{heads} evaluations times KV heads in one request; at most {MAX_RESULTS} are allowed"
         )
+    rows = sum(item.rows.length for item in checked)
+    if rows > session.arena.nbytes:
+        raise InvalidInput(f"the regions for rows have {rows} bytes together, more than the arena")
+    scanned = sum(
+        _scanned(catalogue.get(session.session_id, item.context_id).shape, item) for item in checked
+    )
+    if scanned > MAX_SCANNED:
+        raise InvalidInput(
+            f"a request that scans {format_bytes(scanned)} of evaluation keys; at most "
+            f"{format_bytes(MAX_SCANNED)} are allowed, ask in several"
+        )
     return messages.Evaluate(session.session_id, ask.layer, ask.query_heads, ask.reduction, checked)
 
 
@@ -101,6 +119,11 @@ def fetch_range(session: Session, context: Context, ask: requests.FetchRange) ->
     )
 
 
+def _scanned(shape: Shape, item: messages.Evaluation) -> int:
+    tokens = -(-(item.end_token - item.first_token) // TILE_TOKENS) * TILE_TOKENS
+    return key_bytes(shape, tokens)
+
+
 def _evaluation(
     session: Session, catalogue: Catalogue, ask: requests.Evaluate, item: requests.Evaluation
 ) -> messages.Evaluation:
@@ -109,6 +132,10 @@ def _evaluation(
     heads = shape.kv_heads
     if ask.query_heads == 0 or ask.query_heads % heads:
         raise InvalidInput(f"query_heads {ask.query_heads} is not a multiple of kv_heads {heads}")
+    if ask.query_heads > MAX_GROUP * heads:
+        raise InvalidInput(
+            f"{ask.query_heads // heads} query heads for a KV head; at most {MAX_GROUP} are allowed"
+        )
     if not item.first_token < item.end_token <= layer.tokens:
         raise InvalidInput(
             f"tokens {item.first_token} to {item.end_token} are not a range of the "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hillinfer_core.errors import (
     DeviceUnavailable,
     ForeignToken,
+    HillInferError,
     InvalidInput,
     NotAllowed,
     UnknownContext,
@@ -20,6 +21,7 @@ from ..domain.durable import Durable
 from ..logs import get_logger
 from ..worker import messages
 from . import requests
+from .administration import Administration
 from .drive import Drive, DriveSettings
 from .sessions import Peer, Session, Sessions
 
@@ -41,6 +43,9 @@ class ColdPoolService:
     def __init__(self, drives: Sequence[DriveSettings], limits: Limits, log_level: str) -> None:
         self.sessions = Sessions(limits.arena_limit, limits.session_limit)
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
+        self.administration = Administration(self.drives)
+        self._opening: dict[tuple[int, str], Drive] = {}
+        self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
 
     @property
@@ -49,26 +54,37 @@ class ColdPoolService:
         return time.monotonic() - self._started
 
     async def start(self) -> None:
-        """Start every drive; raises the error of the first that cannot be opened, with all stopped."""
+        """Start every drive; one that cannot be opened is tried again and again while the others serve.
+
+        Raises the error of the first, with all stopped, if none can be opened.
+        """
         try:
-            for drive in self.drives:
-                await drive.start()
+            started = await asyncio.gather(*(drive.start() for drive in self.drives), return_exceptions=True)
+            errors = [error for error in started if isinstance(error, BaseException)]
+            for error in errors:
+                if not isinstance(error, HillInferError) or len(errors) == len(self.drives):
+                    raise error
         except BaseException:
             await self.stop()
             raise
+        for drive in self.drives:
+            drive.serve()
 
     async def stop(self) -> None:
         """Fail what waits, stop the drives. Call after the transports have stopped."""
-        for drive in self.drives:
-            await drive.stop()
+        stopped = await asyncio.gather(*(drive.stop() for drive in self.drives), return_exceptions=True)
         for session in self.sessions:
             self.sessions.remove(session)
             session.close_arena()
+        for error in stopped:
+            if isinstance(error, BaseException):
+                raise error
 
     async def attach(self, client_name: str, arena_bytes: int, peer: Peer) -> Session:
         """Open a session; raises a typed error with nothing left behind. End it with :meth:`detach`.
 
-        A drive that is being restarted hears of the session when it is back, but one must be serving.
+        One drive must have heard of it: others that are busy do later, before any work of the session, and
+        one that is gone or being restarted when it is back.
         """
         session = self.sessions.open(client_name, arena_bytes, peer)
         try:
@@ -84,8 +100,7 @@ class ColdPoolService:
         self.sessions.remove(session)
         for drive in self.drives:
             drive.queue.cancel(session.session_id, ForeignToken("the session has ended"))
-        for drive in self.drives:
-            await drive.detach(session)
+        await asyncio.gather(*(drive.detach(session) for drive in self.drives))
         session.close_arena()
         log.info("session ended", session=session.session_id, pid=session.peer.pid)
 
@@ -93,8 +108,16 @@ class ColdPoolService:
         self, session: Session, ask: requests.OpenContext, deadline: float | None
     ) -> Context:
         """Open a context: a durable one, or a volatile one that begins empty or with a durable one."""
-        drive = self._drive_for(session, ask)
-        return await drive.open_context(session, ask, deadline)
+        name = session.peer.uid, ask.durable_name
+        drive = self._opening.get(name) or self._drive_for(session, ask)
+        if not ask.durable_name:
+            return await drive.open_context(session, ask, deadline)
+        # The name must not come to be on two drives.
+        self._opening[name] = drive
+        try:
+            return await drive.open_context(session, ask, deadline)
+        finally:
+            self._opening.pop(name, None)
 
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""
@@ -114,7 +137,7 @@ class ColdPoolService:
         """Delete a durable context; return the bytes freed. Root may delete those of others."""
         if session.peer.uid not in (0, uid):
             raise NotAllowed(f"user {session.peer.uid} may not delete contexts of user {uid}")
-        drive = self._drive_with(uid, name) or self.drives[0]
+        drive = self._drive_with(uid, name) or self._drive_without(name)
         return await drive.delete_context(session, uid, name, deadline)
 
     async def append(
@@ -142,15 +165,31 @@ class ColdPoolService:
         return await self._drive_of(ask.context_id).fetch(session, ask, deadline)
 
     async def _attach_arena(self, session: Session) -> None:
-        results = await asyncio.gather(
-            *(drive.attach(session) for drive in self.drives), return_exceptions=True
-        )
-        errors = [result for result in results if isinstance(result, BaseException)]
-        for error in errors:
-            if not isinstance(error, DeviceUnavailable):
-                raise error
-        if len(errors) == len(self.drives):
-            raise errors[0]
+        waiting = {asyncio.create_task(drive.attach(session)) for drive in self.drives}
+        for task in waiting:
+            self._attaching.add(task)
+            task.add_done_callback(self._attached)
+        errors: list[BaseException] = []
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            errors += [error for task in done if (error := task.exception())]
+            for error in errors:
+                if not isinstance(error, DeviceUnavailable):
+                    raise error
+            if len(errors) + len(waiting) < len(self.drives):
+                return
+        raise errors[0]
+
+    def _attached(self, task: asyncio.Task[None]) -> None:
+        self._attaching.discard(task)
+        # A drive that is away hears of all sessions when it is back.
+        error = None if task.cancelled() else task.exception()
+        if error and not isinstance(error, DeviceUnavailable):
+            log.warning("a drive did not take in a session", error=error)
+
+    @property
+    def _serving(self) -> list[Drive]:
+        return [drive for drive in self.drives if drive.worker.up] or self.drives
 
     def _drive_of(self, context_id: int) -> Drive:
         for drive in self.drives:
@@ -164,13 +203,20 @@ class ColdPoolService:
                 return drive
         return None
 
+    def _drive_without(self, name: str) -> Drive:
+        """Return a drive to say that there is no such context, unless one that is gone may have it."""
+        if unknown := [str(drive.worker.unavailable()) for drive in self.drives if not drive.known]:
+            raise UnknownContext(f"no drive that serves has a context {name!r}; {'; '.join(unknown)}")
+        return self._serving[0]
+
     def _drive_for(self, session: Session, ask: requests.OpenContext) -> Drive:
         """Return the drive of a named context, else of the session's other contexts, else the emptiest."""
         name = ask.base_name or ask.durable_name
         if name and (drive := self._drive_with(session.peer.uid, name)):
             return drive
-        serving = [drive for drive in self.drives if drive.worker.up] or self.drives
-        for drive in serving:
+        if ask.base_name:
+            return self._drive_without(name)
+        for drive in self._serving:
             if drive.catalogue.of_session(session.session_id):
                 return drive
-        return max(serving, key=lambda drive: drive.catalogue.allocator.free_bytes)
+        return max(self._serving, key=lambda drive: drive.catalogue.allocator.free_bytes)

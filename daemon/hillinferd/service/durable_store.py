@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import uuid
 from pathlib import Path
 
 from hillinfer_core.errors import ConfigError, DamagedCatalogue
@@ -14,6 +15,7 @@ from ..domain.durable import Durable
 from ..domain.placement import Placed
 from ..domain.quantisation import SealedKeys
 from ..driver.contract import Identity
+from ..records import files_of
 from ..records.database import Database
 from ..records.durable import DurableRecords
 
@@ -39,6 +41,16 @@ class DurableStore:
         if self._path.exists() or not self._pool.is_file() or self._pool.stat().st_size == 0:
             self._records = await asyncio.to_thread(_open, self._path)
 
+    @property
+    def new_pool_id(self) -> str:
+        """The UUID that a pool is to have if it is made now.
+
+        Empty where there are contexts already: a new pool must not be taken for the one that holds them.
+        """
+        if self._records is None or next(self._records.database.all("context"), None):
+            return ""
+        return self._records.database.pool_id
+
     async def recover(self, identity: Identity) -> list[Durable]:
         """Return every durable context of the pool that ``identity`` describes."""
         if self._records is None:
@@ -46,7 +58,16 @@ class DurableStore:
                 f"the pool {identity.path} has no catalogue at {self._path}; restore it, or delete the pool "
                 "to begin with an empty one"
             )
-        return await asyncio.to_thread(_recover, self._records, identity)
+        try:
+            return await asyncio.to_thread(_recover, self._records, identity)
+        except DamagedCatalogue:
+            if self._records.database.fresh:
+                # Made just now, for a pool that is not its own: the next start must not take it for one.
+                await self.close()
+                self._records = None
+                for path in files_of(self._path):
+                    path.unlink(missing_ok=True)
+            raise
 
     async def create(self, durable: Durable) -> None:
         """Record a new, empty context."""
@@ -90,9 +111,10 @@ class DurableStore:
         return fd
 
     async def close(self) -> None:
-        """Settle and close the file."""
+        """Settle and close the file; harmless if it is not open."""
         if self._records is not None:
-            await asyncio.to_thread(self._records.database.close)
+            records, self._records = self._records, None
+            await asyncio.to_thread(records.database.close)
 
     @property
     def _opened(self) -> DurableRecords:
@@ -102,8 +124,12 @@ class DurableStore:
 
 def _open(path: Path) -> DurableRecords:
     if not path.parent.is_dir():
-        raise ConfigError(f"No such file or directory: {path.parent}, for the pool and its catalogue; make it")
-    return DurableRecords(Database(path))
+        raise ConfigError(f"No such file or directory: {path.parent}, for pool and catalogue; make it")
+    database = Database(path)
+    if not database.pool_id:
+        # Before there is a pool: made with this number, it is known for ours whenever the power goes.
+        database.bind(str(uuid.uuid4()))
+    return DurableRecords(database)
 
 
 def _recover(records: DurableRecords, identity: Identity) -> list[Durable]:
@@ -113,6 +139,11 @@ def _recover(records: DurableRecords, identity: Identity) -> list[Durable]:
             raise DamagedCatalogue(
                 f"the catalogue belongs to another pool than {identity.path}; bring back the pool that was "
                 "there, or delete the catalogue to give up its contexts"
+            )
+        if not identity.fresh:
+            raise DamagedCatalogue(
+                f"the pool {identity.path} was used with another catalogue; name its state_dir, or give up "
+                "the contexts in the pool with `hillinferctl fsck --repair`"
             )
         database.bind(identity.pool_id)
     return records.load()

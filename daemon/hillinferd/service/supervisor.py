@@ -6,6 +6,8 @@ import asyncio
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
 
 from hillinfer_core.errors import DeviceUnavailable, by_name
 
@@ -16,39 +18,53 @@ from ..worker import messages
 
 log = get_logger(__name__)
 
-REQUEST_TIMEOUT_S = 60.0
-"""Longest a request may take before the worker counts as hung; real ones take at most seconds. Our choice."""
-
 START_TIMEOUT_S = 30.0
-"""Longest a new worker may take to open its drive."""
+"""Longest a new worker may take to open its drive. Our choice."""
+
+PREPARE_TIMEOUT_S = 60.0
+"""Longest a new worker may take for one request of ``on_ready``: discarding takes time. Our choice."""
 
 _LONGEST_PAUSE_S = 10.0
 
 
 class Supervisor:
-    """Starts the worker, restarts it when it dies, and kills it when it hangs.
+    """Starts the worker of the drive called ``name``, restarts it when it dies, and kills it when it hangs.
 
-    ``on_death`` is called, without blocking, as soon as a worker is gone; ``on_ready`` is awaited with each
-    new worker before requests are let through. All on one event loop.
+    A worker that has not answered a request after ``request_timeout_s`` counts as hung. ``on_start`` is
+    awaited before each worker is started, ``on_ready`` with each new worker before requests are let through,
+    and ``on_death`` is called, without blocking, as soon as a worker that had become ready is gone. All on
+    one event loop.
     """
 
     def __init__(
         self,
+        name: str,
         settings: DriverSettings,
         log_level: str,
-        on_death: Callable[[], None],
+        *,
+        request_timeout_s: float,
+        on_start: Callable[[], Awaitable[None]],
         on_ready: Callable[[], Awaitable[None]],
+        on_death: Callable[[], None],
     ) -> None:
+        self._name = name
         self._settings = settings
         self._log_level = log_level
-        self._on_death = on_death
+        self._timeout_s = request_timeout_s
+        self._on_start = on_start
         self._on_ready = on_ready
+        self._on_death = on_death
         self._process: asyncio.subprocess.Process | None = None
         self._sock: socket.socket | None = None
         self._replies: asyncio.Queue[messages.Reply | None] = asyncio.Queue()
         self._up = False
         self._changed = asyncio.Event()
+        self._there = asyncio.Event()
+        self._there.set()
+        self._hurry = asyncio.Event()
         self.identity: Identity | None = None
+        self.reason = ""
+        """Why the drive was taken away or could not be opened; empty once a worker serves."""
         self.restarts = 0
         self.traffic = messages.Traffic()
 
@@ -62,6 +78,19 @@ class Supervisor:
         """Whether :meth:`call` would reach a worker."""
         return self._up
 
+    @property
+    def state(self) -> str:
+        """``serving``; ``restarting`` after a worker died; ``gone``: the drive is away or does not open."""
+        if self._up:
+            return "serving"
+        return "gone" if self.reason else "restarting"
+
+    def unavailable(self) -> DeviceUnavailable:
+        """Return what to raise while no worker serves."""
+        if self.reason:
+            return DeviceUnavailable(f"drive {self._name} is gone ({self.reason}); try again when it is back")
+        return self._died()
+
     async def changes(self) -> AsyncIterator[bool]:
         """Yield :attr:`up` now and after each change, without end; for one reader."""
         while True:
@@ -72,8 +101,96 @@ class Supervisor:
     async def start(self) -> None:
         """Start a worker, wait for its drive and for ``on_ready``.
 
-        Raises the worker's typed error or what ``on_ready`` raised, with no worker left behind.
+        Raises the worker's typed error or what ``on_start`` or ``on_ready`` raised, with no worker left
+        behind.
         """
+        try:
+            await self._on_start()
+            await self._spawn()
+            self.identity = await self._opened()
+            await self._on_ready()
+            if not self._there.is_set():
+                raise self.unavailable()
+        except BaseException as error:
+            await self._put_down()
+            if self._there.is_set():
+                self.reason = str(error) or type(error).__name__
+            raise
+        self.reason = ""
+        self._up = True
+        self._changed.set()
+
+    async def call(self, request: messages.Request, fd: int | None = None) -> messages.Done:
+        """Carry out ``request``, passing ``fd`` along; one call at a time, as the work queue ensures.
+
+        Raises the worker's typed error, or :class:`DeviceUnavailable` if there is no worker, or it dies or
+        hangs meanwhile.
+        """
+        if not self._up:
+            raise self.unavailable()
+        return await self._exchange(request, fd, self._timeout_s)
+
+    async def prepare(self, request: messages.Request, fd: int | None = None) -> messages.Done:
+        """Like :meth:`call`, for ``on_ready``: before other requests are let through."""
+        return await self._exchange(request, fd, PREPARE_TIMEOUT_S)
+
+    async def watch(self) -> None:
+        """Restart the worker whenever it dies, until cancelled; pauses grow from 0.1 s to 10 s.
+
+        Also starts the first one if :meth:`start` failed. A drive that was taken away is waited for.
+        """
+        pause, said = 0.1, ""
+        while True:
+            if self._process is not None:
+                code = await self._process.wait()
+                log.error("device worker died", drive=self._name, pid=self._process.pid, exit_code=code)
+                self._gone()
+            await self._rest(pause)
+            self.restarts += 1
+            try:
+                await self.start()
+            except Exception as error:
+                # Once, not with every attempt at a drive that stays away.
+                if str(error) != said:
+                    log.error("device worker did not restart", drive=self._name, error=str(error))
+                pause, said = min(2 * pause, _LONGEST_PAUSE_S), str(error)
+            else:
+                log.info("device worker restarted", drive=self._name, pid=self.pid, restarts=self.restarts)
+                pause, said = 0.1, ""
+
+    def replace(self) -> None:
+        """Kill the worker, so that :meth:`watch` starts another; harmless while there is none."""
+        self._gone()
+        self._kill()
+
+    def take_away(self, reason: str) -> None:
+        """Kill the worker, and start none until :meth:`bring_back`; ``reason`` is for those who ask."""
+        self.reason = reason
+        self._there.clear()
+        self.replace()
+
+    def new_pool_id(self, pool_id: str) -> None:
+        """Say what UUID the pool is to have if a worker makes it."""
+        self._settings = replace(self._settings, new_id=pool_id)
+
+    def bring_back(self, path: str) -> None:
+        """Start a worker at once, unless there is one; the pool is at ``path`` now."""
+        if self._up:
+            return
+        self._settings = replace(self._settings, path=path)
+        self._hurry.set()
+        self._there.set()
+
+    async def stop(self) -> None:
+        """End the worker: by hang-up, and after 5 s by force."""
+        self._close_socket()
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), 5.0)
+            except TimeoutError:
+                await self._put_down()
+
+    async def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
@@ -87,109 +204,63 @@ class Supervisor:
             )
         self._sock, self._replies = ours, asyncio.Queue()
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, ours, self._replies)
+
+    async def _opened(self) -> Identity:
         try:
-            reply = await asyncio.wait_for(self._replies.get(), START_TIMEOUT_S)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                reply = await self._replies.get()
         except TimeoutError:
-            await self._put_down()
             raise DeviceUnavailable(
                 f"the device worker did not open its drive in {START_TIMEOUT_S:g} s"
             ) from None
         if not isinstance(reply, messages.Ready):
-            await self._put_down()
-            raise _error_of(reply)
-        self.identity = reply.identity
-        try:
-            await self._on_ready()
-        except BaseException:
-            await self._put_down()
-            raise
-        self._up = True
-        self._changed.set()
+            raise self._error_of(reply)
+        return reply.identity
 
-    async def call(self, request: messages.Request, fd: int | None = None) -> messages.Done:
-        """Carry out ``request``, passing ``fd`` along; one call at a time, as the work queue ensures.
+    async def _rest(self, pause: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._hurry.wait()
+        self._hurry.clear()
+        await self._there.wait()
 
-        Raises the worker's typed error, or :class:`DeviceUnavailable` if there is no worker, or it dies or
-        hangs meanwhile.
-        """
-        if not self._up:
-            raise DeviceUnavailable("the device worker is being restarted; try again in a moment")
-        return await self._exchange(request, fd)
-
-    async def prepare(self, request: messages.Request, fd: int | None = None) -> messages.Done:
-        """Like :meth:`call`, for ``on_ready``: before other requests are let through."""
-        return await self._exchange(request, fd)
-
-    async def watch(self) -> None:
-        """Restart the worker whenever it dies, until cancelled; pauses grow from 0.1 s to 10 s."""
-        pause = 0.1
-        while True:
-            if self._process is not None:
-                code = await self._process.wait()
-                log.error("device worker died", pid=self._process.pid, exit_code=code)
-                self._gone()
-            await asyncio.sleep(pause)
-            self.restarts += 1
-            try:
-                await self.start()
-            except Exception as error:
-                log.error("device worker did not restart", error=str(error))
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
-            else:
-                log.info("device worker restarted", pid=self.pid, restarts=self.restarts)
-                pause = 0.1
-
-    def replace(self) -> None:
-        """Kill the worker, so that :meth:`watch` starts another; harmless while there is none."""
-        self._gone()
-        self._kill()
-
-    async def stop(self) -> None:
-        """End the worker: by hang-up, and after 5 s by force."""
-        self._close_socket()
-        if self._process is not None:
-            try:
-                await asyncio.wait_for(self._process.wait(), 5.0)
-            except TimeoutError:
-                await self._put_down()
-
-    async def _exchange(self, request: messages.Request, fd: int | None) -> messages.Done:
+    async def _exchange(self, request: messages.Request, fd: int | None, timeout_s: float) -> messages.Done:
         sock = self._sock
         if sock is None:
-            raise DeviceUnavailable("the device worker is gone; it is being restarted")
+            raise self._died()
         try:
             # Never blocks: with one request at a time the socket's buffer is empty.
             socket.send_fds(sock, [messages.encode(request)], [fd] if fd is not None else [])
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the reply.
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 reply = await self._replies.get()
         except TimeoutError:
-            log.error("device worker hangs, killing it", request=type(request).__name__, pid=self.pid)
-            self._gone()
-            self._kill()
-            raise DeviceUnavailable(f"the device worker did not answer in {REQUEST_TIMEOUT_S:g} s") from None
-        except OSError as error:
-            self._gone()
-            self._kill()
-            raise DeviceUnavailable(f"the device worker is gone ({error}); it is being restarted") from None
+            what = type(request).__name__
+            log.error("device worker hangs, killing it", drive=self._name, request=what, pid=self.pid)
+            if sock is self._sock:
+                self.replace()
+            raise DeviceUnavailable(
+                f"the worker of drive {self._name} did not answer in {timeout_s:g} s; it is being restarted"
+            ) from None
+        except OSError:
+            self.replace()
+            raise self._died() from None
         if isinstance(reply, messages.Done | messages.Failed):
             self.traffic.add(reply.traffic)
         if not isinstance(reply, messages.Done):
-            raise _error_of(reply)
+            raise self._error_of(reply)
         return reply
 
     def _readable(self, sock: socket.socket, replies: asyncio.Queue[messages.Reply | None]) -> None:
         try:
-            packet = sock.recv(messages.MAX_MESSAGE)
+            reply = messages.receive_reply(sock)
         except BlockingIOError:
             return
         except OSError:
-            packet = b""
-        if packet:
-            replies.put_nowait(messages.decode_reply(packet))
-        else:
+            reply = None
+        replies.put_nowait(reply)
+        if reply is None:
             asyncio.get_running_loop().remove_reader(sock.fileno())
-            replies.put_nowait(None)
             if sock is self._sock:
                 self._gone()
 
@@ -205,6 +276,8 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(self._sock.fileno())
             self._sock.close()
             self._sock = None
+            # Whoever waits for an answer shall not wait for a worker that is not listened to any more.
+            self._replies.put_nowait(None)
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -217,8 +290,15 @@ class Supervisor:
             await self._process.wait()
             self._process = None
 
+    def _error_of(self, reply: messages.Reply | None) -> Exception:
+        if isinstance(reply, messages.Failed):
+            return by_name(reply.error)(reply.message)
+        return self._died()
 
-def _error_of(reply: messages.Reply | None) -> Exception:
-    if isinstance(reply, messages.Failed):
-        return by_name(reply.error)(reply.message)
-    return DeviceUnavailable("the device worker died; its contexts are lost, open and fill new ones")
+    def _died(self) -> DeviceUnavailable:
+        if not self._there.is_set():
+            return self.unavailable()
+        # Without the reason, which this may become.
+        return DeviceUnavailable(
+            f"the worker of drive {self._name} died and is being restarted; try again in a moment"
+        )

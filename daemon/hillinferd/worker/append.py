@@ -73,6 +73,7 @@ def append(
             for segment in segments
             if segment.sealed is None and segment.placed.end_token <= end
         ]
+        store.reserve_checksums(end)
         if ask.durable:
             driver.flush()
     except BaseException:

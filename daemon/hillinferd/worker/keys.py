@@ -10,7 +10,7 @@ import numpy as np
 from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData, MemoryLimit
 from hillinfer_core.layout import PAGE, TILE_TOKENS
-from hillinfer_core.reference import I8, I32, U8, U32
+from hillinfer_core.reference import I8, U8, U32
 from hillinfer_core.units import format_bytes
 
 from ..domain.contexts import key_bytes
@@ -18,11 +18,10 @@ from ..domain.placement import Placed
 from ..domain.quantisation import Quantisation, SealedKeys
 from ..domain.residency import Residency
 from ..driver.contract import DamagedKeys, Driver, KeySegment, Scan, Winners
-from ..driver.host import key_checksums
 from ..logs import get_logger
 from . import rows
 from .messages import Traffic
-from .store import LayerStore, Segment, empty_tiles, lazy, split
+from .store import LayerStore, Segment, empty_tiles, lazy
 
 log = get_logger(__name__)
 
@@ -80,7 +79,7 @@ class KeyKeeper:
         padded = _padded(tiles)
         self._driver.write(placed.keys_offset(store.shape), padded.data)
         traffic.written += padded.size
-        checksums = tuple(int(checksum) for checksum in key_checksums(tiles))
+        checksums = _checksums(tiles)
         return SealedKeys(placed.first_token, tiles.shape[1] * TILE_TOKENS, checksums)
 
     def write_unsealed(
@@ -180,7 +179,7 @@ class KeyKeeper:
             return
         tiles = lazy(segment.shape, np.uint8)
         traffic.read += self._driver.read(segment.offset, tiles.reshape(-1).data)
-        if tuple(key_checksums(tiles)) != segment.checksums:
+        if _checksums(tiles) != segment.checksums:
             raise DamagedKeys(segment)
         self._load(segment, tiles)
 
@@ -188,13 +187,16 @@ class KeyKeeper:
         if self.residency.admit(segment.offset, segment.nbytes):
             try:
                 self._driver.load_keys(segment, tiles)
-            except MemoryError:
+            except (MemoryError, OSError) as error:
+                # They are in the pool: what cannot be kept in memory is streamed.
+                log.warning("evaluation keys are not kept in memory", offset=segment.offset, error=error)
                 self.residency.forget(segment.offset)
+                self._driver.unload_keys(segment.offset)
 
     def _mend(self, store: LayerStore, damaged: KeySegment, traffic: Traffic) -> None:
         self.forget(damaged)
         tiles = self._tiles_of(store, damaged.first_token, damaged.tokens, traffic)
-        if tuple(key_checksums(tiles)) != damaged.checksums:
+        if _checksums(tiles) != damaged.checksums:
             raise CorruptData(
                 f"evaluation keys of tokens {damaged.first_token} to {damaged.end_token} are damaged and the "
                 "rows do not give them again; close the context, fill a new one, and check the drive"
@@ -239,20 +241,23 @@ def _padded(tiles: U8) -> U8:
     return padded
 
 
+def _checksums(tiles: U8) -> tuple[int, ...]:
+    return tuple(kernel.data_checksums(tiles).tolist())
+
+
 def _rank_unsealed(store: LayerStore, ask: Ranking, first: int) -> Winners:
-    parts = split([item.placed for item in store.segments if item.tiles is not None], first, ask.end)
-    found = []
-    for placed, low, high in parts:
-        segment = next(item for item in store.segments if item.placed == placed)
-        assert segment.tiles is not None
-        start = (low - placed.first_token) // TILE_TOKENS
-        tiles = segment.tiles[:, start : -(-(high - placed.first_token) // TILE_TOKENS)]
-        scores: I32 = np.empty((store.shape.kv_heads, tiles.shape[1] * TILE_TOKENS), np.int32)
-        kernel.scores(tiles, ask.q, store.shape.precision, scores)
-        skip = low - placed.first_token - start * TILE_TOKENS
-        ids, best = kernel.top_k(scores[:, skip : skip + high - low], ask.k, low)
-        found.append(Winners(ids, best, tiles.size, 0))
-    return found[0] if len(found) == 1 else _joined(found, ask.k)
+    segments = [item for item in store.segments if item.tiles is not None]
+    ranked = kernel.rank(
+        [item.tiles for item in segments if item.tiles is not None],
+        ask.q,
+        store.shape.precision,
+        first,
+        ask.end,
+        ask.k,
+        origin=segments[0].placed.first_token,
+    )
+    tiles = -(-ask.end // TILE_TOKENS) - first // TILE_TOKENS
+    return Winners(ranked.ids, ranked.scores, tiles * store.shape.kv_heads * store.shape.key_tile_bytes, 0)
 
 
 def _joined(parts: list[Winners], k: int) -> Winners:

@@ -5,34 +5,42 @@ from __future__ import annotations
 import os
 import socket
 
-from hillinfer_core.errors import DeviceUnavailable, HillInferError
+from hillinfer_core.errors import DeviceUnavailable, HillInferError, name_of
 
+from ..cec.configurable import Configurable
 from ..driver.open import open_driver
 from ..driver.settings import DriverSettings
 from ..logs import get_logger
 from . import messages
+from .configuration import Configuration
 from .operations import Operations
 
 log = get_logger(__name__)
 
 
 def serve(sock: socket.socket, settings: DriverSettings) -> None:
-    """Open the pool, say :class:`~hillinferd.worker.messages.Ready`, and serve until hang-up."""
+    """Open the drive, prove the card's bitstream if it has one, then serve the daemon until it hangs up.
+
+    The first packet is :class:`~hillinferd.worker.messages.Ready`, or ``Failed`` if the drive is not open.
+    """
     try:
         driver = open_driver(settings)
+        configuration = Configuration(driver, settings) if isinstance(driver, Configurable) else None
+        if configuration is not None:
+            configuration.restore()
         driver.health()
     except HillInferError as error:
-        sock.send(messages.encode(messages.Failed(type(error).__name__, str(error))))
+        messages.send_reply(sock, messages.Failed(name_of(error), str(error)))
         return
     except OSError as error:
         failed = messages.Failed(
             DeviceUnavailable.__name__, f"cannot open the cold pool {settings.path}: {error.strerror}"
         )
-        sock.send(messages.encode(failed))
+        messages.send_reply(sock, failed)
         return
-    operations = Operations(driver)
+    operations = Operations(driver, configuration)
     try:
-        sock.send(messages.encode(messages.Ready(driver.identify())))
+        messages.send_reply(sock, messages.Ready(driver.identify()))
         while True:
             request, fd = messages.receive_request(sock)
             if request is None:
@@ -42,7 +50,7 @@ def serve(sock: socket.socket, settings: DriverSettings) -> None:
             finally:
                 if fd is not None:
                     os.close(fd)
-            sock.send(messages.encode(reply))
+            messages.send_reply(sock, reply)
     except ConnectionError:
         log.debug("the daemon hung up")
     finally:

@@ -6,6 +6,7 @@ checked regions, ids of contexts and numbers of tokens; the worker checks what o
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TypeAlias
 
 from hillinfer_core.layout import Reduction, Shape
 
+from ..cec.loader import Status
 from ..domain.content import Appended
 from ..domain.extents import Extent
 from ..domain.placement import Placed
@@ -22,6 +24,8 @@ from ..driver.contract import Identity
 
 MAX_MESSAGE = 192 * 1024
 """Largest packet in bytes: what a local socket takes with Linux's default buffer of 212,992, less slack."""
+
+_IN_FILE = b"in file"
 
 MAX_EXTENTS = 1000
 """Extents in one :class:`Discard`: about 40 KB."""
@@ -153,6 +157,28 @@ class FetchRange:
     rows: Region
 
 
+@dataclass(frozen=True)
+class CecStatus:
+    """Ask what bitstream the card has; the answer to this and the next two is in ``Done.bitstreams``."""
+
+
+@dataclass(frozen=True)
+class CecLoad:
+    """Load the catalogue's bitstream ``name``; refused if the drive has open ``contexts``."""
+
+    name: str
+    contexts: int
+
+
+@dataclass(frozen=True)
+class CecRollback:
+    """Go back to the bitstream that was good before; refused if the drive has open ``contexts``."""
+
+    contexts: int
+
+
+CecRequest: TypeAlias = CecStatus | CecLoad | CecRollback
+
 Request: TypeAlias = (
     AttachArena
     | DetachArena
@@ -166,6 +192,7 @@ Request: TypeAlias = (
     | Evaluate
     | FetchIds
     | FetchRange
+    | CecRequest
 )
 
 
@@ -212,8 +239,8 @@ class Done:
     """A request was carried out.
 
     ``evaluated`` answers :class:`Evaluate`, ``appended`` a durable :class:`Append`, ``sealed``
-    :class:`SealContext` (by layer). ``key_bytes`` of evaluation keys are in fast memory now,
-    ``context_key_bytes`` of them of the context that was opened, loaded or appended to.
+    :class:`SealContext` (by layer), ``bitstreams`` a :data:`CecRequest`. ``key_bytes`` of evaluation keys are
+    in fast memory now, ``context_key_bytes`` of them of the context that was opened, loaded or appended to.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -222,6 +249,7 @@ class Done:
     sealed: list[tuple[int, SealedKeys]] = field(default_factory=list)
     key_bytes: int = 0
     context_key_bytes: int = 0
+    bitstreams: Status | None = None
 
 
 @dataclass(frozen=True)
@@ -236,7 +264,7 @@ class Failed:
 Reply: TypeAlias = Ready | Done | Failed
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode(message: Request) -> bytes:
     """Return the packet for ``message``; raises ``ValueError`` above :data:`MAX_MESSAGE` bytes."""
     packet = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     if len(packet) > MAX_MESSAGE:
@@ -244,14 +272,34 @@ def encode(message: Request | Reply) -> bytes:
     return packet
 
 
+def send_reply(sock: socket.socket, reply: Reply) -> None:
+    """Send ``reply``; one that is too large for a packet in a file of its own."""
+    packet = pickle.dumps(reply, protocol=pickle.HIGHEST_PROTOCOL)
+    if len(packet) <= MAX_MESSAGE:
+        sock.send(packet)
+        return
+    fd = os.memfd_create("hillinfer-reply", os.MFD_CLOEXEC)
+    try:
+        with open(os.dup(fd), "wb") as file:
+            file.write(packet)
+        socket.send_fds(sock, [_IN_FILE], [fd])
+    finally:
+        os.close(fd)
+
+
+def receive_reply(sock: socket.socket) -> Reply | None:
+    """Return the next reply, None at hang-up; raises ``BlockingIOError`` if there is none yet."""
+    packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
+    if packet == _IN_FILE:
+        with open(fds[0], "rb") as file:
+            file.seek(0)
+            packet = file.read()
+    reply: Reply | None = pickle.loads(packet) if packet else None
+    return reply
+
+
 def receive_request(sock: socket.socket) -> tuple[Request | None, int | None]:
     """Block for the next request and the descriptor that came with it; the request is None at hang-up."""
     packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
     request: Request | None = pickle.loads(packet) if packet else None
     return request, (fds[0] if fds else None)
-
-
-def decode_reply(packet: bytes) -> Reply:
-    """Return the reply in ``packet``."""
-    reply: Reply = pickle.loads(packet)
-    return reply

@@ -10,15 +10,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hillinfer_core.arena import Arena
-from hillinfer_core.errors import DeviceUnavailable, HillInferError, InvalidInput, PoolFull, UnknownContext
+from hillinfer_core.errors import (
+    DeviceUnavailable,
+    HillInferError,
+    InvalidInput,
+    PoolFull,
+    UnknownContext,
+    name_of,
+)
 from hillinfer_core.layout import Shape
 
+from ..cec.loader import Status
 from ..domain.content import Appended, LayerContent
 from ..domain.quantisation import SealedKeys
 from ..driver.contract import Driver
 from ..logs import get_logger
 from . import messages, rows
 from .append import append
+from .configuration import Configuration
 from .evaluate import evaluate
 from .keys import KeyKeeper
 from .messages import Done, Traffic
@@ -36,8 +45,9 @@ class _Context:
 class Operations:
     """All arenas and contexts of a worker. Blocks while it works; one thread only."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, configuration: Configuration | None = None) -> None:
         self._driver = driver
+        self._configuration = configuration
         self._keys = KeyKeeper(driver)
         self._arenas: dict[int, Arena] = {}
         self._contexts: dict[int, _Context] = {}
@@ -48,7 +58,7 @@ class Operations:
         try:
             return self._carry_out(request, fd, traffic)
         except HillInferError as error:
-            return messages.Failed(type(error).__name__, str(error), traffic)
+            return messages.Failed(name_of(error), str(error), traffic)
         except OSError as error:
             log.error("the drive failed", request=type(request).__name__, error=error)
             return _drive_failed(error, traffic)
@@ -92,6 +102,8 @@ class Operations:
                 self._arenas.pop(request.session_id, None)
             case messages.Health():
                 self._driver.health()
+            case messages.CecStatus() | messages.CecLoad() | messages.CecRollback():
+                return self._done(traffic, bitstreams=self._configure(request))
         return self._done(traffic)
 
     def _done(
@@ -102,11 +114,18 @@ class Operations:
         evaluated: list[messages.Evaluated] | None = None,
         appended: Appended | None = None,
         sealed: list[tuple[int, SealedKeys]] | None = None,
+        bitstreams: Status | None = None,
     ) -> Done:
         held = 0
         if context_id is not None:
             held = self._keys.claimed_bytes(self._contexts[context_id].layers.values())
-        return Done(traffic, evaluated or [], appended, sealed or [], self._keys.residency.used_bytes, held)
+        used = self._keys.residency.used_bytes
+        return Done(traffic, evaluated or [], appended, sealed or [], used, held, bitstreams)
+
+    def _configure(self, request: messages.CecRequest) -> Status:
+        if self._configuration is None:
+            raise InvalidInput("this drive has no FPGA to configure")
+        return self._configuration.carry_out(request)
 
     def _opened(self, request: messages.OpenContext) -> _Context:
         context = _Context(request.shape)

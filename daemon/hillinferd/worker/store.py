@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import TILE_TOKENS, Shape
 from hillinfer_core.reference import U8, U32
 
@@ -84,6 +85,8 @@ class LayerStore:
 
     def continued(self) -> LayerStore:
         """Return a store that begins with these tokens, all of them sealed, and shares their keys."""
+        if self.sealed_end < self.tokens:
+            raise InvalidInput("the context to begin with is not sealed")
         store = LayerStore(self.shape)
         store.tokens, store.quantisation = self.tokens, self.quantisation
         # Not a copy: it is replaced, not written, when the new store grows.
@@ -112,15 +115,17 @@ class LayerStore:
         self._strides = np.array([item.stride for item in placed], np.int64)
         self._bases = np.array([item.extent.offset for item in placed], np.int64)
 
-    def put_checksums(self, first_token: int, checksums: U32) -> None:
-        """Keep ``checksums`` [kv_heads, n] of tokens from ``first_token`` on."""
-        end = first_token + checksums.shape[1]
+    def reserve_checksums(self, tokens: int) -> None:
+        """Have room for the checksums of ``tokens`` tokens; raises ``OSError`` without memory."""
         held = self._checksums.shape[1]
-        if end > held:
-            grown = lazy((self.shape.kv_heads, max(end, 2 * held)), np.uint32)
-            grown[:, :first_token] = self._checksums[:, :first_token]
+        if tokens > held:
+            grown = lazy((self.shape.kv_heads, max(tokens, 2 * held)), np.uint32)
+            grown[:, : self.tokens] = self._checksums[:, : self.tokens]
             self._checksums = grown
-        self._checksums[:, first_token:end] = checksums
+
+    def put_checksums(self, first_token: int, checksums: U32) -> None:
+        """Keep ``checksums`` [kv_heads, n] of tokens from ``first_token`` on; reserve their room before."""
+        self._checksums[:, first_token : first_token + checksums.shape[1]] = checksums
 
     def checksums(self, heads: npt.NDArray[np.intp], tokens: npt.NDArray[np.int64]) -> U32:
         """Return the checksums, uint32 [n], of the rows of ``heads`` [n] and ``tokens`` [n]."""

@@ -1,4 +1,4 @@
-"""What the tests do to the guest: its drives by serial number, device-mapper targets, the slot of the host."""
+"""What tests do to the guest: its drives by serial number, device-mapper targets, pulling out a drive."""
 
 from __future__ import annotations
 
@@ -78,16 +78,16 @@ def linear(device: Path) -> str:
 def flakey(device: Path, *features: str) -> str:
     """Return the table of dm-flakey, failing all the time: with EIO, or as ``features`` say."""
     words = " ".join(features).split()
-    return " ".join([f"0 {sectors(device)} flakey {device} 0 0 3600", *([str(len(words)), *words] if words else [])])
+    return " ".join(
+        [f"0 {sectors(device)} flakey {device} 0 0 3600", *([str(len(words)), *words] if words else [])]
+    )
 
 
 def bad_range(device: Path, offset: int, length: int) -> str:
     """Return the table of a device with a range of bytes that cannot be read or written."""
     first, count, total = offset // SECTOR, length // SECTOR, sectors(device)
     end = first + count
-    return (
-        f"0 {first} linear {device} 0\n{first} {count} error\n{end} {total - end} linear {device} {end}"
-    )
+    return f"0 {first} linear {device} 0\n{first} {count} error\n{end} {total - end} linear {device} {end}"
 
 
 def slow(device: Path, *, read_ms: int, write_ms: int) -> str:
@@ -103,7 +103,10 @@ def pages(count: int, seed: int) -> np.ndarray:
 
 
 def ask_host(request: str) -> None:
-    """Have the emulator "plug" or "unplug" the drive "plug"; returns when it has begun to."""
+    """Have the emulator "plug" or "unplug" the drive "plug".
+
+    Returns when the drive is out of the slot, or in it but perhaps not found yet.
+    """
     with _SLOT, open("/dev/ttyS1", "r+b", buffering=0) as port:
         port.write(f"{request}\n".encode())
         answer = b""

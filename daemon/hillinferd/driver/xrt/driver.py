@@ -171,4 +171,4 @@ def _open_storage(settings: DriverSettings) -> Storage:
             f"pool: {path} may not be opened by this user; give the drive to its group with a udev rule, or "
             "usermod -aG disk USER and log in again (docs/smartssd.md)"
         )
-    return Storage(path, settings.capacity, keep=settings.keep)
+    return Storage(path, settings.capacity, keep=settings.keep, new_id=settings.new_id)

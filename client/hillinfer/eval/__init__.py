@@ -1,0 +1,1 @@
+"""`hillinfer eval`: what selection costs in answers, on generated tasks, for any local model."""

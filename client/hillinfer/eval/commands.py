@@ -1,0 +1,128 @@
+"""The command `hillinfer eval`. Only wiring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.layout import Precision
+from hillinfer_core.units import parse_budget
+
+DTYPES = ("float32", "bfloat16", "float16")
+PERPLEXITY_TOKENS = 64
+
+
+def eval_command(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+    ] = None,
+    context_tokens: Annotated[
+        list[int], typer.Option(min=256, help="Length of the texts; repeat it for more.")
+    ] = [  # noqa: B006
+        4096
+    ],
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            help="Tokens attended in each step: a per cent of the past, or a count; repeat it for more."
+        ),
+    ] = ["2%"],  # noqa: B006
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: full, hillinfer, recent, h2o, quest, abstracts, next_layer, "
+            "previous_step, oracle."
+        ),
+    ] = "full,hillinfer,recent",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: single, multi_key, multi_value, chain1, chain2, chain3, long. The bundled "
+            "model cannot do multi_value."
+        ),
+    ] = "single,multi_key,chain1",
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Texts for each length, dealt to the tasks in turn.")
+    ] = 100,
+    turns: Annotated[int, typer.Option(min=1, help="Questions asked in turn on each text.")] = 1,
+    seed: Annotated[int, typer.Option(help="Another seed, other prompts.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the evaluation keys of hillinfer.")
+    ] = Precision.int4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 24,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of weights and KV: float32, bfloat16, float16. [default: the model's; bundled: float32]"
+        ),
+    ] = None,
+    metrics: Annotated[
+        bool,
+        typer.Option("--metrics", help="Measure selections too: recall, captured mass, overlap, cosine."),
+    ] = False,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Measure perplexity on the text after each context too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw accuracy over budgets, .png or .svg.")
+    ] = None,
+) -> None:
+    """Compare policies on generated tasks: what selecting a few tokens costs in right answers.
+
+    Every policy gets the same texts and questions. Reading and questions are exact, each later step attends
+    to the budget; a private daemon holds the KV. The text is the Python standard library's sources.
+    """
+    budgets = tuple(parse_budget(each) for each in budget)
+    if dtype not in (None, *DTYPES):
+        raise InvalidInput(f"no such dtype: {dtype}; there are {', '.join(DTYPES)}")
+
+    from hillinfer.eval.job import EvalJob
+    from hillinfer.eval.report import as_markdown
+    from hillinfer.eval.runner import evaluate
+    from hillinfer.model_directory import ModelDirectory, bundled_model, dtype_named
+    from hillinfer.progress import progress_for_stderr
+
+    if plot is not None:
+        from hillinfer.eval.plot import check_file
+
+        check_file(plot)  # before the work, not after it
+    job = EvalJob(
+        policies=_names(policies),
+        context_tokens=tuple(dict.fromkeys(context_tokens)),
+        budgets=tuple(dict.fromkeys(budgets)),
+        tasks=_names(tasks),
+        prompts=prompts,
+        turns=turns,
+        seed=seed,
+        precision=precision,
+        max_new_tokens=max_new_tokens,
+        metrics=metrics,
+        perplexity_tokens=PERPLEXITY_TOKENS if perplexity else 0,
+    )
+    directory = ModelDirectory(model or bundled_model())
+    named = dtype or ("float32" if model is None else None)
+    result = evaluate(job, directory, dtype_named(named) if named else directory.dtype, progress_for_stderr())
+    if plot is not None:
+        from hillinfer.eval.plot import draw
+
+        draw(result, plot)
+    if as_json:
+        print(json.dumps(result.as_json(), indent=2))
+    elif markdown:
+        print(as_markdown(result))
+    else:
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(as_markdown(result)))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

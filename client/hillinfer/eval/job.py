@@ -1,0 +1,103 @@
+"""What to evaluate, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hillinfer.eval.prompts import TASKS
+from hillinfer.model_directory import ModelDirectory
+from hillinfer.policies import POLICIES
+from hillinfer.run import RECENT, SINKS
+from hillinfer_core.errors import BudgetTooSmall, InvalidInput
+from hillinfer_core.layout import Precision
+from hillinfer_core.units import Budget
+
+DEFAULT_TASKS = ("single", "multi_key", "chain1")
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """What to evaluate. prompts: contexts for each length, dealt to the tasks in turn.
+
+    turns: questions asked in turn on each. perplexity_tokens: of the text after the
+    context, fed one by one; 0 for none. metrics: measure selections too.
+    """
+
+    policies: tuple[str, ...]
+    context_tokens: tuple[int, ...] = (4096,)
+    budgets: tuple[Budget, ...] = (Budget(alpha=0.02),)
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    prompts: int = 100
+    turns: int = 1
+    seed: int = 0
+    precision: Precision = Precision.int4
+    max_new_tokens: int = 24
+    metrics: bool = False
+    perplexity_tokens: int = 0
+
+    def check(self, directory: ModelDirectory) -> None:
+        """Raise InvalidInput or BudgetTooSmall for what cannot work with the model."""
+        for what, given, known in (("policy", self.policies, POLICIES), ("task", self.tasks, TASKS)):
+            unknown = [name for name in given if name not in known]
+            if unknown or not given:
+                names = ", ".join(unknown) or "none given"
+                raise InvalidInput(f"no such {what}: {names}; there are {', '.join(known)}")
+            if len(set(given)) < len(given):
+                raise InvalidInput(f"a {what} is named twice in {','.join(given)}")
+        if self.prompts < len(self.tasks):
+            raise InvalidInput(
+                f"{self.prompts} prompts are too few for {len(self.tasks)} tasks: give at least one for each"
+            )
+        if self.turns < 1 or self.max_new_tokens < 1:
+            raise InvalidInput("turns and max-new-tokens must be at least 1")
+        for tokens in self.context_tokens:
+            needed = tokens + (self.max_new_tokens + 64) * self.turns + 512
+            if directory.positions is not None and needed > directory.positions:
+                raise InvalidInput(
+                    f"{tokens} context tokens need {needed} positions with questions and answers, but "
+                    f"the model has {directory.positions}: give fewer --context-tokens"
+                )
+            for budget in self.budgets:
+                if budget.of(tokens) < SINKS + RECENT:
+                    raise BudgetTooSmall(
+                        f"a budget of {budget} is {budget.of(tokens)} of {tokens} tokens, fewer than the "
+                        f"first {SINKS} and the latest {RECENT} that every step attends to: give "
+                        f"{SINKS + RECENT} tokens or more"
+                    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Answers of one policy to one task's questions of one turn.
+
+    accuracy: mean score. attended_tokens: mean over single-token steps, layers and
+    KV heads, sinks and recent window included; None where there was no such step.
+    """
+
+    policy: str
+    task: str
+    context_tokens: int
+    budget: str
+    turn: int
+    accuracy: float
+    prompts: int
+    attended_tokens: float | None
+
+
+@dataclass
+class Result:
+    """What was found. metrics and perplexity are empty unless asked for."""
+
+    model: str
+    seed: int
+    precision: str
+    dtype: str
+    cells: list[Cell] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    perplexity: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        told = asdict(self)
+        return {name: value for name, value in told.items() if value or name not in ("metrics", "perplexity")}

@@ -1,0 +1,88 @@
+"""What an administrator does to the cards of the drives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hillinfer_core.errors import InvalidInput, NotAllowed
+
+from ..cec.loader import Status
+from ..worker import messages
+from .drive import Drive
+from .sessions import Session
+
+
+@dataclass(frozen=True)
+class CardState:
+    """Bitstreams of a drive's card, and how many open contexts forbid a change."""
+
+    drive: Drive
+    status: Status
+    contexts: int
+
+
+class Administration:
+    """Bitstreams of cards, for root and the daemon's own user; all methods belong to one event loop.
+
+    ``name`` is a drive's; empty for the only one with a card. Every method raises :class:`NotAllowed`,
+    :class:`InvalidInput` for a drive that is not there or has no card, ``DeviceUnavailable`` while its worker
+    is restarted, and what :class:`~hillinferd.cec.loader.Loader` does.
+    """
+
+    def __init__(self, drives: Sequence[Drive]) -> None:
+        self._drives = drives
+
+    async def status(self, session: Session, name: str, deadline: float | None) -> list[CardState]:
+        """Ask the card of one drive, or with an empty name every card, of which there may be none."""
+        _check_allowed(session)
+        drives = [self._named(name)] if name else self._with_card
+        return [
+            CardState(drive, *await drive.configure(session, lambda _: messages.CecStatus(), deadline))
+            for drive in drives
+        ]
+
+    async def load(self, session: Session, name: str, bitstream: str, deadline: float | None) -> CardState:
+        """Load a bitstream of the catalogue, and prove it."""
+        _check_allowed(session)
+        drive = self._named(name)
+        state = await drive.configure(
+            session, lambda contexts: messages.CecLoad(bitstream, contexts), deadline
+        )
+        return CardState(drive, *state)
+
+    async def rollback(self, session: Session, name: str, deadline: float | None) -> CardState:
+        """Go back to the bitstream that was good before."""
+        _check_allowed(session)
+        drive = self._named(name)
+        return CardState(drive, *await drive.configure(session, messages.CecRollback, deadline))
+
+    @property
+    def _with_card(self) -> list[Drive]:
+        return [drive for drive in self._drives if drive.card]
+
+    def _named(self, name: str) -> Drive:
+        if not name:
+            found = self._with_card
+            if len(found) == 1:
+                return found[0]
+            names = ", ".join(drive.name for drive in found)
+            raise InvalidInput(
+                f"several drives have a card; name one of {names}"
+                if found
+                else "no drive has a card: set driver and card in the daemon's configuration"
+            )
+        for drive in self._drives:
+            if drive.name == name:
+                return drive
+        raise InvalidInput(
+            f"there is no drive {name!r:.80}; drives are {', '.join(drive.name for drive in self._drives)}"
+        )
+
+
+def _check_allowed(session: Session) -> None:
+    if session.peer.uid not in (0, os.getuid()):
+        raise NotAllowed(
+            f"user {session.peer.uid} may not see or change bitstreams; ask as root or as the daemon's user"
+        )

@@ -1,0 +1,185 @@
+"""`hillinfer eval`, in this process: importing torch again for each run takes longer than all of them."""
+
+import json
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from hillinfer.cli import main
+from hillinfer.eval.job import Cell, Result
+from hillinfer.eval.plot import draw
+from hillinfer.eval.prompts import TASKS, Question, make_prompt
+from hillinfer.eval.report import as_markdown
+from hillinfer.model_directory import bundled_model
+
+SMALL = ("--context-tokens", 1024, "--budget", 80, "--prompts", 2, "--tasks", "single,multi_key", "--seed", 1)
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch, capfd):
+    """Return a function that runs `hillinfer eval` and returns its exit code, output and errors."""
+    monkeypatch.setenv("HILLINFER_RUNTIME_DIR", str(tmp_path / "runtime"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hillinfer", "eval", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(bundled_model(), local_files_only=True)
+
+
+def test_cells_metrics_and_picture(evaluated, tmp_path):
+    picture = tmp_path / "accuracy.svg"
+    policies = ("--policies", "full,hillinfer,recent,h2o", "--turns", 2, "--metrics")
+    code, out, err = evaluated(*SMALL, *policies, "--json", "--plot", picture)
+    assert code == 0, err
+    assert err == ""
+    report = json.loads(out)
+    assert set(report) == {"model", "seed", "precision", "dtype", "cells", "metrics"}
+    assert (report["model"], report["seed"], report["dtype"]) == ("needle-8m", 1, "float32")
+    cells = report["cells"]
+    assert [(cell["policy"], cell["task"], cell["turn"]) for cell in cells] == [
+        (policy, task, turn)
+        for task in ("single", "multi_key")
+        for policy in ("full", "hillinfer", "recent", "h2o")
+        for turn in (1, 2)
+    ]
+    for cell in cells:
+        assert set(cell) == {
+            *("policy", "task", "context_tokens", "budget", "turn", "accuracy", "prompts", "attended_tokens")
+        }
+        assert (cell["context_tokens"], cell["prompts"]) == (1024, 1)
+        assert cell["budget"] == ("100%" if cell["policy"] == "full" else "80")
+        assert cell["attended_tokens"] > 1000 if cell["policy"] == "full" else cell["attended_tokens"] == 80
+    right = {policy: [c["accuracy"] for c in cells if c["policy"] == policy] for policy in ("full", "recent")}
+    assert right["full"] == [1, 1, 1, 1]
+    assert sum(right["recent"]) <= 1  # a note may happen to stand at the end
+    metrics = {(row["policy"], row["layer"]): row for row in report["metrics"]}
+    assert len(metrics) == 4 * 8
+    assert metrics["full", 3]["captured_mass"] == pytest.approx(1, abs=1e-4)
+    assert metrics["hillinfer", 3]["recall"] > 0.7 > metrics["h2o", 3]["recall"]
+    assert metrics["hillinfer", 0]["query_cosine"] is None
+    assert 0.5 < metrics["hillinfer", 5]["query_cosine"] <= 1
+    assert "<svg" in picture.read_text()
+
+
+def test_the_same_seed_gives_the_same_figures(evaluated):
+    small = (
+        "--context-tokens",
+        512,
+        "--budget",
+        50,
+        "--prompts",
+        1,
+        "--tasks",
+        "multi_key",
+        "--metrics",
+        "--json",
+    )
+    first, again, other = (
+        json.loads(evaluated(*small, "--policies", "hillinfer,h2o", "--seed", seed)[1]) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first["metrics"] != other["metrics"]
+
+
+def test_markdown_and_perplexity(evaluated):
+    code, out, err = evaluated(
+        *("--context-tokens", 512, "--budget", 60, "--prompts", 1, "--tasks", "chain2", "--markdown"),
+        *("--policies", "full,oracle,recent", "--precision", "int8", "--perplexity"),
+    )
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0] == "**needle-8m, float32, int8 evaluation keys, seed 0**"
+    assert "| policy | budget | attended tokens | chain2 | all answers |" in lines
+    rows = [line.split(" | ") for line in lines if "| 512 | " in line]
+    assert [row[1] for row in rows] == ["full", "oracle", "recent"]
+    full, oracle, recent = (float(row[3]) for row in rows)
+    assert 1 < full < recent
+    assert abs(oracle - full) < abs(recent - full)
+
+
+def test_every_task_is_in_its_text_and_follows_its_seed(tokenizer):
+    for task in TASKS:
+        prompt = make_prompt(task, tokenizer, 1024, 3, "1 1024 0")
+        assert prompt == make_prompt(task, tokenizer, 1024, 3, "1 1024 0")
+        assert prompt.context != make_prompt(task, tokenizer, 1024, 3, "2 1024 0").context
+        assert 1000 < len(tokenizer(prompt.context)["input_ids"]) < 1100
+        assert len({question.text for question in prompt.questions}) == 3
+        for question in prompt.questions:
+            assert question.score(" ".join(question.answers)) == 1
+            assert question.score("nothing") == 0
+            for answer in question.answers:
+                assert prompt.context.count(answer) >= 1
+                assert answer not in prompt.continuation
+
+
+def test_a_chain_leads_to_the_answer(tokenizer):
+    prompt = make_prompt("chain3", tokenizer, 1024, 2, "5")
+    pairs = (line[4:].split(" := ") for line in prompt.context.splitlines() if line.startswith("VAR "))
+    links = dict(pairs)
+    assert len(links) == 2 * 4
+    for question in prompt.questions:
+        name = question.text.split()[2]
+        for _ in range(3):
+            name = links[name].removeprefix("VAR ")
+        assert (links[name],) == question.answers
+
+
+def test_of_several_answers_the_share_counts():
+    assert Question("?", ("11", "22", "33", "44")).score("11, 33") == 0.5
+
+
+def test_the_picture_has_every_length_and_turn(tmp_path):
+    cells = [
+        Cell(policy, "single", tokens, budget, turn, 0.5, 4, 80.0)
+        for policy, budgets in (("full", ["100%"]), ("hillinfer", ["1%", "2%"]))
+        for budget in budgets
+        for tokens in (4096, 8192)
+        for turn in (1, 2)
+    ]
+    result = Result("a model", 0, "int4", "float32", cells)
+    draw(result, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    draw(result, tmp_path / "a.svg")
+    assert "8,192 context tokens" in as_markdown(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--policies", "full,best"], "no such policy: best"),
+        (["--policies", ","], "no such policy"),
+        (["--policies", "full,full"], "named twice"),
+        (["--tasks", "riddles"], "no such task: riddles"),
+        (["--budget", "0.5%", "--context-tokens", 4096], "36 tokens or more"),
+        (["--budget", "some"], "budget"),
+        (["--prompts", 2], "3 tasks"),
+        (["--context-tokens", 65536], "65536"),
+        (["--dtype", "float8"], "no such dtype: float8"),
+        (["--model", "/nowhere"], "not a directory"),
+        (["--plot", "picture.gif"], ".png or .svg"),
+        (["--plot", "/nowhere/picture.png"], "not a directory"),
+    ],
+)
+def test_what_cannot_work_says_so_in_one_line(evaluated, arguments, said):
+    code, out, err = evaluated(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("hillinfer: ")
+    assert err.count("\n") == 1, err
+    assert said in err
+
+
+def test_without_matplotlib_the_extra_is_named(evaluated, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = evaluated("--plot", "picture.png")
+    assert (code, err) == (2, "hillinfer: matplotlib is not installed: pip install 'hillinfer[plots]'\n")
