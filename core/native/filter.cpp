@@ -8,22 +8,33 @@
 namespace hillinfer {
 namespace {
 
-size_t portable(const int32_t *scores, size_t n, int32_t threshold, uint32_t first_id, uint32_t *ids,
+// The ids of scores: they count up from `first`, or are given. Given ids and their scores may be filtered in
+// place: nothing is written beyond what has been read.
+struct Ids {
+    uint32_t first;
+    const uint32_t *given;
+
+    uint32_t operator[](size_t i) const { return given ? given[i] : first + uint32_t(i); }
+    Ids after(size_t i) const { return {first + uint32_t(i), given ? given + i : nullptr}; }
+};
+
+size_t portable(Ids from, const int32_t *scores, size_t n, int32_t threshold, uint32_t *ids,
                 int32_t *chosen) {
     size_t count = 0;
     for (size_t i = 0; i < n; ++i) {
         // Written always and kept where it counts: a branch would be mispredicted.
-        ids[count] = first_id + uint32_t(i);
-        chosen[count] = scores[i];
-        count += scores[i] >= threshold;
+        const int32_t score = scores[i];
+        ids[count] = from[i];
+        chosen[count] = score;
+        count += score >= threshold;
     }
     return count;
 }
 
 #if defined(__x86_64__)
 
-__attribute__((target("avx2"))) size_t avx2(const int32_t *scores, size_t n, int32_t threshold,
-                                            uint32_t first_id, uint32_t *ids, int32_t *chosen) {
+__attribute__((target("avx2"))) size_t avx2(Ids from, const int32_t *scores, size_t n, int32_t threshold,
+                                            uint32_t *ids, int32_t *chosen) {
     const __m256i least = _mm256_set1_epi32(threshold);
     size_t count = 0, i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -32,15 +43,15 @@ __attribute__((target("avx2"))) size_t avx2(const int32_t *scores, size_t n, int
         unsigned mask = 0xff & ~unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(below)));
         for (; mask; mask &= mask - 1) {
             const size_t at = i + size_t(__builtin_ctz(mask));
-            ids[count] = first_id + uint32_t(at);
+            ids[count] = from[at];
             chosen[count++] = scores[at];
         }
     }
-    return count + portable(scores + i, n - i, threshold, first_id + uint32_t(i), ids + count, chosen + count);
+    return count + portable(from.after(i), scores + i, n - i, threshold, ids + count, chosen + count);
 }
 
-__attribute__((target("avx512f"))) size_t avx512(const int32_t *scores, size_t n, int32_t threshold,
-                                                 uint32_t first_id, uint32_t *ids, int32_t *chosen) {
+__attribute__((target("avx512f"))) size_t avx512(Ids from, const int32_t *scores, size_t n, int32_t threshold,
+                                                 uint32_t *ids, int32_t *chosen) {
     const __m512i least = _mm512_set1_epi32(threshold);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     size_t count = 0, i = 0;
@@ -53,29 +64,39 @@ __attribute__((target("avx512f"))) size_t avx512(const int32_t *scores, size_t n
         for (size_t v = 0; v < 4; ++v) {
             // Compressed in a register and stored whole: compressing stores are slow on some processors.
             const size_t at = i + 16 * v;
-            const __m512i id = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first_id + uint32_t(at))));
+            const __m512i id = from.given ? _mm512_loadu_si512(from.given + at)
+                                          : _mm512_add_epi32(lanes, _mm512_set1_epi32(int(from[at])));
             const __m512i s = _mm512_loadu_si512(scores + at);
             _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(masks[v], id));
             _mm512_storeu_si512(chosen + count, _mm512_maskz_compress_epi32(masks[v], s));
             count += size_t(__builtin_popcount(masks[v]));
         }
     }
-    return count + portable(scores + i, n - i, threshold, first_id + uint32_t(i), ids + count, chosen + count);
+    return count + portable(from.after(i), scores + i, n - i, threshold, ids + count, chosen + count);
 }
 
 #endif
+
+size_t run(Variant variant, Ids from, const int32_t *scores, size_t n, int32_t threshold, uint32_t *ids,
+           int32_t *chosen) {
+#if defined(__x86_64__)
+    if (variant == Variant::avx512vnni) return avx512(from, scores, n, threshold, ids, chosen);
+    if (variant == Variant::avx2) return avx2(from, scores, n, threshold, ids, chosen);
+#else
+    (void)variant;
+#endif
+    return portable(from, scores, n, threshold, ids, chosen);
+}
 
 }  // namespace
 
 size_t filter(Variant variant, const int32_t *scores, size_t n, int32_t threshold, uint32_t first_id,
               uint32_t *ids, int32_t *chosen) {
-#if defined(__x86_64__)
-    if (variant == Variant::avx512vnni) return avx512(scores, n, threshold, first_id, ids, chosen);
-    if (variant == Variant::avx2) return avx2(scores, n, threshold, first_id, ids, chosen);
-#else
-    (void)variant;
-#endif
-    return portable(scores, n, threshold, first_id, ids, chosen);
+    return run(variant, {first_id, nullptr}, scores, n, threshold, ids, chosen);
+}
+
+size_t filter(Variant variant, size_t n, int32_t threshold, uint32_t *ids, int32_t *scores) {
+    return run(variant, {0, ids}, scores, n, threshold, ids, scores);
 }
 
 }  // namespace hillinfer

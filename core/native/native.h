@@ -55,6 +55,9 @@ void top_k(const int32_t *scores, size_t n, size_t k, uint32_t first_id, uint32_
 size_t filter(Variant variant, const int32_t *scores, size_t n, int32_t threshold, uint32_t first_id,
               uint32_t *ids, int32_t *chosen);
 
+// The same of n scores that have ids: moves those that are chosen to the front, and writes nothing behind n.
+size_t filter(Variant variant, size_t n, int32_t threshold, uint32_t *ids, int32_t *scores);
+
 // Evaluation keys of consecutive tokens: head h at tiles + h * head_stride.
 struct Part {
     const uint8_t *tiles;

@@ -3,7 +3,8 @@
 // A job is a range of tiles of one KV head. It goes through them in blocks that fit a second-level cache: the
 // scores of a block stay in the first-level cache, are counted in bins, and only those that can still win
 // are kept. What can win is known from the bins: with k scores in bin b and above, no score below bin b wins.
-// Jobs of a head tell one another of that bin. The last job of a head chooses among what all of them kept.
+// Jobs of a head tell one another of that bin, and raise it by what they counted together as each is done. The
+// last job of a head chooses among what all of them kept.
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -53,13 +54,8 @@ struct Kept {
     std::vector<uint32_t> ids;
     std::vector<int32_t> scores;
 
-    void drop_below(int32_t threshold) {
-        size_t count = 0;
-        for (size_t i = 0; i < ids.size(); ++i) {
-            ids[count] = ids[i];
-            scores[count] = scores[i];
-            count += scores[count] >= threshold;
-        }
+    void drop_below(Variant variant, int32_t threshold) {
+        const size_t count = filter(variant, ids.size(), threshold, ids.data(), scores.data());
         ids.resize(count);
         scores.resize(count);
     }
@@ -71,9 +67,9 @@ class Candidates {
     void clear() { count_ = 0; }
 
     // Makes room for `more`, first by dropping what is below `threshold`.
-    void reserve(size_t more, int32_t threshold) {
+    void reserve(Variant variant, size_t more, int32_t threshold) {
         if (count_ + more + kOvershoot <= capacity_) return;
-        drop_below(threshold);
+        drop_below(variant, threshold);
         // Half of it free, so that dropping is rare.
         const size_t capacity = 2 * (count_ + more) + kOvershoot;
         if (capacity <= capacity_) return;
@@ -97,20 +93,14 @@ class Candidates {
     // The scores of the last `n`.
     const int32_t *last(size_t n) const { return scores_.get() + count_ - n; }
 
-    Kept keep(int32_t threshold) {
-        drop_below(threshold);
+    Kept keep(Variant variant, int32_t threshold) {
+        drop_below(variant, threshold);
         return {{ids_.get(), ids_.get() + count_}, {scores_.get(), scores_.get() + count_}};
     }
 
   private:
-    void drop_below(int32_t threshold) {
-        size_t kept = 0;
-        for (size_t i = 0; i < count_; ++i) {
-            ids_[kept] = ids_[i];
-            scores_[kept] = scores_[i];
-            kept += scores_[kept] >= threshold;
-        }
-        count_ = kept;
+    void drop_below(Variant variant, int32_t threshold) {
+        count_ = filter(variant, count_, threshold, ids_.get(), scores_.get());
     }
 
     std::unique_ptr<uint32_t[]> ids_;
@@ -124,35 +114,49 @@ struct Row {
     std::atomic<size_t> floor{0};  // no score below this bin wins
     std::mutex mutex;
     uint32_t counts[kBins] = {};  // of finished jobs; below `floor` only with a histogram
+
+    void raise_floor(size_t bin) {
+        size_t known = floor.load(std::memory_order_relaxed);
+        while (known < bin && !floor.compare_exchange_weak(known, bin, std::memory_order_relaxed)) {}
+    }
+};
+
+// The first bin, from above, at which the running count reaches k, and that count; bin 0 where it never does.
+struct Reached {
+    size_t bin = kBins, count = 0;
+
+    Reached(const uint32_t *counts, size_t k) {
+        while (bin > 0 && count < k) count += counts[--bin];
+    }
 };
 
 // One job's part of one row.
 class Tally {
   public:
-    Tally(Row &row, size_t k, bool all, Candidates &candidates)
-        : row_(row), k_(k), all_(all), candidates_(candidates) {
+    Tally(Variant variant, Row &row, size_t k, bool all, Candidates &candidates)
+        : variant_(variant), row_(row), k_(k), all_(all), candidates_(candidates) {
         candidates.clear();
     }
 
-    void add(Variant variant, const int32_t *scores, size_t n, uint32_t first_id) {
+    void add(const int32_t *scores, size_t n, uint32_t first_id) {
         follow(row_.floor.load(std::memory_order_relaxed));
         if (all_) count(scores, n);
         if (k_ == 0) return;
         const int32_t threshold = row_.bins.edge(floor_);
-        candidates_.reserve(n, threshold);
-        const size_t added = candidates_.add(variant, scores, n, threshold, first_id);
+        candidates_.reserve(variant_, n, threshold);
+        const size_t added = candidates_.add(variant_, scores, n, threshold, first_id);
         if (!all_) count(candidates_.last(added), added);
         above_ += added;
         if (above_ - in(floor_) < k_) return;
         while (above_ - in(floor_) >= k_) above_ -= in(floor_++);
-        size_t known = row_.floor.load(std::memory_order_relaxed);
-        while (known < floor_ && !row_.floor.compare_exchange_weak(known, floor_, std::memory_order_relaxed)) {}
+        row_.raise_floor(floor_);
     }
 
     Kept finish() {
         std::lock_guard<std::mutex> lock(row_.mutex);
         for (size_t bin = 0; bin < kBins; ++bin) row_.counts[bin] += in(bin);
-        return candidates_.keep(row_.bins.edge(row_.floor.load(std::memory_order_relaxed)));
+        if (k_) row_.raise_floor(Reached(row_.counts, k_).bin);
+        return candidates_.keep(variant_, row_.bins.edge(row_.floor.load(std::memory_order_relaxed)));
     }
 
   private:
@@ -173,6 +177,7 @@ class Tally {
         while (floor_ < floor) above_ -= in(floor_++);
     }
 
+    Variant variant_;
     Row &row_;
     size_t k_;
     bool all_;  // count every score, and not just candidates
@@ -184,17 +189,14 @@ class Tally {
 
 // Chooses the k best of what the jobs of a row kept, in order. No branch depends on a score: it would be
 // mispredicted.
-void choose(const Row &row, Kept *kept, size_t jobs, size_t k, uint32_t *ids, int32_t *scores) {
-    size_t bin = kBins, above = 0;
-    do {
-        --bin;
-        above += row.counts[bin];
-    } while (above < k);
+void choose(Variant variant, const Row &row, Kept *kept, size_t jobs, size_t k, uint32_t *ids,
+            int32_t *scores) {
+    const auto [bin, above] = Reached(row.counts, k);
     const size_t wanted = k - (above - row.counts[bin]);
     std::vector<int32_t> members(row.counts[bin] + 1);
     size_t found = 0;
     for (size_t job = 0; job < jobs; ++job) {
-        kept[job].drop_below(row.bins.edge(bin));
+        kept[job].drop_below(variant, row.bins.edge(bin));
         for (size_t i = 0; i < kept[job].ids.size(); ++i) {
             members[found] = kept[job].scores[i];
             found += row.bins.of(kept[job].scores[i]) == bin;
@@ -295,7 +297,8 @@ class Scan {
         std::vector<Tally> tallies;
         tallies.reserve(group_);
         for (size_t g = 0; g < group_; ++g)
-            tallies.emplace_back(rows_[head * group_ + g], r_.k, r_.histogram != nullptr, candidates[g]);
+            tallies.emplace_back(r_.variant, rows_[head * group_ + g], r_.k, r_.histogram != nullptr,
+                                 candidates[g]);
         const size_t tokens = std::min(kBlockTokens, kBlockBytes * kTileTokens / tile_bytes_);
         const size_t block = std::max<size_t>(tokens / kTileTokens, 1);
         for (size_t p = starts_[job]; p < starts_[job + 1]; ++p) {
@@ -323,7 +326,7 @@ class Scan {
         for (size_t g = 0; g < group_ && !stopped(); ++g) {
             const size_t row = head * group_ + g;
             scores(r_.variant, keys, tiles, r_.q + row * r_.queries * r_.dim, r_.queries, r_.dim, r_.bits, block);
-            tallies[g].add(r_.variant, block + (first - token), end - first, uint32_t(first));
+            tallies[g].add(block + (first - token), end - first, uint32_t(first));
         }
     }
 
@@ -332,7 +335,8 @@ class Scan {
             Kept *kept = &kept_[row * jobs()];
             if (r_.histogram)
                 std::copy(rows_[row].counts, rows_[row].counts + kBins, r_.histogram + row * kBins);
-            if (r_.k) choose(rows_[row], kept, jobs(), r_.k, r_.ids + row * r_.k, r_.scores + row * r_.k);
+            if (r_.k)
+                choose(r_.variant, rows_[row], kept, jobs(), r_.k, r_.ids + row * r_.k, r_.scores + row * r_.k);
             for (size_t job = 0; job < jobs(); ++job) kept[job] = Kept();
         }
     }

@@ -41,12 +41,15 @@ def _print_kernel(result: dict[str, Any]) -> None:
     machine = result["machine"]
     console = Console()
     if not console.is_terminal:
-        console.width = 100
+        console.width = 110
     console.print(
         f"{machine['processor']}, {machine['threads']} threads, {machine['instructions'][-1]}; "
         f"medians of {machine['repeats']}"
     )
-    table = Table("shape", "keys", "stream", "scores", "of stream", "+ top-k, bins", "of stream", "added")
+    table = Table(
+        "shape", "keys", "stream", "scores", "of stream", "+ top-k", "added", "+ top-k, bins", "of stream",
+        "added",
+    )  # fmt: skip
     peers = Table(
         "shape", "keys", "kernel", *(f"{name}, ms" for name in result["peers"]), title="the same job"
     )
@@ -57,7 +60,8 @@ def _print_kernel(result: dict[str, Any]) -> None:
             ms = each["ms"]
             table.add_row(
                 title, keys, f"{each['stream_bytes_per_s'] / 1e9:.1f} GB/s", f"{ms['scores']:.2f} ms",
-                f"{each['fraction_of_stream']:.2f}", f"{ms['rank_histogram']:.2f} ms",
+                f"{each['fraction_of_stream']:.2f}", f"{ms['rank']:.2f} ms",
+                f"{each['topk_alone_overhead']:.0%}", f"{ms['rank_histogram']:.2f} ms",
                 f"{each['fraction_of_stream_with_topk']:.2f}", f"{each['topk_overhead']:.0%}",
             )  # fmt: skip
             times = [each["peers"][name] for name in result["peers"]]

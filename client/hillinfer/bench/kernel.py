@@ -118,6 +118,7 @@ def _measure(shape: Shape, precision: Precision, repeats: int) -> dict[str, Any]
         "fraction_of_stream": ratio("stream", "scores"),
         "fraction_of_stream_with_topk": ratio("stream", "rank_histogram"),
         "topk_overhead": ratio("rank_histogram", "scores") - 1,
+        "topk_alone_overhead": ratio("rank", "scores") - 1,
         "ms": {name: value * 1e3 for name, value in seconds.items()},
         "peers": _measure_peers(keys, q, precision, k, repeats),
     }
