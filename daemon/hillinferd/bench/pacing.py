@@ -130,7 +130,8 @@ def _run(call: Callable[[], object], threads: int, seconds: float) -> _Times:
 
     def work() -> None:
         nonlocal serving
-        while time.perf_counter() - started < seconds:
+        # At least once, however late the thread starts.
+        while not times or time.perf_counter() - started < seconds:
             with turn:
                 ticket = next(tickets)
                 turn.wait_for(lambda: serving == ticket)  # noqa: B023
