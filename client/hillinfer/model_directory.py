@@ -94,9 +94,10 @@ class ModelDirectory:
         assert isinstance(model, PreTrainedModel)
         model.eval()  # type: ignore[no-untyped-call]
         try:
-            return model.to(device)  # type: ignore[arg-type]
+            model.to(device)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
             raise InvalidInput(f"the model's weights do not fit on {device}: use another --device") from None
+        return model
 
     def _read(self, what: str, reader: Callable[..., Any], **options: Any) -> Any:
         # Its warnings and its progress bar are for notebooks; ours say what matters here.
