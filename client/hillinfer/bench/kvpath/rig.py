@@ -1,0 +1,94 @@
+"""One paced drive, and HKM on a context that it holds: what every system is measured with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from hillinfer.bench.kvpath.workload import F16, Workload
+from hillinfer.context import Context
+from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
+from hillinfer.hkm.layer import HierarchicalLayer
+from hillinfer.hkm.policy import SelectionPolicy
+from hillinfer.private_daemon import PrivateDaemon
+from hillinfer.session import Session
+from hillinfer_core.layout import DType, Precision, Shape
+from hillinfer_core.units import Budget
+
+ARENA_BYTES = 16 << 20
+"""Shared memory of every system; long reads pass it in pieces, two at a time."""
+
+_NAME = "kvpath"
+_PIECE = 4096  # tokens of an append
+
+
+@dataclass(frozen=True)
+class Rig:
+    """A session on the paced drive, whose pool holds the workload's KV as a saved context."""
+
+    session: Session
+    workload: Workload
+    precision: Precision
+
+    def cache(self, budget: Budget, resident: int, policy: SelectionPolicy) -> HierarchicalCache:
+        """Return HKM's cache over the saved context, ready to select."""
+        shape = self.workload.shape
+        config = LlamaConfig(
+            num_hidden_layers=self.workload.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+        )
+        cache = HierarchicalCache(
+            self.session, config, HkmConfig(budget, resident, self.precision), policy, base=_NAME
+        )
+        like = torch.zeros((1, shape.kv_heads, 1, shape.head_dim), dtype=torch.float16)
+        for layer in cache.full_layers:
+            layer.lazy_initialization(like, like)
+        return cache
+
+    def context(self, kv_heads: int, row_dim: int, dtype: DType = DType.float16) -> Context:
+        """Open a context for what a rival stores besides: rows of twice `row_dim` numbers."""
+        return self.session.open_context(
+            Shape(self.workload.layers, kv_heads, row_dim, dtype, self.precision)
+        )
+
+
+@contextmanager
+def rig(workload: Workload, profile: str, precision: Precision, pool_dir: Path) -> Iterator[Rig]:
+    """Start a daemon with a paced drive in `pool_dir` and fill it with the workload's KV. Blocks."""
+    shape = workload.shape
+    with (
+        tempfile.TemporaryDirectory(prefix="hillinfer-kvpath-", dir=pool_dir) as pool,
+        PrivateDaemon(pool_dir=Path(pool), profile=profile) as daemon,
+        Session.connect(daemon.socket, arena_bytes=ARENA_BYTES, name="hillinfer bench kvpath") as session,
+    ):
+        rows = Shape(workload.layers, shape.kv_heads, shape.head_dim, DType.float16, precision)
+        with session.open_context(rows, durable=_NAME) as context:
+            append(context, workload.keys, workload.values)
+            context.save()
+        yield Rig(session, workload, precision)
+
+
+def append(context: Context, keys: F16, values: F16) -> None:
+    """Append [layers, kv_heads, tokens, dim] of both to the context, layer by layer."""
+    for layer in range(keys.shape[0]):
+        for first in range(0, keys.shape[2], _PIECE):
+            piece = slice(first, first + _PIECE)
+            context.append(layer, keys[layer, :, piece], values[layer, :, piece])
+
+
+def stage(layer: HierarchicalLayer, cache: HierarchicalCache, query: torch.Tensor) -> None:
+    """Bring what the query [1, heads, 1, head_dim] selects to the layer's slots, as in a decode step."""
+    slots = layer.slots
+    wanted = [cache.selection_size(int(tokens), slots) for tokens in slots.lengths]
+    division = cache.divide(slots, max(wanted))
+    slots.resize(max(wanted))
+    layer.hot.resize(division.hot_rows)
+    layer._select(query, wanted)
