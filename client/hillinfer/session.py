@@ -15,7 +15,8 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
-from hillinfer import evaluation, wire
+from hillinfer import apart, evaluation, wire
+from hillinfer.apart import Apart, ApartItem
 from hillinfer.context import Context
 from hillinfer.durable import DurableContext
 from hillinfer.evaluation import Brought, EvaluateItem
@@ -231,6 +232,27 @@ class Session:
                 if len(answer.rows) < sum(answer.missing_per_head):
                     self._complete(layer, item, answer)
             return brought
+
+    def rank_apart(self, layer: int, items: Sequence[ApartItem]) -> list[Apart]:
+        """Ranks tokens of one layer for each query head apart: what bounds the mass of tokens not fetched.
+
+        One turn of the stream, as a rule; items that the arena has no room for
+        are asked in turns of their own. Reads the layer's rows once, at the
+        first such call, if keys lie outside their ranges. Raises
+        `InvalidInput` for wrong shapes or a query that is not finite.
+        """
+        if not items:
+            return []
+        with self.lock:
+            try:
+                request, answers = apart.stage(self.staging(), layer, items)
+            except wire.ArenaTooSmall:
+                if len(items) == 1:
+                    raise
+                half = len(items) // 2
+                return self.rank_apart(layer, items[:half]) + self.rank_apart(layer, items[half:])
+            self.ask(request)
+            return [apart.taken(answer) for answer in answers]
 
     def _complete(self, layer: int, item: EvaluateItem, answer: Brought) -> None:
         before = self.counters.read_bytes

@@ -25,6 +25,7 @@ class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REDUCTION_UNSPECIFIED: _ClassVar[Reduction]
     REDUCTION_SUM: _ClassVar[Reduction]
     REDUCTION_MAX: _ClassVar[Reduction]
+    REDUCTION_NONE: _ClassVar[Reduction]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT16: DType
 DTYPE_BFLOAT16: DType
@@ -35,6 +36,7 @@ PRECISION_INT4: Precision
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_SUM: Reduction
 REDUCTION_MAX: Reduction
+REDUCTION_NONE: Reduction
 
 class Region(_message.Message):
     __slots__ = ("offset", "length", "generation")
@@ -140,7 +142,7 @@ class EvaluateRequest(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., query_heads: _Optional[int] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ...) -> None: ...
 
 class Evaluation(_message.Message):
-    __slots__ = ("context_id", "first_token", "end_token", "k", "query", "ids", "scores", "held", "rows")
+    __slots__ = ("context_id", "first_token", "end_token", "k", "query", "ids", "scores", "held", "rows", "histogram", "scales")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     END_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +152,8 @@ class Evaluation(_message.Message):
     SCORES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
     context_id: int
     first_token: int
     end_token: int
@@ -159,7 +163,9 @@ class Evaluation(_message.Message):
     scores: Region
     held: Region
     rows: Region
-    def __init__(self, context_id: _Optional[int] = ..., first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., k: _Optional[int] = ..., query: _Optional[_Union[Region, _Mapping]] = ..., ids: _Optional[_Union[Region, _Mapping]] = ..., scores: _Optional[_Union[Region, _Mapping]] = ..., held: _Optional[_Union[Region, _Mapping]] = ..., rows: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
+    histogram: Region
+    scales: Region
+    def __init__(self, context_id: _Optional[int] = ..., first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., k: _Optional[int] = ..., query: _Optional[_Union[Region, _Mapping]] = ..., ids: _Optional[_Union[Region, _Mapping]] = ..., scores: _Optional[_Union[Region, _Mapping]] = ..., held: _Optional[_Union[Region, _Mapping]] = ..., rows: _Optional[_Union[Region, _Mapping]] = ..., histogram: _Optional[_Union[Region, _Mapping]] = ..., scales: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
 
 class EvaluateResponse(_message.Message):
     __slots__ = ("results",)

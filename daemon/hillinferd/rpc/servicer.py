@@ -169,4 +169,6 @@ def _evaluation(item: pb.Evaluation) -> requests.Evaluation:
         scores=_region(item.scores),
         held=_region(item.held),
         rows=_region(item.rows),
+        histogram=_region(item.histogram),
+        scales=_region(item.scales),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hillinfer_core.errors import InvalidInput, OutOfOrder
-from hillinfer_core.layout import PAGE, TILE_TOKENS, Shape
+from hillinfer_core.layout import PAGE, TILE_TOKENS, Reduction, Shape
+from hillinfer_core.reference import HISTOGRAM_BINS
 from hillinfer_core.units import format_bytes
 
 from ..domain.contexts import Catalogue, Context, key_bytes
@@ -14,6 +15,12 @@ from .sessions import Session
 
 ID_BYTES = 4
 """Bytes of a token id, of a score and of a query's number."""
+
+SCALE_ALIGNMENT = 8
+"""Bytes of a float64."""
+
+SCALE_BYTES = 6 * SCALE_ALIGNMENT
+"""Bytes of a query head's ``hillinfer_core.mass.ScoreScale``."""
 
 MAX_RESULTS = 16384
 """Evaluations times KV heads in one request: keeps the worker's answer within one packet."""
@@ -146,7 +153,10 @@ def _evaluation(
             f"k is {item.k}; it must be 1 to {item.end_token - item.first_token}, the tokens ranked"
         )
     query_bytes = ask.query_heads * shape.head_dim * ID_BYTES
-    id_bytes = heads * item.k * ID_BYTES
+    apart = ask.reduction is Reduction.none
+    if apart and (item.held.length or item.rows.length):
+        raise InvalidInput("no rows are brought for query heads that are ranked apart: fetch them by id")
+    id_bytes = (ask.query_heads if apart else heads) * item.k * ID_BYTES
     held = _optional(session, "held", item.held, align=ID_BYTES)
     if held.length % (heads * ID_BYTES):
         raise InvalidInput(f"held: {held.length} bytes are not the same number of ids for {heads} KV heads")
@@ -160,7 +170,20 @@ def _evaluation(
         scores=_optional(session, "scores", item.scores, align=ID_BYTES, at_least=id_bytes),
         held=held,
         rows=_optional(session, "rows", item.rows, align=shape.dtype.itemsize),
+        histogram=_of_rows(session, "histogram", item.histogram, ask, HISTOGRAM_BINS * ID_BYTES, ID_BYTES),
+        scales=_of_rows(session, "scales", item.scales, ask, SCALE_BYTES, SCALE_ALIGNMENT),
     )
+
+
+def _of_rows(
+    session: Session, name: str, region: requests.RawRegion, ask: requests.Evaluate, row: int, align: int
+) -> Region:
+    """Check a region that there is with ``Reduction.none`` only: ``row`` bytes for each query head."""
+    if ask.reduction is Reduction.none:
+        return _check(session, name, region, align=align, at_least=ask.query_heads * row)
+    if region.length:
+        raise InvalidInput(f"{name} is of query heads that are ranked apart: leave it out")
+    return NOT_WANTED
 
 
 def _check(

@@ -120,6 +120,8 @@ class Evaluation:
     scores: Region
     held: Region
     rows: Region
+    histogram: Region
+    scales: Region
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ class Operations:
     ) -> Done:
         held = 0
         if context_id is not None:
-            held = self._keys.claimed_bytes(self._contexts[context_id].layers.values())
+            layers = self._contexts[context_id].layers.values()
+            held = self._keys.claimed_bytes(layers) + sum(store.clipped.nbytes for store in layers)
         used = self._keys.residency.used_bytes
         return Done(traffic, evaluated or [], appended, sealed or [], used, held, bitstreams)
 
