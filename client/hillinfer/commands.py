@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hillinfer.bench.commands import app as bench_app
-from hillinfer.eval.commands import eval_command
+from hillinfer.eval.commands import compare_command, eval_command
+from hillinfer.options import DeviceOption
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget, parse_bytes
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command("eval")(eval_command)
+app.command("eval-compare")(compare_command)
 
 
 class Dtype(StrEnum):
@@ -77,6 +79,7 @@ def run_command(
     precision: PrecisionOption = Precision.int4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
     as_json: JsonOption = False,
@@ -85,12 +88,22 @@ def run_command(
     text = _read(context)
     parsed_budget, parsed_resident = parse_budget(budget), None if resident is None else parse_bytes(resident)
 
-    from hillinfer.model_directory import ModelDirectory, dtype_named
+    from hillinfer.model_directory import ModelDirectory, device_named, dtype_named
     from hillinfer.progress import progress_for_stderr
     from hillinfer.run import Job, run
 
     directory = ModelDirectory(model)
-    job = Job(text, ask, parsed_budget, parsed_resident, precision, max_new_tokens, socket, context_name)
+    job = Job(
+        text,
+        ask,
+        parsed_budget,
+        parsed_resident,
+        precision,
+        max_new_tokens,
+        socket,
+        context_name,
+        device_named(device),
+    )
     chosen = dtype_named(dtype.value) if dtype else directory.dtype
     report = run(job, directory, chosen, progress_for_stderr(), *_listeners(as_json))
     print(json.dumps(report.as_json(), indent=2) if as_json else f"\n{report.summary()}")
@@ -102,6 +115,7 @@ def demo_command(
     budget: BudgetOption = "2%",
     resident: ResidentOption = None,
     precision: PrecisionOption = Precision.int4,
+    device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
     as_json: JsonOption = False,
@@ -110,7 +124,7 @@ def demo_command(
     parsed_budget, parsed_resident = parse_budget(budget), None if resident is None else parse_bytes(resident)
 
     from hillinfer.demo import LONGEST_ANSWER, make_demo
-    from hillinfer.model_directory import ModelDirectory, bundled_model, dtype_named
+    from hillinfer.model_directory import ModelDirectory, bundled_model, device_named, dtype_named
     from hillinfer.progress import progress_for_stderr
     from hillinfer.run import Job, run
 
@@ -129,6 +143,7 @@ def demo_command(
         max_new_tokens=LONGEST_ANSWER,
         socket=socket,
         context_name=context_name,
+        device=device_named(device),
     )
     report = run(job, directory, dtype_named("float32"), progress_for_stderr(), *_listeners(as_json))
     right = sum(task.is_right(answer.text) for task, answer in zip(demo.tasks, report.answers, strict=True))

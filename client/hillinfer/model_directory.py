@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from hillinfer_core.errors import UnreadableModel
+from hillinfer_core.errors import InvalidInput, UnreadableModel
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -20,6 +20,20 @@ WEIGHTS = ("*.safetensors", "*.bin")
 def bundled_model() -> Path:
     """Return the directory of the model that ships with the package."""
     return Path(str(importlib.resources.files("hillinfer"))) / "models" / "needle-8m"
+
+
+def device_named(name: str) -> str:
+    """Return the device called `name`, as torch has it; "auto" is the first GPU where there is one.
+
+    Raises InvalidInput for one that is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        raise InvalidInput(f"there is no device {name!r} here: use auto, cpu, or cuda with a GPU") from None
+    return name
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -37,9 +51,6 @@ class ModelDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        # Its warnings and its progress bar are for notebooks; ours say what matters here.
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.path = path
         if not path.is_dir():
             raise UnreadableModel(f"{path} is not a directory")
@@ -77,14 +88,21 @@ class ModelDirectory:
         )
         return int(2 * self.config.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
-    def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """Return the model in evaluation mode on the CPU."""
+    def load(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+        """Return the model in evaluation mode on `device`; InvalidInput where its memory does not suffice."""
         model = self._read("weights", AutoModelForCausalLM.from_pretrained, dtype=dtype)
         assert isinstance(model, PreTrainedModel)
         model.eval()  # type: ignore[no-untyped-call]
+        try:
+            model.to(device)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            raise InvalidInput(f"the model's weights do not fit on {device}: use another --device") from None
         return model
 
     def _read(self, what: str, reader: Callable[..., Any], **options: Any) -> Any:
+        # Its warnings and its progress bar are for notebooks; ours say what matters here.
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             return reader(self.path, local_files_only=True, **options)
         except Exception as error:  # every format has errors of its own, all mean the same here

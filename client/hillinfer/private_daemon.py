@@ -32,7 +32,9 @@ class PrivateDaemon:
 
     `pool_capacity` and `evaluation_keys_dram` are bytes, `pool_dir` the
     directory of the cold pool's file, which goes away with the daemon. Only with
-    it are there durable contexts, until then. None leaves the daemon's defaults. Needs the ``daemon`` extra.
+    it are there durable contexts, until then. `profile` paces the drive to that of
+    another, such as "smartssd": the pool should then lie in memory (/dev/shm), which is
+    faster. None leaves the daemon's defaults. Needs the ``daemon`` extra.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class PrivateDaemon:
         pool_capacity: int | None = None,
         evaluation_keys_dram: int | None = None,
         pool_dir: Path | None = None,
+        profile: str | None = None,
     ) -> None:
         self._pool_capacity = pool_capacity
         self._evaluation_keys_dram = evaluation_keys_dram
         self._pool_dir = pool_dir
+        self._profile = profile
         self._runtime_dir: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -92,6 +96,8 @@ class PrivateDaemon:
             command += ["--evaluation-keys-dram", str(self._evaluation_keys_dram)]
         if self._pool_dir is not None:
             command += ["--pool", str(self._pool)]
+        if self._profile is not None:
+            command += ["--profile", self._profile]
         return command
 
     @property

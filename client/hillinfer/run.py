@@ -42,7 +42,7 @@ class Job:
     context's KV. socket: of a running daemon; None takes the one at the default
     place or, where none answers, a private one for the run. context_name: keep
     the context under this name, or find it there; where no daemon answers, one is
-    started that programs share (`shared_daemon`).
+    started that programs share (`shared_daemon`). device: where the model runs, as torch names it.
     """
 
     context: str
@@ -53,6 +53,7 @@ class Job:
     max_new_tokens: int = 32
     socket: Path | None = None
     context_name: str | None = None
+    device: str = "cpu"
 
 
 def run(
@@ -87,7 +88,7 @@ def run(
         resident = max(LEAST_RESIDENT, directory.row_bytes(dtype) * context.shape[1] // 4)
 
     with _session(job) as session:
-        model = directory.load(dtype)
+        model = directory.load(dtype, job.device)
         with (
             attach(
                 model,
@@ -159,7 +160,7 @@ def _read(model: Any, cache: HierarchicalCache, context: torch.Tensor, progress:
         while first < tokens:
             # A step of a single token would select; reading is exact.
             end = tokens if tokens - first <= PREFILL_CHUNK + 1 else first + PREFILL_CHUNK
-            model(input_ids=context[:, first:end], past_key_values=cache, logits_to_keep=1)
+            model(input_ids=context[:, first:end].to(model.device), past_key_values=cache, logits_to_keep=1)
             advance(end)
             first = end
 
@@ -176,15 +177,16 @@ def _answer(
     """Return the answer and all token ids so far [1, n], which end a line."""
     tokenizer = directory.tokenizer
     clock = _Clock(advance)
+    given = asked.to(model.device)
     out = model.generate(
-        input_ids=asked,
-        attention_mask=torch.ones_like(asked),
+        input_ids=given,
+        attention_mask=torch.ones_like(given),
         past_key_values=cache,
         max_new_tokens=job.max_new_tokens,
         do_sample=False,
         streamer=clock,
         stopping_criteria=[_LineEnd(tokenizer, asked.shape[1])],
-    )
+    ).cpu()
     text = tokenizer.decode(out[0, asked.shape[1] :], skip_special_tokens=True)
     new = len(clock.times) - 1
     first, last = clock.times[1], clock.times[-1]

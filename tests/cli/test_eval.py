@@ -7,7 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from hillinfer.cli import main
+from hillinfer.eval.findings import Answer
 from hillinfer.eval.job import Cell, Result
+from hillinfer.eval.paired import differences, interval
 from hillinfer.eval.plot import draw
 from hillinfer.eval.prompts import TASKS, Question, make_prompt
 from hillinfer.eval.report import as_markdown
@@ -21,8 +23,8 @@ def evaluated(tmp_path, monkeypatch, capfd):
     """Return a function that runs `hillinfer eval` and returns its exit code, output and errors."""
     monkeypatch.setenv("HILLINFER_RUNTIME_DIR", str(tmp_path / "runtime"))
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hillinfer", "eval", *map(str, arguments)])
+    def run(*arguments, command="eval"):
+        monkeypatch.setattr(sys, "argv", ["hillinfer", command, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capfd.readouterr()
@@ -43,7 +45,7 @@ def test_cells_metrics_and_picture(evaluated, tmp_path):
     assert code == 0, err
     assert err == ""
     report = json.loads(out)
-    assert set(report) == {"model", "seed", "precision", "dtype", "cells", "metrics"}
+    assert set(report) == {"model", "seed", "precision", "dtype", "cells", "differences", "metrics"}
     assert (report["model"], report["seed"], report["dtype"]) == ("needle-8m", 1, "float32")
     cells = report["cells"]
     assert [(cell["policy"], cell["task"], cell["turn"]) for cell in cells] == [
@@ -91,6 +93,58 @@ def test_the_same_seed_gives_the_same_figures(evaluated):
     assert first["metrics"] != other["metrics"]
 
 
+def test_several_processes_find_the_same(evaluated, tmp_path):
+    small = ("--context-tokens", 512, "--budget", 60, "--prompts", 3, "--seed", 3, "--metrics", "--json")
+    reports, files = [], [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for processes, file in enumerate(files, start=1):
+        code, out, err = evaluated(*small, "--processes", processes, "--answers", file)
+        assert (code, err) == (0, "")
+        reports.append(json.loads(out))
+    one, two = reports
+    assert one["cells"] == two["cells"]
+    assert one["differences"] == two["differences"]
+    # Another number of threads sums in another order.
+    for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
+        assert mine == pytest.approx(theirs, abs=0.01, nan_ok=True)
+
+    code, out, err = evaluated("--json", *files, "--policy", "hillinfer", command="eval-compare")
+    assert code == 0, err
+    (same,) = json.loads(out)["differences"]
+    assert (same["points"], same["prompts"], same["budget"]) == (0, 3, "60")
+    assert same["low"] < 0 < same["high"]
+    code, out, err = evaluated(files[0], tmp_path / "none.jsonl", command="eval-compare")
+    assert code == 2
+    assert err == f"hillinfer: cannot read {tmp_path / 'none.jsonl'}: No such file or directory\n"
+
+
+def test_differences_are_paired_by_prompt_and_pooled_over_lengths():
+    def answers(policy, budget, scores):
+        return [
+            Answer(policy, "single", tokens, budget, 1, prompt, score, None)
+            for tokens, each in scores.items()
+            for prompt, score in enumerate(each)
+        ]
+
+    full = answers("full", "100%", {4096: [1, 1, 0, 1], 8192: [1, 1]})
+    mine = answers("hillinfer", "2%", {4096: [1, 0, 1, 1], 8192: [1, 0]})
+    found = differences([*full, *mine])
+    assert [(each.context_tokens, each.points, each.prompts) for each in found] == [
+        ((4096,), 0, 4),
+        ((8192,), -50, 2),
+        ((4096, 8192), pytest.approx(-100 / 6, abs=0.01), 6),
+    ]
+
+
+def test_the_interval_of_differences():
+    # Of 100 pairs 9 are right in one alone and 4 in the other alone.
+    mean, low, high = interval([1] * 9 + [-1] * 4 + [0] * 87)
+    centre, variance = 5 / 102, ((13 + 1) - 25 / 102) / 102**2
+    assert mean == pytest.approx(0.05)
+    assert (low, high) == pytest.approx((centre - 1.96 * variance**0.5, centre + 1.96 * variance**0.5))
+    # Never wrong is not certainty.
+    assert interval([0] * 100)[1] < -0.01
+
+
 def test_markdown_and_perplexity(evaluated):
     code, out, err = evaluated(
         *("--context-tokens", 512, "--budget", 60, "--prompts", 1, "--tasks", "chain2", "--markdown"),
@@ -100,7 +154,7 @@ def test_markdown_and_perplexity(evaluated):
     lines = out.splitlines()
     assert lines[0] == "**needle-8m, float32, int8 evaluation keys, seed 0**"
     assert "| policy | budget | attended tokens | chain2 | all answers |" in lines
-    rows = [line.split(" | ") for line in lines if "| 512 | " in line]
+    rows = [line.split(" | ") for line in lines if line.startswith("| 512 | ")]
     assert [row[1] for row in rows] == ["full", "oracle", "recent"]
     full, oracle, recent = (float(row[3]) for row in rows)
     assert 1 < full < recent
@@ -165,6 +219,7 @@ def test_the_picture_has_every_length_and_turn(tmp_path):
         (["--prompts", 2], "3 tasks"),
         (["--context-tokens", 65536], "65536"),
         (["--dtype", "float8"], "no such dtype: float8"),
+        (["--device", "abacus"], "no device 'abacus'"),
         (["--model", "/nowhere"], "not a directory"),
         (["--plot", "picture.gif"], ".png or .svg"),
         (["--plot", "/nowhere/picture.png"], "not a directory"),

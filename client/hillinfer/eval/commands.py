@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hillinfer.options import DeviceOption
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget
@@ -61,6 +62,10 @@ def eval_command(
             help="Of weights and KV: float32, bfloat16, float16. [default: the model's; bundled: float32]"
         ),
     ] = None,
+    device: DeviceOption = "auto",
+    processes: Annotated[
+        int, typer.Option(min=1, help="Work on that many texts at once, each with a model of its own.")
+    ] = 1,
     metrics: Annotated[
         bool,
         typer.Option("--metrics", help="Measure selections too: recall, captured mass, overlap, cosine."),
@@ -73,6 +78,12 @@ def eval_command(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw accuracy over budgets, .png or .svg.")
     ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write every answer as a line of JSON, for hillinfer eval-compare."
+        ),
+    ] = None,
 ) -> None:
     """Compare policies on generated tasks: what selecting a few tokens costs in right answers.
 
@@ -83,10 +94,12 @@ def eval_command(
     if dtype not in (None, *DTYPES):
         raise InvalidInput(f"no such dtype: {dtype}; there are {', '.join(DTYPES)}")
 
+    from hillinfer.eval.evaluate import evaluate
+    from hillinfer.eval.findings import write_answers
     from hillinfer.eval.job import EvalJob
     from hillinfer.eval.report import as_markdown
-    from hillinfer.eval.runner import evaluate
-    from hillinfer.model_directory import ModelDirectory, bundled_model, dtype_named
+    from hillinfer.eval.runner import Setting
+    from hillinfer.model_directory import ModelDirectory, bundled_model, device_named, dtype_named
     from hillinfer.progress import progress_for_stderr
 
     if plot is not None:
@@ -108,7 +121,10 @@ def eval_command(
     )
     directory = ModelDirectory(model or bundled_model())
     named = dtype or ("float32" if model is None else None)
-    result = evaluate(job, directory, dtype_named(named) if named else directory.dtype, progress_for_stderr())
+    setting = Setting(directory, dtype_named(named) if named else directory.dtype, device_named(device))
+    result, found = evaluate(job, setting, progress_for_stderr(), processes)
+    if answers is not None:
+        write_answers(answers, found)
     if plot is not None:
         from hillinfer.eval.plot import draw
 
@@ -126,3 +142,28 @@ def eval_command(
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def compare_command(
+    answers: Annotated[Path, typer.Argument(metavar="FILE", help="Written by hillinfer eval --answers.")],
+    others: Annotated[Path, typer.Argument(metavar="FILE", help="Another, of the same prompts.")],
+    policy: Annotated[str, typer.Option(help="Of both files.")] = "hillinfer",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Compare two evaluations of the same prompts that differ in an option, such as --precision.
+
+    Prints, for each budget, how much more of the answers were right in the first, with the 95 % interval.
+    """
+    from dataclasses import asdict
+
+    from hillinfer.eval.findings import read_answers
+    from hillinfer.eval.paired import compare_files
+    from hillinfer.eval.report import difference_table
+
+    found = compare_files(policy, (answers.name, read_answers(answers)), (others.name, read_answers(others)))
+    if not found:
+        raise InvalidInput(f"{answers} and {others} have no prompts in common that {policy} answered")
+    if as_json:
+        print(json.dumps({"differences": [asdict(each) for each in found]}, indent=2))
+    else:
+        print("\n".join(difference_table(found)))

@@ -51,7 +51,10 @@ class Conversation:
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Return the logits [vocabulary] after `ids`; a single one selects, several are exact."""
         out = self._model(
-            input_ids=torch.tensor([ids]), past_key_values=self._cache, logits_to_keep=1, use_cache=True
+            input_ids=torch.tensor([ids], device=self._model.device),
+            past_key_values=self._cache,
+            logits_to_keep=1,
+            use_cache=True,
         )
         logits: torch.Tensor = out.logits[0, -1]
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hillinfer.eval.paired import Difference
 from hillinfer.eval.prompts import TASKS
 from hillinfer.model_directory import ModelDirectory
 from hillinfer.policies import POLICIES
@@ -94,10 +95,12 @@ class Result:
     precision: str
     dtype: str
     cells: list[Cell] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     perplexity: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         told = asdict(self)
-        return {name: value for name, value in told.items() if value or name not in ("metrics", "perplexity")}
+        optional = ("differences", "metrics", "perplexity")
+        return {name: value for name, value in told.items() if value or name not in optional}

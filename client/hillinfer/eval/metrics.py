@@ -23,6 +23,11 @@ class Sums:
     step_overlap: list[float] = field(default_factory=list)
     query_cosine: list[float] = field(default_factory=list)
 
+    def add(self, more: Sums) -> None:
+        """Take in what another run measured of the same layer."""
+        for name, each in vars(self).items():
+            each += getattr(more, name)
+
     def means(self) -> dict[str, float | None]:
         """Return the mean of each figure, None where nothing was measured."""
         return {name: float(np.mean(each)) if each else None for name, each in vars(self).items()}

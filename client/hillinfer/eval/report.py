@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from hillinfer.eval.job import Cell, Result
+from hillinfer.eval.paired import Difference
 
 T = TypeVar("T")
 
@@ -20,6 +21,8 @@ def as_markdown(result: Result) -> str:
     ]
     for tokens in _distinct(cell.context_tokens for cell in result.cells):
         lines += [*_answers([cell for cell in result.cells if cell.context_tokens == tokens]), ""]
+    if result.differences:
+        lines += [*difference_table(result.differences), ""]
     if result.perplexity:
         rows = [
             [
@@ -47,6 +50,26 @@ def as_markdown(result: Result) -> str:
         heads = ["context tokens", "policy", "budget", "layer", *(name.replace("_", " ") for name in names)]
         lines += [*_table(heads, rows), ""]
     return "\n".join(lines).rstrip()
+
+
+def difference_table(differences: Sequence[Difference]) -> list[str]:
+    """Return a table of differences in points, with their 95 % intervals."""
+    rows = [
+        [
+            each.policy,
+            each.budget,
+            " and ".join(f"{tokens:,}" for tokens in each.context_tokens),
+            f"{each.points:+.1f}",
+            f"{each.low:+.1f} to {each.high:+.1f}",
+            str(each.prompts),
+        ]
+        for each in differences
+    ]
+    baseline = differences[0].baseline
+    return _table(
+        ["policy", "budget", "context tokens", f"points more than {baseline}", "95 % interval", "prompts"],
+        rows,
+    )
 
 
 def pooled(cells: Sequence[Cell]) -> tuple[float, int]:

@@ -1,0 +1,103 @@
+"""What evaluating prompts found, and what the findings come to together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from hillinfer.eval.job import Cell, Result
+from hillinfer.eval.metrics import Sums
+from hillinfer.eval.paired import differences
+from hillinfer_core.errors import InvalidInput
+
+Run = tuple[str, int, str]
+"""Policy, context tokens, budget."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; prompt: the number of its context among those of its length."""
+
+    policy: str
+    task: str
+    context_tokens: int
+    budget: str
+    turn: int
+    prompt: int
+    score: float
+    attended_tokens: float | None
+
+
+@dataclass
+class Findings:
+    """Of one prompt."""
+
+    answers: list[Answer] = field(default_factory=list)
+    metrics: dict[Run, dict[int, Sums]] = field(default_factory=dict)
+    losses: dict[Run, list[float]] = field(default_factory=dict)
+
+
+def collect(result: Result, found: Sequence[Findings]) -> None:
+    """Put what was found, in the order of the prompts, into the result."""
+    answers = [answer for each in found for answer in each.answers]
+    result.cells += cells(answers)
+    result.differences += differences(answers)
+    metrics: dict[Run, dict[int, Sums]] = {}
+    losses: dict[Run, list[float]] = defaultdict(list)
+    for each in found:
+        for run, layers in each.metrics.items():
+            for layer, sums in layers.items():
+                metrics.setdefault(run, {}).setdefault(layer, Sums()).add(sums)
+        for run, more in each.losses.items():
+            losses[run] += more
+    for (policy, tokens, budget), layers in metrics.items():
+        told = {"policy": policy, "context_tokens": tokens, "budget": budget}
+        result.metrics += [told | {"layer": layer} | layers[layer].means() for layer in sorted(layers)]
+    for (policy, tokens, budget), each_loss in losses.items():
+        told = {"policy": policy, "context_tokens": tokens, "budget": budget}
+        perplexity = math.exp(float(np.mean(each_loss)))
+        result.perplexity.append(told | {"perplexity": round(perplexity, 4), "tokens": len(each_loss)})
+
+
+def cells(answers: Iterable[Answer]) -> list[Cell]:
+    """Return the mean of the answers for each policy, task, length, budget and turn."""
+    grouped: dict[tuple[str, str, int, str, int], list[Answer]] = defaultdict(list)
+    for each in answers:
+        grouped[each.policy, each.task, each.context_tokens, each.budget, each.turn].append(each)
+    return [_cell(key, group) for key, group in grouped.items()]
+
+
+def _cell(key: tuple[str, str, int, str, int], answers: Sequence[Answer]) -> Cell:
+    counted = [each.attended_tokens for each in answers if each.attended_tokens is not None]
+    return Cell(
+        *key,
+        accuracy=round(float(np.mean([each.score for each in answers])), 4),
+        prompts=len(answers),
+        attended_tokens=round(float(np.mean(counted)), 1) if counted else None,
+    )
+
+
+def write_answers(path: Path, found: Iterable[Findings]) -> None:
+    """Write every answer as a line of JSON. Raises InvalidInput for a file that cannot be written."""
+    try:
+        with path.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(asdict(answer)) + "\n" for each in found for answer in each.answers)
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Read what `write_answers` wrote. Raises InvalidInput for anything else."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [Answer(**json.loads(line)) for line in lines]
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise InvalidInput(f"{path} has not been written by hillinfer eval --answers") from None
