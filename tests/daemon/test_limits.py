@@ -9,6 +9,7 @@ import pwd
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -112,7 +113,7 @@ def test_every_limit_refuses_what_is_above_it_and_says_which_it_is(runtime_dir: 
         used = first.status().pool.used_bytes
         for name in ("session_quota", "user_quota", "context_quota"):
             apply(service, **{name: used})
-            refused(lambda: fill(first, context), name)
+            refused(partial(fill, first, context), name)
             # What is there stays, what was refused changed nothing, and others are not concerned.
             assert first.status().pool.used_bytes == used
             apply(service)
