@@ -317,6 +317,10 @@ class Session:
             self.counters.read_bytes += result.read_bytes
         return response
 
+    def new_stream(self) -> EvaluateStream:
+        """For the library's own use: another evaluation stream of this session, not counted, not locked."""
+        return EvaluateStream(self._stub, self._metadata, self.timeout_s)
+
     @contextmanager
     def _awaiting(self, method: str) -> Iterator[None]:
         """Notes for `staging` whether the call inside ended with an answer, and types its error."""
