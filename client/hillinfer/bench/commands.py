@@ -125,7 +125,7 @@ def recall_command(
 @app.command("sharing")
 def sharing_command(
     pool_dir: Annotated[Path, typer.Option(help="Directory of the cold pool, 2 GiB.")] = Path("/dev/shm"),
-    tokens: Annotated[int, typer.Option(min=2048, help="Length of each application's context.")] = 16384,
+    tokens: Annotated[int, typer.Option(min=2048, help="Length of each application's context.")] = 32768,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians and ranges are told.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each part of a round takes.")] = 4.0,
     as_json: JsonOption = False,

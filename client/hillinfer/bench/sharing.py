@@ -96,6 +96,8 @@ def measure(pool_dir: Path, tokens: int, rounds: int, seconds: float, progress: 
         applications = [
             stack.enter_context(_application(socket, user, tokens, seed)) for seed, user in enumerate(users)
         ]
+        for application in applications:
+            application.answer()
         with progress("sharing", rounds) as tick:
             for number in range(rounds):
                 _round(found, applications, seconds, root)
@@ -171,9 +173,7 @@ def _application(socket: Path, user: int, tokens: int, seed: int) -> Iterator[_A
         text=True,
     )
     try:
-        application = _Application(process)
-        application.answer()
-        yield application
+        yield _Application(process)
     finally:
         process.kill()
         process.communicate()

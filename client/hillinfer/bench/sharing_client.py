@@ -27,8 +27,8 @@ SHAPE = Shape(layers=1, kv_heads=8, head_dim=128, dtype=DType.float16)
 ALPHA = 0.02
 """Winners as a fraction of the tokens: the default budget; the client holds none of them."""
 
-APPENDED_TOKENS = 32768
-"""Tokens of a bulk context, 128 MiB, before another one is begun."""
+APPENDED_TOKENS = 2048
+"""Tokens of one step of a bulk append, 8 MiB of rows: the library makes several appends of it."""
 
 _ARENA = 48 << 20
 
@@ -67,25 +67,22 @@ class Application:
         return done
 
     def append(self, start: float, seconds: float) -> list[tuple[float, float]]:
-        """Append from `start` for `seconds` as fast as it goes; (end, latency) of each MiB-sized step."""
+        """Append from `start` for `seconds` as fast as it goes; (end, latency) of each step of 8 MiB."""
         done: list[tuple[float, float]] = []
-        rows = self._rng.standard_normal((SHAPE.kv_heads, 2048, SHAPE.head_dim)).astype(np.float16)
+        rows = self._rng.standard_normal((SHAPE.kv_heads, APPENDED_TOKENS, SHAPE.head_dim)).astype(np.float16)
+        context = self.session.open_context(SHAPE)
         _sleep_until(start)
-        while time.monotonic() < start + seconds:
-            context = self.session.open_context(SHAPE)
-            for _ in range(APPENDED_TOKENS // rows.shape[1]):
-                if (begun := time.monotonic()) >= start + seconds:
-                    break
-                context.append(0, rows, rows)
-                done.append((time.monotonic(), time.monotonic() - begun))
-            context.close()
+        while (begun := time.monotonic()) < start + seconds:
+            context.append(0, rows, rows)
+            done.append((time.monotonic(), time.monotonic() - begun))
+        context.close()
         return done
 
     def _filled(self, context: Context, tokens: int) -> Context:
-        for _ in range(0, tokens, 2048):
-            keys, values = self._rng.standard_normal((2, SHAPE.kv_heads, 2048, SHAPE.head_dim)).astype(
-                np.float16
-            )
+        for _ in range(0, tokens, APPENDED_TOKENS):
+            keys, values = self._rng.standard_normal(
+                (2, SHAPE.kv_heads, APPENDED_TOKENS, SHAPE.head_dim)
+            ).astype(np.float16)
             context.append(0, keys, values)
         return context
 

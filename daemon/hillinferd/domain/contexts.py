@@ -27,8 +27,8 @@ from .placement import Placed, extend, extent_bytes, next_tokens
 CHECKSUM_BYTES = 4
 """Bytes of a row's checksum: CRC-32C."""
 
-MAX_APPEND_BYTES = 8 << 20
-"""Bytes of rows of one append, unless a unit has more: 4 ms at a SmartSSD's 2 GB/s, in which others wait."""
+MAX_APPEND_BYTES = 1 << 20
+"""Bytes of rows of one append, unless a unit has more: others wait meanwhile (docs/performance.md)."""
 
 MAX_SESSION_LAYERS = 1 << 16
 """Layers of all contexts that one session has open: a bound on the daemon's memory, not on what is stored."""
