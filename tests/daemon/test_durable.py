@@ -15,6 +15,7 @@ import pytest
 from raw_client import RawClient, Refused, random_rows, running_daemon, wait_for
 
 from hillinfer_core.layout import DType, Precision, Shape
+from hillinferd.domain.durable import MAX_APPEND_ROWS
 
 SHAPE = Shape(2, 2, 64, DType.float16, Precision.int4)
 RNG = np.random.default_rng(11)
