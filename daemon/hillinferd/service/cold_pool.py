@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from hillinfer_core.errors import (
     DeviceUnavailable,
@@ -16,32 +17,45 @@ from hillinfer_core.errors import (
     UnknownContext,
 )
 
-from ..domain.contexts import Context, Quotas
+from ..domain.contexts import Context
 from ..domain.durable import Durable
 from ..logs import get_logger
 from ..worker import messages
 from . import requests
 from .administration import Administration
 from .drive import Drive, DriveSettings
+from .limits import Limits
 from .sessions import Peer, Session, Sessions
+from .work_queue import Piece
 
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bytes of one arena, sessions attached at once, and what users and contexts may take of a drive."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    arena_limit: int
-    session_limit: int
-    quotas: Quotas
+
+def _counted(
+    method: Callable[Concatenate[ColdPoolService, Session, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[ColdPoolService, Session, P], Coroutine[Any, Any, R]]:
+    """Make a call of ``method`` a request in flight of its session."""
+
+    @wraps(method)
+    async def call(self: ColdPoolService, session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.sessions.request(session):
+            return await method(self, session, *args, **kwargs)
+
+    return call
 
 
 class ColdPoolService:
-    """Everything a transport can ask for. All methods belong to one event loop."""
+    """Everything a transport can ask for. All methods belong to one event loop.
+
+    Work of a session raises ``QuotaExceeded`` while too many requests of it or of its user are in flight.
+    """
 
     def __init__(self, drives: Sequence[DriveSettings], limits: Limits, log_level: str) -> None:
-        self.sessions = Sessions(limits.arena_limit, limits.session_limit)
+        self.sessions = Sessions(limits)
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
         self.administration = Administration(self.drives)
         self._opening: dict[tuple[int, str], Drive] = {}
@@ -52,6 +66,17 @@ class ColdPoolService:
     def uptime_s(self) -> float:
         """Seconds since the service was made."""
         return time.monotonic() - self._started
+
+    def apply_limits(self, limits: Limits) -> None:
+        """Hold sessions and users to other limits and weights from now on; nobody loses what they have."""
+        self.sessions.apply(limits)
+        for drive in self.drives:
+            drive.apply(limits.quotas)
+
+    def observe(self, observer: Callable[[Drive, Piece], None]) -> None:
+        """Have ``observer`` called with each piece of work that a drive is done with; it must not block."""
+        for drive in self.drives:
+            drive.queue.observe = partial(observer, drive)
 
     async def start(self) -> None:
         """Start every drive; one that cannot be opened is tried again and again while the others serve.
@@ -104,6 +129,7 @@ class ColdPoolService:
         session.close_arena()
         log.info("session ended", session=session.session_id, pid=session.peer.pid)
 
+    @_counted
     async def open_context(
         self, session: Session, ask: requests.OpenContext, deadline: float | None
     ) -> Context:
@@ -119,10 +145,12 @@ class ColdPoolService:
         finally:
             self._opening.pop(name, None)
 
+    @_counted
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""
         await self._drive_of(context_id).close_context(session, context_id, deadline)
 
+    @_counted
     async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Make a durable context complete and read-only."""
         await self._drive_of(context_id).save_context(session, context_id, deadline)
@@ -133,6 +161,7 @@ class ColdPoolService:
         found = [(drive, durable) for drive in self.drives for durable in drive.catalogue.durables]
         return [(drive, durable) for drive, durable in found if uid in (0, durable.uid)]
 
+    @_counted
     async def delete_context(self, session: Session, uid: int, name: str, deadline: float | None) -> int:
         """Delete a durable context; return the bytes freed. Root may delete those of others."""
         if session.peer.uid not in (0, uid):
@@ -140,12 +169,14 @@ class ColdPoolService:
         drive = self._drive_with(uid, name) or self._drive_without(name)
         return await drive.delete_context(session, uid, name, deadline)
 
+    @_counted
     async def append(
         self, session: Session, ask: requests.Append, deadline: float | None
     ) -> requests.Appended:
         """Append rows to a layer; all or nothing."""
         return await self._drive_of(ask.context_id).append(session, ask, deadline)
 
+    @_counted
     async def evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None
     ) -> list[messages.Evaluated]:
@@ -155,6 +186,7 @@ class ColdPoolService:
             raise InvalidInput("the contexts of one evaluation request must lie on one drive")
         return await drives.pop().evaluate(session, ask, deadline)
 
+    @_counted
     async def fetch(
         self,
         session: Session,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hillinfer_core.errors import (
     DamagedCatalogue,
@@ -25,9 +26,11 @@ from .context_work import ContextWork
 from .durable_store import DurableStore
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
-from .work_queue import WorkQueue
+from .work_queue import Priority, WorkQueue
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 _DISCARD_BYTES = 64 << 30
 """Free space discarded in one request at start: a device may take a while for it. Our choice."""
@@ -112,6 +115,11 @@ class Drive:
         if self._durables is not None:
             await self._durables.close()
 
+    def apply(self, quotas: Quotas) -> None:
+        """Hold what is opened and appended from now on to ``quotas``."""
+        self._quotas = quotas
+        self.catalogue.quotas = quotas
+
     def gone(self, reason: str) -> None:
         """Put the worker down: the drive was removed. What waits fails, volatile contexts are lost."""
         log.error("drive is gone", drive=self.name, reason=reason)
@@ -124,18 +132,20 @@ class Drive:
     async def attach(self, session: Session) -> None:
         """Tell the worker of a session's arena."""
         request = messages.AttachArena(session.session_id, session.arena.nbytes)
-        await self.queue.submit_urgent(lambda: self.worker.call(request, session.arena_fd))
+        await self.queue.submit_urgent(
+            lambda: self.worker.call(request, session.arena_fd), operation="attach"
+        )
 
     async def detach(self, session: Session) -> None:
         """Free what a session holds on this drive; work of it that is already running ends first."""
-        await self.queue.submit_urgent(lambda: self._contexts.free(session))
+        await self.queue.submit_urgent(lambda: self._contexts.free(session), operation="detach")
 
     async def open_context(
         self, session: Session, ask: requests.OpenContext, deadline: float | None
     ) -> Context:
         """Open a context; see ``OpenContextRequest`` in cold_pool.proto."""
         return await self.queue.submit(
-            session.session_id, lambda: self._contexts.open(session, ask), deadline
+            session, lambda: self._contexts.open(session, ask), deadline, operation="open"
         )
 
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
@@ -146,25 +156,23 @@ class Drive:
             if self.catalogue.find(session.session_id, context_id) is context:
                 await self._contexts.close(context)
 
-        await self.queue.submit(session.session_id, work, deadline)
+        await self._bulk("close", session, work, deadline)
 
     async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Make a durable context complete and read-only."""
-        await self.queue.submit(
-            session.session_id, lambda: self._contexts.save(session, context_id), deadline
-        )
+        await self._bulk("save", session, lambda: self._contexts.save(session, context_id), deadline)
 
     async def delete_context(self, session: Session, uid: int, name: str, deadline: float | None) -> int:
         """Delete a durable context that nobody has open; return the bytes freed."""
         self._check_known()
-        return await self.queue.submit(session.session_id, lambda: self._contexts.delete(uid, name), deadline)
+        return await self._bulk("delete", session, lambda: self._contexts.delete(uid, name), deadline)
 
     async def append(
         self, session: Session, ask: requests.Append, deadline: float | None
     ) -> requests.Appended:
         """Append rows to a layer, or keep a tail aside; all or nothing."""
         work = self._contexts.append_tail if ask.tail else self._contexts.append
-        return await self.queue.submit(session.session_id, lambda: work(session, ask), deadline)
+        return await self._bulk("append", session, lambda: work(session, ask), deadline)
 
     async def evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None
@@ -177,7 +185,7 @@ class Drive:
                 await self._contexts.ensure_loaded(self.catalogue.get(session.session_id, item.context_id))
             return (await self._call(request)).evaluated
 
-        return await self.queue.submit(session.session_id, work, deadline)
+        return await self.queue.submit(session, work, deadline, operation="evaluate")
 
     async def fetch(
         self,
@@ -201,7 +209,7 @@ class Drive:
             await self._contexts.ensure_loaded(context)
             return (await self._call(request)).traffic.read
 
-        return await self.queue.submit(session.session_id, work, deadline)
+        return await self.queue.submit(session, work, deadline, operation="fetch")
 
     def _check_known(self) -> None:
         if not self.known:
@@ -234,7 +242,12 @@ class Drive:
             assert status is not None
             return status, contexts
 
-        return await self.queue.submit(session.session_id, work, deadline)
+        return await self._bulk("configure", session, work, deadline)
+
+    async def _bulk(
+        self, operation: str, session: Session, work: Callable[[], Awaitable[T]], deadline: float | None
+    ) -> T:
+        return await self.queue.submit(session, work, deadline, operation=operation, priority=Priority.bulk)
 
     async def _call(self, request: messages.Request, fd: int | None = None) -> messages.Done:
         done = await self.worker.call(request, fd)
@@ -248,7 +261,7 @@ class Drive:
                 continue
             asked = self.worker.pid
             try:
-                await self.queue.submit_urgent(lambda: self._call(messages.Health()))
+                await self.queue.submit_urgent(lambda: self._call(messages.Health()), operation="health")
             except HillInferError as error:
                 log.error("the drive does not answer", drive=self.name, error=error)
                 if self.worker.pid == asked:

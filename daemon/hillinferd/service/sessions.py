@@ -6,6 +6,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hillinfer_core.arena import create_arena
@@ -15,6 +16,7 @@ from hillinfer_core.ring import RingFds
 from hillinfer_core.units import format_bytes
 
 from ..domain.regions import ArenaSpace
+from .limits import Limits
 
 MAX_NAME = 64
 """Characters of a client's name, as attach.proto says."""
@@ -30,7 +32,10 @@ class Peer:
 
 @dataclass(eq=False)
 class Session:
-    """One attached application. The session owns ``arena_fd`` and ``ring``; either may be None."""
+    """One attached application. The session owns ``arena_fd`` and ``ring``; either may be None.
+
+    ``weight`` is its share of a drive beside other sessions, ``requests`` how many of it are in flight.
+    """
 
     session_id: int
     token: str
@@ -39,6 +44,8 @@ class Session:
     arena: ArenaSpace
     arena_fd: int | None
     ring: RingFds | None = None
+    weight: float = 1.0
+    requests: int = 0
 
     def close_arena(self) -> None:
         """Close the descriptors; the memory goes when the client and the worker have unmapped it too."""
@@ -51,16 +58,21 @@ class Session:
 
 
 class Sessions:
-    """The attached sessions. Not thread-safe; nothing here blocks."""
+    """The attached sessions. Not thread-safe; nothing here blocks but a look at who is in a group."""
 
-    def __init__(self, arena_limit: int, session_limit: int) -> None:
-        self._arena_limit = arena_limit
-        self._session_limit = session_limit
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._by_token: dict[str, Session] = {}
         self._ids = itertools.count(1)
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._by_token.values()))
+
+    def apply(self, limits: Limits) -> None:
+        """Hold to other limits from now on; nobody loses what they have."""
+        self._limits = limits
+        for session in self:
+            session.weight = limits.weight_of(session.peer.uid)
 
     def open(self, client_name: str, arena_bytes: int, peer: Peer, ring: bool = False) -> Session:
         """Register a session with a new arena of ``arena_bytes`` rounded up to pages (0: none), and a ring.
@@ -74,13 +86,21 @@ class Sessions:
             )
         if ring and not arena_bytes:
             raise InvalidInput("a ring is of no use without an arena; ask for both or for none")
-        if arena_bytes > self._arena_limit:
+        limits = self._limits
+        if arena_bytes > limits.arena_limit:
             raise QuotaExceeded(
                 f"an arena of {format_bytes(arena_bytes)} exceeds arena_limit, "
-                f"{format_bytes(self._arena_limit)}"
+                f"{format_bytes(limits.arena_limit)}; ask for less, or raise it"
             )
-        if len(self._by_token) >= self._session_limit:
-            raise QuotaExceeded(f"{self._session_limit} sessions are attached already (session_limit)")
+        if len(self._by_token) >= limits.session_limit:
+            raise QuotaExceeded(
+                f"{limits.session_limit} sessions are attached already; end some, or raise session_limit"
+            )
+        if sum(1 for _ in self._of_user(peer.uid)) >= limits.user_session_limit:
+            raise QuotaExceeded(
+                f"{limits.user_session_limit} sessions of this user are attached already; end some, or raise "
+                "user_session_limit"
+            )
         session_id = next(self._ids)
         fd = create_arena(arena_bytes, f"hillinfer-arena-{session_id}") if arena_bytes else None
         # The session's own number as generation: a region kept from an earlier session is recognised.
@@ -92,8 +112,28 @@ class Sessions:
             except BaseException:
                 session.close_arena()
                 raise
+        session.weight = limits.weight_of(peer.uid)
         self._by_token[session.token] = session
         return session
+
+    @contextmanager
+    def request(self, session: Session) -> Iterator[None]:
+        """Count what happens inside as a request in flight; raises :class:`QuotaExceeded` above a limit."""
+        users = sum(each.requests for each in self._of_user(session.peer.uid))
+        for what, count, limit in (
+            ("session", session.requests, self._limits.session_request_limit),
+            ("user", users, self._limits.user_request_limit),
+        ):
+            if count >= limit:
+                raise QuotaExceeded(
+                    f"{count} requests of this {what} are in flight already; wait for some to finish, "
+                    f"or raise {what}_request_limit"
+                )
+        session.requests += 1
+        try:
+            yield
+        finally:
+            session.requests -= 1
 
     def by_token(self, token: str | None) -> Session:
         """Return the session with ``token``; raises :class:`ForeignToken`."""
@@ -109,3 +149,6 @@ class Sessions:
     def remove(self, session: Session) -> None:
         """Forget the session: its token is foreign from now on."""
         self._by_token.pop(session.token, None)
+
+    def _of_user(self, uid: int) -> Iterator[Session]:
+        return (session for session in self._by_token.values() if session.peer.uid == uid)
