@@ -104,10 +104,11 @@ class AttachServer:
                     await self._service.detach(session)
 
     async def _until_hang_up(self, connection: socket.socket, session: Session) -> None:
-        """Serve the session's ring until the client hangs up or breaks a protocol."""
+        """Serve the session's ring until the client hangs up, breaks a protocol, or is to go."""
         ring = RingServer(self._servicer, session, session.ring) if session.ring else None
         hang_up = asyncio.create_task(asyncio.get_running_loop().sock_recv(connection, 1))
-        waiting: list[asyncio.Task[Any]] = [hang_up]
+        closing = asyncio.create_task(session.closing.wait())
+        waiting: list[asyncio.Task[Any]] = [hang_up, closing]
         if ring:
             ring.start()
             waiting.append(asyncio.create_task(ring.broken.wait()))
