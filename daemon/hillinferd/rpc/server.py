@@ -57,7 +57,7 @@ class Transports:
         reflection.enable_server_reflection(names, self._server)
         with _owner_and_group_only():
             self._server.add_insecure_port(address)
-            self._attach = AttachServer(service, self._attach_path, address)
+            self._attach = AttachServer(service, servicer, self._attach_path, address)
 
     async def start(self) -> None:
         """Begin to serve: gRPC first, as a client is sent there by the attach socket."""

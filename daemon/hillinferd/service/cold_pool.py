@@ -105,13 +105,13 @@ class ColdPoolService:
             if isinstance(error, BaseException):
                 raise error
 
-    async def attach(self, client_name: str, arena_bytes: int, peer: Peer) -> Session:
+    async def attach(self, client_name: str, arena_bytes: int, peer: Peer, ring: bool = False) -> Session:
         """Open a session; raises a typed error with nothing left behind. End it with :meth:`detach`.
 
         One drive must have heard of it: others that are busy do later, before any work of the session, and
         one that is gone or being restarted when it is back.
         """
-        session = self.sessions.open(client_name, arena_bytes, peer)
+        session = self.sessions.open(client_name, arena_bytes, peer, ring)
         try:
             if session.arena_fd is not None:
                 await self._attach_arena(session)
