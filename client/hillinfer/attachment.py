@@ -15,9 +15,9 @@ from transformers import DynamicCache, PreTrainedModel
 from hillinfer.fingerprint import model_fingerprint
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.coverage import check_model
-from hillinfer.hkm.guarantee import MassReport
 from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
+from hillinfer.report import MassReport
 from hillinfer.session import Session
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
 from hillinfer_core.layout import Precision
@@ -154,7 +154,7 @@ def attach(
     budget: str | int | None = None,
     min_mass: float | None = None,
     resident: str | int = "64MiB",
-    precision: str = "int4",
+    precision: str | None = None,
     sinks: int = 4,
     recent: int = 32,
     policy: SelectionPolicy | None = None,
@@ -167,12 +167,15 @@ def attach(
     as many tokens as hold at least this share of the attention of every query
     head: a bound with INT8 keys, an estimate with INT4 (docs/guarantee.md;
     `Report.mass` says what was reached). resident: bytes of DRAM and accelerator memory for the KV of each
-    cache, client and daemon together. precision: of the evaluation keys, "int8" or "int4".
+    cache, client and daemon together. precision: of the evaluation keys, "int8" or
+    "int4" (the default, but for min_mass).
     session: an open Session; else one is made on `socket` (default: the
     system's daemon) and closed by `detach`.
 
     Raises UnsupportedModel, BudgetTooSmall, InvalidInput, DaemonUnavailable.
     """
+    if precision is None:
+        precision = "int4" if min_mass is None else "int8"
     try:
         key_precision = Precision(precision)
     except ValueError:

@@ -215,7 +215,7 @@ def _wait_for(socket: Path, process: subprocess.Popen[bytes], log: Path) -> None
     deadline = time.monotonic() + _START_S
     while True:
         try:
-            wire.attach(socket, 0, "start-up check", 1.0)[0].close()
+            wire.attach(socket, 0, "start-up check", 1.0, ring=False)[0].close()
             return
         except HillInferError:
             if process.poll() is not None or time.monotonic() > deadline:

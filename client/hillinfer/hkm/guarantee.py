@@ -13,6 +13,7 @@ import torch
 from hillinfer.apart import ApartItem
 from hillinfer.hkm.query import ExactQuery
 from hillinfer.hkm.share import Shares
+from hillinfer.report import MassReport
 from hillinfer_core.layout import Precision
 from hillinfer_core.mass import F64
 from hillinfer_core.reference import HISTOGRAM_BINS
@@ -60,24 +61,6 @@ class MassTally:
     layers: list[LayerMass] = field(default_factory=list)
     last: dict[int, F64] = field(default_factory=dict)
     """The latest step's share of each layer, float64 [B, H]."""
-
-
-@dataclass(frozen=True)
-class MassReport:
-    """What decode steps under `min_mass` held of the attention.
-
-    kind: "bound" where the shares are proven, "estimate" where the keys are INT4
-    or the query predicted. least, mean: over steps and layers, of the worst query
-    head; None before the first step. attended: tokens, mean over the steps of each
-    layer; whole: share of each layer's steps that attended to every token.
-    """
-
-    target: float
-    kind: str
-    least: float | None
-    mean: float | None
-    attended: tuple[float, ...]
-    whole: tuple[float, ...]
 
 
 class Guarantee:

@@ -26,7 +26,8 @@ from .context_work import ContextWork
 from .durable_store import DurableStore
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
-from .work_queue import Priority, WorkQueue
+from .usage import Meter, Usage
+from .work_queue import Piece, Priority, WorkQueue
 
 log = get_logger(__name__)
 
@@ -66,7 +67,10 @@ class Drive:
     def __init__(self, settings: DriveSettings, sessions: Sessions, quotas: Quotas, log_level: str) -> None:
         self.name = settings.name
         self.settings = settings
-        self.queue = WorkQueue()
+        self.usage = Usage()
+        self.observer: Callable[[Piece, messages.Traffic], None] | None = None
+        self._meter = Meter()
+        self.queue = WorkQueue(self._account)
         self.worker = Supervisor(
             settings.name,
             settings.driver,
@@ -276,6 +280,15 @@ class Drive:
         done = await self.worker.call(request, fd)
         self.key_bytes = done.key_bytes
         return done
+
+    def _account(self, piece: Piece) -> None:
+        # One piece at a time: what was moved since the last one was moved by this one.
+        moved = self._meter.moved(self.worker.traffic)
+        self.usage.add(piece, moved)
+        if isinstance(piece.flow, Session):
+            piece.flow.usage.add(piece, moved)
+        if self.observer is not None:
+            self.observer(piece, moved)
 
     async def _heartbeat(self) -> None:
         while True:
