@@ -17,6 +17,7 @@ from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.coverage import check_model
 from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
+from hillinfer.report import MassReport
 from hillinfer.session import Session
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
 from hillinfer_core.layout import Precision
@@ -29,7 +30,7 @@ class Report:
 
     resident lists by kind what was held at the moment of the peak.
     hot_hit_rate: share of the selected tokens found in slots or hot pool, or
-    None before anything was selected.
+    None before anything was selected. mass: of guarantee mode, None without.
     """
 
     full_bytes: int
@@ -39,6 +40,7 @@ class Report:
     cold_read_bytes: int
     evaluated_bytes: int
     hot_hit_rate: float | None
+    mass: MassReport | None = None
 
 
 class Attachment:
@@ -102,6 +104,7 @@ class Attachment:
             cold_read_bytes=counters.read_bytes,
             evaluated_bytes=counters.evaluated_bytes,
             hot_hit_rate=1 - tally.brought / tally.selected if tally and tally.selected else None,
+            mass=cache.guarantee.report() if cache and cache.guarantee else None,
         )
 
     def detach(self) -> None:
@@ -148,9 +151,10 @@ def attach(
     *,
     session: Session | None = None,
     socket: Path | None = None,
-    budget: str | int = "2%",
+    budget: str | int | None = None,
+    min_mass: float | None = None,
     resident: str | int = "64MiB",
-    precision: str = "int4",
+    precision: str | None = None,
     sinks: int = 4,
     recent: int = 32,
     policy: SelectionPolicy | None = None,
@@ -159,18 +163,35 @@ def attach(
 
     budget: tokens attended per decode step (a count, or per cent of the past;
     while a context is short, a per cent means at least sinks and recent
-    window). resident: bytes of DRAM and accelerator memory for the KV of each
-    cache, client and daemon together. precision: of the evaluation keys, "int8" or "int4".
+    window; 2% by default). min_mass: instead of a budget, attend at each step to
+    as many tokens as hold at least this share of the attention of every query
+    head: a bound with INT8 keys, an estimate with INT4 (docs/guarantee.md;
+    `Report.mass` says what was reached). resident: bytes of DRAM and accelerator memory for the KV of each
+    cache, client and daemon together. precision: of the evaluation keys, "int8" or
+    "int4" (the default, but for min_mass).
     session: an open Session; else one is made on `socket` (default: the
     system's daemon) and closed by `detach`.
 
     Raises UnsupportedModel, BudgetTooSmall, InvalidInput, DaemonUnavailable.
     """
+    if precision is None:
+        precision = "int4" if min_mass is None else "int8"
     try:
         key_precision = Precision(precision)
     except ValueError:
         raise UnsupportedModel(f"precision {precision!r} is not known: int8 or int4") from None
-    config = HkmConfig(parse_budget(budget), parse_bytes(resident), key_precision, sinks, recent)
+    if min_mass is not None and (budget is not None or policy is not None):
+        raise InvalidInput(
+            "min_mass decides how many tokens are attended and which: give no budget or policy"
+        )
+    config = HkmConfig(
+        parse_budget("2%" if budget is None else budget),
+        parse_bytes(resident),
+        key_precision,
+        sinks,
+        recent,
+        min_mass,
+    )
     _check(model)
     owns = session is None
     return Attachment(model, session or Session.connect(socket), config, policy, owns)

@@ -15,7 +15,7 @@ from hillinfer.eval.commands import compare_command, eval_command
 from hillinfer.options import DeviceOption
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
-from hillinfer_core.units import parse_budget, parse_bytes
+from hillinfer_core.units import Budget, parse_budget, parse_bytes
 
 if TYPE_CHECKING:
     from hillinfer.report import Answer
@@ -40,7 +40,16 @@ class Dtype(StrEnum):
 
 
 BudgetOption = Annotated[
-    str, typer.Option(help="Tokens attended in each step: a per cent of the past, or a count.")
+    str | None,
+    typer.Option(help="Tokens attended in each step: a per cent of the past, or a count. [default: 2%]"),
+]
+MinMassOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Instead of a budget, attend to as many tokens as hold this share of the attention, for "
+        "example 0.95: proven with int8, estimated with int4.",
+    ),
 ]
 ResidentOption = Annotated[
     str | None,
@@ -50,7 +59,10 @@ ResidentOption = Annotated[
         "[default: the larger of 16MiB and a quarter of the context's KV]",
     ),
 ]
-PrecisionOption = Annotated[Precision, typer.Option(help="Of the evaluation keys, which rank the tokens.")]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(help="Of the evaluation keys, which rank the tokens. [default: int4; int8 with --min-mass]"),
+]
 SocketOption = Annotated[
     Path | None,
     typer.Option(help="Attach socket of a running daemon. [default: the usual one, or a private daemon]"),
@@ -74,9 +86,10 @@ def run_command(
     model: Annotated[Path, typer.Option(metavar="DIR", help="A local transformers model directory.")],
     context: Annotated[Path, typer.Option(metavar="FILE", help="The text, UTF-8.")],
     ask: Annotated[list[str], typer.Option(metavar="TEXT", help="A question; repeat it for more.")],
-    budget: BudgetOption = "2%",
+    budget: BudgetOption = None,
+    min_mass: MinMassOption = None,
     resident: ResidentOption = None,
-    precision: PrecisionOption = Precision.int4,
+    precision: PrecisionOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
@@ -86,7 +99,10 @@ def run_command(
 ) -> None:
     """Read a text once and answer questions about it, one after another, each answer one line."""
     text = _read(context)
-    parsed_budget, parsed_resident = parse_budget(budget), None if resident is None else parse_bytes(resident)
+    parsed_budget, parsed_resident = (
+        _budget(budget, min_mass),
+        None if resident is None else parse_bytes(resident),
+    )
 
     from hillinfer.model_directory import ModelDirectory, device_named, dtype_named
     from hillinfer.progress import progress_for_stderr
@@ -103,6 +119,7 @@ def run_command(
         socket,
         context_name,
         device_named(device),
+        min_mass,
     )
     chosen = dtype_named(dtype.value) if dtype else directory.dtype
     report = run(job, directory, chosen, progress_for_stderr(), *_listeners(as_json))
@@ -112,16 +129,20 @@ def run_command(
 @app.command("demo")
 def demo_command(
     context_tokens: Annotated[int, typer.Option(min=1, help="Least length of the text.")] = 16384,
-    budget: BudgetOption = "2%",
+    budget: BudgetOption = None,
+    min_mass: MinMassOption = None,
     resident: ResidentOption = None,
-    precision: PrecisionOption = Precision.int4,
+    precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hide notes in the Python standard library's sources and ask the bundled model for four of them."""
-    parsed_budget, parsed_resident = parse_budget(budget), None if resident is None else parse_bytes(resident)
+    parsed_budget, parsed_resident = (
+        _budget(budget, min_mass),
+        None if resident is None else parse_bytes(resident),
+    )
 
     from hillinfer.demo import LONGEST_ANSWER, make_demo
     from hillinfer.model_directory import ModelDirectory, bundled_model, device_named, dtype_named
@@ -144,6 +165,7 @@ def demo_command(
         socket=socket,
         context_name=context_name,
         device=device_named(device),
+        min_mass=min_mass,
     )
     report = run(job, directory, dtype_named("float32"), progress_for_stderr(), *_listeners(as_json))
     right = sum(task.is_right(answer.text) for task, answer in zip(demo.tasks, report.answers, strict=True))
@@ -151,6 +173,12 @@ def demo_command(
         print(json.dumps(report.as_json(), indent=2))
     else:
         print(f"\n{right} of {len(demo.tasks)} right\n\n{report.summary()}")
+
+
+def _budget(budget: str | None, min_mass: float | None) -> Budget:
+    if budget is not None and min_mass is not None:
+        raise InvalidInput("--min-mass decides how many tokens are attended: give no --budget with it")
+    return parse_budget("2%" if budget is None else budget)
 
 
 def _read(path: Path) -> str:

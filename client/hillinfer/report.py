@@ -38,6 +38,24 @@ class KvUse:
 
 
 @dataclass(frozen=True)
+class MassReport:
+    """What decode steps under `min_mass` held of the attention.
+
+    kind: "bound" where the shares are proven, "estimate" where the keys are INT4
+    or the query predicted. least, mean: over steps and layers, of the worst query
+    head; None before the first step. attended: tokens, mean over the steps of each
+    layer; whole: share of each layer's steps that attended to every token.
+    """
+
+    target: float
+    kind: str
+    least: float | None
+    mean: float | None
+    attended: tuple[float, ...]
+    whole: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """A whole run: the context read once, the answers in the order of the questions. Times in seconds.
 
@@ -45,7 +63,7 @@ class RunReport:
     notes: what there was to say about the name. prefill_s: until the context
     was there, read (and saved) or restored. time_to_first_answer_s: the same and
     the first question, until the first token of its answer. total_s: of all the
-    work, loading the model included.
+    work, loading the model included. mass: None unless a share was asked for.
     """
 
     model: str
@@ -58,6 +76,7 @@ class RunReport:
     total_s: float
     answers: tuple[Answer, ...]
     kv: KvUse
+    mass: MassReport | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -84,5 +103,19 @@ class RunReport:
             ("cold pool read", format_bytes(kv.cold_read_bytes)),
             ("keys evaluated", format_bytes(kv.evaluated_bytes)),
             ("hot hit rate", hits),
+            *(() if self.mass is None else _mass_rows(self.mass)),
         ]
         return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+def _mass_rows(mass: MassReport) -> list[tuple[str, str]]:
+    if mass.least is None or mass.mean is None:
+        return [("attention held", "no step selected")]
+    # Rounded down: what is printed must hold too.
+    least = f"{int(mass.least * 1000) / 10:.1f}%"
+    told = f"at least {least}" if mass.kind == "bound" else f"about {least} or more, an estimate"
+    attended = " ".join(f"{tokens:,.0f}" for tokens in mass.attended)
+    return [
+        ("attention held", f"{told}, {mass.mean:.1%} on average (asked for {mass.target:.1%})"),
+        ("attended, by layer", attended),
+    ]

@@ -42,18 +42,21 @@ class Job:
     context's KV. socket: of a running daemon; None takes the one at the default
     place or, where none answers, a private one for the run. context_name: keep
     the context under this name, or find it there; where no daemon answers, one is
-    started that programs share (`shared_daemon`). device: where the model runs, as torch names it.
+    started that programs share (`shared_daemon`). min_mass: attend to what holds
+    this share of the attention, and not to a budget. precision: None for INT4, or
+    INT8 with min_mass. device: where the model runs, as torch names it.
     """
 
     context: str
     questions: Sequence[str]
     budget: Budget = field(default_factory=lambda: Budget(alpha=0.02))
     resident: int | None = None
-    precision: Precision = Precision.int4
+    precision: Precision | None = None
     max_new_tokens: int = 32
     socket: Path | None = None
     context_name: str | None = None
     device: str = "cpu"
+    min_mass: float | None = None
 
 
 def run(
@@ -93,9 +96,10 @@ def run(
             attach(
                 model,
                 session=session,
-                budget=str(job.budget),
+                budget=str(job.budget) if job.min_mass is None else None,
+                min_mass=job.min_mass,
                 resident=resident,
-                precision=job.precision.value,
+                precision=job.precision,
                 sinks=SINKS,
                 recent=RECENT,
             ) as attachment,
@@ -129,6 +133,7 @@ def run(
         total_s=time.perf_counter() - began,
         answers=tuple(answers),
         kv=KvUse(**{name: getattr(held, name) for name in KvUse.__dataclass_fields__}),
+        mass=held.mass,
     )
 
 
@@ -247,7 +252,7 @@ def _check(job: Job, directory: ModelDirectory, context_tokens: int, question_to
             f"model has {directory.positions} positions: shorten the context"
         )
     budget = job.budget.of(context_tokens)
-    if budget < min(SINKS + RECENT, context_tokens):
+    if job.min_mass is None and budget < min(SINKS + RECENT, context_tokens):
         raise BudgetTooSmall(
             f"a budget of {job.budget} is {budget} of {context_tokens} tokens, fewer than the first {SINKS} "
             f"and the latest {RECENT} that every step attends to: give {SINKS + RECENT} tokens or more"

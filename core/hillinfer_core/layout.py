@@ -85,10 +85,11 @@ class Precision(StrEnum):
 
 
 class Reduction(StrEnum):
-    """How the scores of the query heads that share a KV head become one score."""
+    """How the scores of the query heads that share a KV head become one score; with ``none`` they do not."""
 
     sum = "sum"
     max = "max"
+    none = "none"
 
     def to_proto(self) -> int:
         """Return the number of ``hillinfer.v1.Reduction``."""

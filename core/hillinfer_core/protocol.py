@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Version of proto/hillinfer/v1 and of the attach exchange; checked at attach."""
 
 LAYOUT_VERSION = 1

@@ -107,8 +107,10 @@ def quantise_query(query: F32, ranges: Ranges, reduction: Reduction) -> tuple[I8
     Returns (q int8 [H, R, D], sigma float32 [H]), with ``q * sigma ~ query * scale``: R is 1 for the sum over
     the query heads of a KV head, added in ascending order, and Hq / H for their maximum. sigma is one for
     each KV head, so that scores of its query heads compare. Raises :class:`InvalidInput` for a wrong shape,
-    or a query that is not finite once scaled.
+    or a query that is not finite once scaled, and for ``Reduction.none``, which is ``mass.wide_query``'s.
     """
+    if reduction is Reduction.none:
+        raise InvalidInput("query heads with scores of their own have 16-bit queries: mass.wide_query")
     heads, dim = ranges.scale.shape
     if query.ndim != 2 or query.shape[1] != dim or query.shape[0] == 0 or query.shape[0] % heads:
         raise InvalidInput(f"a query must be [a multiple of {heads}, {dim}], not {list(query.shape)}")

@@ -19,13 +19,12 @@ from hillinfer_core.layout import PAGE
 from hillinfer_core.protocol import attach_socket
 
 from . import __version__, config, records
-from .domain.contexts import Quotas
 from .driver.block import names_device
 from .driver.settings import DriverSettings
 from .logs import get_logger, set_up
 from .process import RuntimeLock, die_with_parent, make_runtime_dir
 from .rpc.server import Transports
-from .service.cold_pool import ColdPoolService, Limits
+from .service.cold_pool import ColdPoolService
 from .service.drive import DriveSettings
 from .service.hotplug import Hotplug
 
@@ -99,10 +98,8 @@ async def _run(settings: config.Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    quotas = Quotas(settings.user_quota, settings.context_quota)
-    limits = Limits(settings.arena_limit, settings.session_limit, quotas)
     drives = [_drive_settings(drive, settings) for drive in settings.drives]
-    service = ColdPoolService(drives, limits, settings.log_level)
+    service = ColdPoolService(drives, settings.limits, settings.log_level)
     await service.start()
     try:
         transports = Transports(service, settings.runtime_dir)

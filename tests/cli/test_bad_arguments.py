@@ -123,3 +123,12 @@ def test_the_parser_refuses_what_it_does_not_know(hillinfer):
     assert done.returncode == 2
     assert "int3" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_budget_and_a_share_of_the_attention_together(refused):
+    assert "--min-mass" in refused("--min-mass", 0.9, "--budget", "2%")
+
+
+@pytest.mark.parametrize("share", [0, 1.5])
+def test_a_share_of_the_attention_that_is_none(refused, share):
+    assert "share of the attention" in refused("--min-mass", share)

@@ -238,3 +238,23 @@ def test_without_matplotlib_the_extra_is_named(evaluated, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = evaluated("--plot", "picture.png")
     assert (code, err) == (2, "hillinfer: matplotlib is not installed: pip install 'hillinfer[plots]'\n")
+
+
+def test_a_share_of_the_attention_in_the_place_of_a_budget(evaluated):
+    small = (*SMALL[:4], "--prompts", 1, "--tasks", "single", "--policies", "hillinfer")
+    code, out, err = evaluated(*small, "--min-mass", 0.8, "--precision", "int8", "--metrics", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert [cell["budget"] for cell in report["cells"]] == ["80", "mass>=0.8"]
+    (mass,) = report["mass"]
+    assert (mass["kind"], mass["budget"], mass["context_tokens"]) == ("bound", "mass>=0.8", 1024)
+    assert 0.8 <= mass["least"] <= mass["mean"]
+    asked = [row for row in report["metrics"] if row["budget"] == "mass>=0.8"]
+    assert all(row["captured_mass"] >= 0.8 for row in asked)
+    assert report["cells"][1]["attended_tokens"] > 80
+    assert "mass>=0.8, 1,024 context tokens: bound" in as_markdown(
+        Result("m", 0, "int8", "float32", cells=[Cell(**report["cells"][0])], mass=report["mass"])
+    )
+    code, _, err = evaluated(*SMALL, "--policies", "recent", "--min-mass", 0.8)
+    assert code == 2
+    assert "--policies" in err

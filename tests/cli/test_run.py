@@ -22,6 +22,7 @@ KEYS = {
     "total_s",
     "answers",
     "kv",
+    "mass",
 }
 KV_KEYS = {
     "full_bytes",
@@ -46,6 +47,7 @@ def test_demo_answers_through_the_cold_pool(hillinfer, demo):
     assert done.stderr == ""
     report = json.loads(done.stdout)
     assert set(report) == KEYS
+    assert report["mass"] is None
     assert (report["context_name"], report["restored"], report["notes"]) == (None, False, [])
     assert 0 < report["prefill_s"] < report["time_to_first_answer_s"] < report["total_s"]
     assert report["model"] == "needle-8m"
@@ -61,6 +63,16 @@ def test_demo_answers_through_the_cold_pool(hillinfer, demo):
     assert kv["cold_written_bytes"] >= 0.95 * kv["full_bytes"]
     assert kv["evaluated_bytes"] > 0
     assert 0 <= kv["hot_hit_rate"] <= 1
+
+
+def test_demo_with_a_share_of_the_attention_instead_of_a_budget(hillinfer, demo):
+    done = hillinfer("demo", "--context-tokens", 2048, "--min-mass", 0.8, "--json")
+    assert done.returncode == 0, done.stderr
+    mass = json.loads(done.stdout)["mass"]
+    assert (mass["kind"], mass["target"]) == ("bound", 0.8)
+    assert 0.8 <= mass["least"] <= mass["mean"] <= 1
+    assert len(mass["attended"]) == 8
+    assert max(mass["attended"]) > 5 * min(mass["attended"]), "layers need very different numbers of tokens"
 
 
 def test_run_on_a_daemon_that_is_there_speaks_plainly(hillinfer, demo, tmp_path):

@@ -39,7 +39,7 @@ def test_fixed_vectors(implementation, precision):
     assert nonfinite == 0
     found = [crc(tiles)]
     scored = {}
-    for reduction in Reduction:
+    for reduction in (Reduction.sum, Reduction.max):
         q, _ = implementation.quantise_query(query, ranges, reduction)
         scored[reduction] = np.empty((HEADS, TOKENS), np.int32)
         implementation.scores(tiles, q, precision, scored[reduction])

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from hillinferd.domain.contexts import Quotas
 from hillinferd.driver.settings import DriverSettings
 from hillinferd.rpc.server import Transports
-from hillinferd.service.cold_pool import ColdPoolService, Limits
+from hillinferd.service.cold_pool import ColdPoolService
 from hillinferd.service.drive import DriveSettings
+from hillinferd.service.limits import Limits
 
 T = TypeVar("T")
 
@@ -41,9 +41,7 @@ def drive_settings(name: str, pool: Path, request_timeout_s: float = 20.0) -> Dr
 @contextmanager
 def served(runtime_dir: Path, *drives: DriveSettings) -> Iterator[Served]:
     """Serve ``drives`` at the sockets in ``runtime_dir``."""
-    unlimited = 1 << 62
-    limits = Limits(1 << 30, 16, Quotas(unlimited, unlimited))
-    service = ColdPoolService(drives, limits, "info")
+    service = ColdPoolService(drives, Limits(session_limit=16), "info")
     ready, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
     failed: list[BaseException] = []

@@ -29,6 +29,7 @@ from hillinfer_core.errors import ConfigError, NotAllowed
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
 from hillinferd import config, ctl
 from hillinferd.cec.configurations import SHIPPED
+from hillinferd.domain.contexts import UNLIMITED
 from hillinferd.domain.regions import ArenaSpace
 from hillinferd.service.administration import Administration
 from hillinferd.service.sessions import Peer, Session
@@ -318,7 +319,7 @@ def test_the_keys_of_a_drive_with_a_card(tmp_path: Path) -> None:
 
     drive = loaded(f'configurations = "{tmp_path}"')
     assert drive.configurations == tmp_path
-    assert drive.evaluation_keys_dram == config.UNLIMITED
+    assert drive.evaluation_keys_dram == UNLIMITED
     assert loaded('evaluation_keys_dram = "1MiB"').evaluation_keys_dram == 1 << 20
     with pytest.raises(ConfigError, match=r"configurations: .* give a directory that exists"):
         loaded(f'configurations = "{tmp_path}/none"')

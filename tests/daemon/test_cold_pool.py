@@ -57,7 +57,7 @@ def test_rows_come_back_and_ranking_is_the_reference(
 
     ranges = fit(rows[:, :1024], shape)
     query = rng.standard_normal((kv_heads * 2, head_dim)).astype(np.float32)
-    for reduction in Reduction:
+    for reduction in (Reduction.sum, Reduction.max):
         scores = expected(rows, ranges, shape, query, reduction)
         for first, end, k in ((0, tokens, 7), (17, tokens - 3, 100), (250, 300, 50), (5, 6, 1)):
             got_ids, got_scores, _, result = client.evaluate(

@@ -18,6 +18,7 @@ from xrt_rig import CheckedXrtDriver, plug
 from xrt_rig import settings as xrt_settings
 
 from hillinfer_core import reference
+from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision, tile_bytes
 from hillinferd.driver.block import format_device
 from hillinferd.driver.contract import DamagedKeys, Driver, KeySegment, Scan
@@ -289,6 +290,21 @@ def test_evaluate_agrees_with_the_reference(
     if first < end:
         assert found.read == sum(item.nbytes for index, item in touched if index not in loaded)
         assert found.read <= found.scanned <= sum(item.nbytes for _, item in touched)
+
+
+def test_histograms_of_query_heads_agree_with_the_reference_or_are_refused(driver: Driver) -> None:
+    keys = Keys(driver, 1, [64, 32, 48], Precision.int8)
+    driver.load_keys(keys.segments[1], keys.tiles[1].copy())
+    q = np.random.default_rng(2).integers(-32767, 32768, (6, 1, 16)).astype(np.int16)
+    if driver.identify().driver == "xrt":
+        with pytest.raises(InvalidInput, match="min_mass"):
+            driver.evaluate(Scan(keys.segments, q, 5, 130, 7, histogram=True))
+        return
+    for first, end in ((5, 130), (70, 70)):
+        found = driver.evaluate(Scan(keys.segments, q, first, end, 7, histogram=True))
+        right = reference.rank(keys.tiles, q, Precision.int8, first, end, 7, histogram=True)
+        for field in ("ids", "scores", "histogram"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(right, field))
 
 
 def test_loaded_keys_are_not_read_again_and_loading_replaces(driver: Driver) -> None:

@@ -116,7 +116,7 @@ def _choices(seen: Captured, budget: Budget) -> list[Choice]:
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     choices = []
-    for reduction in Reduction:
+    for reduction in (Reduction.sum, Reduction.max):
         reduced = products.sum(axis=1) if reduction is Reduction.sum else products.max(axis=1)
         own = np.argsort(-reduced, axis=-1, kind="stable")[..., :k]
         choices.append(Choice("own", reduction.value, None, _mass(weights, own)))

@@ -33,6 +33,14 @@ def eval_command(
             help="Tokens attended in each step: a per cent of the past, or a count; repeat it for more."
         ),
     ] = ["2%"],  # noqa: B006
+    min_mass: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Ask hillinfer also for this share of the attention instead of a budget, for example 0.95: "
+            "proven with --precision int8, estimated with int4; repeat it for more.",
+        ),
+    ] = None,
     policies: Annotated[
         str,
         typer.Option(
@@ -118,6 +126,7 @@ def eval_command(
         max_new_tokens=max_new_tokens,
         metrics=metrics,
         perplexity_tokens=PERPLEXITY_TOKENS if perplexity else 0,
+        min_mass=tuple(dict.fromkeys(min_mass or ())),
     )
     directory = ModelDirectory(model or bundled_model())
     named = dtype or ("float32" if model is None else None)

@@ -14,6 +14,7 @@ import numpy as np
 from hillinfer.eval.job import Cell, Result
 from hillinfer.eval.metrics import Sums
 from hillinfer.eval.paired import differences
+from hillinfer.report import MassReport
 from hillinfer_core.errors import InvalidInput
 
 Run = tuple[str, int, str]
@@ -41,6 +42,7 @@ class Findings:
     answers: list[Answer] = field(default_factory=list)
     metrics: dict[Run, dict[int, Sums]] = field(default_factory=dict)
     losses: dict[Run, list[float]] = field(default_factory=dict)
+    mass: dict[Run, list[MassReport]] = field(default_factory=dict)
 
 
 def collect(result: Result, found: Sequence[Findings]) -> None:
@@ -56,6 +58,7 @@ def collect(result: Result, found: Sequence[Findings]) -> None:
                 metrics.setdefault(run, {}).setdefault(layer, Sums()).add(sums)
         for run, more in each.losses.items():
             losses[run] += more
+    _collect_mass(result, found)
     for (policy, tokens, budget), layers in metrics.items():
         told = {"policy": policy, "context_tokens": tokens, "budget": budget}
         result.metrics += [told | {"layer": layer} | layers[layer].means() for layer in sorted(layers)]
@@ -63,6 +66,30 @@ def collect(result: Result, found: Sequence[Findings]) -> None:
         told = {"policy": policy, "context_tokens": tokens, "budget": budget}
         perplexity = math.exp(float(np.mean(each_loss)))
         result.perplexity.append(told | {"perplexity": round(perplexity, 4), "tokens": len(each_loss)})
+
+
+def _collect_mass(result: Result, found: Sequence[Findings]) -> None:
+    reports: dict[Run, list[MassReport]] = defaultdict(list)
+    for each in found:
+        for run, told in each.mass.items():
+            reports[run] += [report for report in told if report.least is not None]
+    for (policy, tokens, budget), told in reports.items():
+        if not told:
+            continue
+        attended = np.mean([report.attended for report in told], axis=0)
+        whole = np.mean([report.whole for report in told], axis=0)
+        result.mass.append(
+            {
+                "policy": policy,
+                "context_tokens": tokens,
+                "budget": budget,
+                "kind": told[0].kind,
+                "least": min(report.least for report in told if report.least is not None),
+                "mean": float(np.mean([report.mean for report in told])),
+                "attended_tokens_by_layer": [round(float(each), 1) for each in attended],
+                "whole_steps_by_layer": [round(float(each), 3) for each in whole],
+            }
+        )
 
 
 def cells(answers: Iterable[Answer]) -> list[Cell]:

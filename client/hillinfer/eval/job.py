@@ -14,7 +14,20 @@ from hillinfer_core.errors import BudgetTooSmall, InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import Budget
 
+GUARANTEED = "hillinfer"
+"""The policy that can be asked for a share of the attention."""
+
 DEFAULT_TASKS = ("single", "multi_key", "chain1")
+
+
+@dataclass(frozen=True)
+class MassTarget:
+    """In the place of a budget: attend to as many tokens as hold this share of the attention."""
+
+    share: float
+
+    def __str__(self) -> str:
+        return f"mass>={self.share:g}"
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,8 @@ class EvalJob:
     """What to evaluate. prompts: contexts for each length, dealt to the tasks in turn.
 
     turns: questions asked in turn on each. perplexity_tokens: of the text after the
-    context, fed one by one; 0 for none. metrics: measure selections too.
+    context, fed one by one; 0 for none. metrics: measure selections too. min_mass:
+    shares of the attention that hillinfer is also asked for, besides the budgets.
     """
 
     policies: tuple[str, ...]
@@ -36,6 +50,7 @@ class EvalJob:
     max_new_tokens: int = 24
     metrics: bool = False
     perplexity_tokens: int = 0
+    min_mass: tuple[float, ...] = ()
 
     def check(self, directory: ModelDirectory) -> None:
         """Raise InvalidInput or BudgetTooSmall for what cannot work with the model."""
@@ -50,6 +65,10 @@ class EvalJob:
             raise InvalidInput(
                 f"{self.prompts} prompts are too few for {len(self.tasks)} tasks: give at least one for each"
             )
+        if any(not 0 < share <= 1 for share in self.min_mass):
+            raise InvalidInput("min-mass is a share of the attention: above 0 to 1, for example 0.95")
+        if self.min_mass and GUARANTEED not in self.policies:
+            raise InvalidInput(f"min-mass is for the policy {GUARANTEED}: name it in --policies")
         if self.turns < 1 or self.max_new_tokens < 1:
             raise InvalidInput("turns and max-new-tokens must be at least 1")
         for tokens in self.context_tokens:
@@ -88,7 +107,7 @@ class Cell:
 
 @dataclass
 class Result:
-    """What was found. metrics and perplexity are empty unless asked for."""
+    """What was found. metrics, perplexity and mass are empty unless asked for."""
 
     model: str
     seed: int
@@ -98,9 +117,10 @@ class Result:
     differences: list[Difference] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     perplexity: list[dict[str, Any]] = field(default_factory=list)
+    mass: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         told = asdict(self)
-        optional = ("differences", "metrics", "perplexity")
+        optional = ("differences", "metrics", "perplexity", "mass")
         return {name: value for name, value in told.items() if value or name not in optional}

@@ -54,6 +54,8 @@ class Attended:
         slots = cache.full_layers[layer].slots
         pinned = min(int(slots.lengths[0]), slots.pinned)
         each = pinned + (slots.ids[0] != EMPTY).sum(axis=-1)
+        if cache.full_layers[layer].attended_all:
+            each = np.full(slots.keys.shape[1], slots.lengths[0])
         self._total += int(each.sum())
         self._counts += len(each)
         self.most = max(self.most, int(each.max()))
@@ -91,6 +93,8 @@ class SelectionMetrics:
         before = self._before.get(layer)
         for head, slot_ids in enumerate(slots.ids[0]):
             chosen = slot_ids[slot_ids != EMPTY]
+            if cache.full_layers[layer].attended_all:
+                chosen = np.arange(first, end, dtype=np.uint32)
             attended = np.concatenate([np.arange(first), np.arange(end, tokens), chosen])
             sums.captured_mass.append(float(mass[head][:, attended].sum(axis=-1).mean()))
             if not len(chosen):

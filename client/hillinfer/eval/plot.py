@@ -35,7 +35,8 @@ def draw(result: Result, path: Path) -> None:
         top = panels[0][column]
         top.set(title=f"{tokens:,} context tokens", xlabel="attended tokens in each step", ylim=(-0.03, 1.03))
         for policy in dict.fromkeys(cell.policy for cell in cells):
-            mine = [cell for cell in cells if cell.policy == policy]
+            # A share of the attention is another number of tokens in each step: not on this axis.
+            mine = [cell for cell in cells if cell.policy == policy and not cell.budget.startswith("mass")]
             budgets = sorted({parse_budget(cell.budget).of(tokens) for cell in mine})
             points = [
                 pooled([cell for cell in mine if parse_budget(cell.budget).of(tokens) == each])[0]
@@ -51,7 +52,13 @@ def draw(result: Result, path: Path) -> None:
                 )
         top.set_xscale("log", base=2)
         top.set_xticks(
-            sorted({parse_budget(cell.budget).of(tokens) for cell in cells if cell.policy != "full"})
+            sorted(
+                {
+                    parse_budget(cell.budget).of(tokens)
+                    for cell in cells
+                    if cell.policy != "full" and not cell.budget.startswith("mass")
+                }
+            )
         )
         top.xaxis.set_major_formatter(ScalarFormatter())
         top.xaxis.set_minor_locator(NullLocator())

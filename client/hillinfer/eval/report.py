@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ def as_markdown(result: Result) -> str:
             for row in result.perplexity
         ]
         lines += [*_table(["context tokens", "policy", "budget", "perplexity", "tokens predicted"], rows), ""]
+    for row in result.mass:
+        lines += [*_mass_table(row), ""]
     if result.metrics:
         names = ["recall", "captured_mass", "step_overlap", "query_cosine"]
         rows = [
@@ -50,6 +52,21 @@ def as_markdown(result: Result) -> str:
         heads = ["context tokens", "policy", "budget", "layer", *(name.replace("_", " ") for name in names)]
         lines += [*_table(heads, rows), ""]
     return "\n".join(lines).rstrip()
+
+
+def _mass_table(row: dict[str, Any]) -> list[str]:
+    tokens = row["context_tokens"]
+    rows = [
+        [str(layer), f"{attended:,.0f}", f"{attended / tokens:.1%}", f"{whole:.0%}"]
+        for layer, (attended, whole) in enumerate(
+            zip(row["attended_tokens_by_layer"], row["whole_steps_by_layer"], strict=True)
+        )
+    ]
+    title = (
+        f"{row['policy']}, {row['budget']}, {tokens:,} context tokens: {row['kind']} "
+        f"{row['least']:.4f} at worst, {row['mean']:.4f} on average"
+    )
+    return [title, "", *_table(["layer", "attended tokens", "of the context", "steps with all"], rows)]
 
 
 def difference_table(differences: Sequence[Difference]) -> list[str]:

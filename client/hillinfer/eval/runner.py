@@ -15,7 +15,7 @@ import torch
 from hillinfer.attachment import attach
 from hillinfer.eval.conversation import Conversation
 from hillinfer.eval.findings import Answer, Findings
-from hillinfer.eval.job import EvalJob
+from hillinfer.eval.job import GUARANTEED, EvalJob, MassTarget
 from hillinfer.eval.metrics import Attended, SelectionMetrics
 from hillinfer.eval.prompts import Prompt, make_prompt
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
@@ -60,13 +60,17 @@ def prompt_runner(job: EvalJob, setting: Setting) -> Iterator[PromptRunner]:
         yield PromptRunner(job, setting, session, attachment.model)
 
 
-def _runs(job: EvalJob) -> list[tuple[str, Budget]]:
+Amount = Budget | MassTarget
+
+
+def _runs(job: EvalJob) -> list[tuple[str, Amount]]:
     """The policies with their budgets; full attention has only one."""
-    return [
-        (policy, budget)
-        for policy in job.policies
-        for budget in ([_EVERYTHING] if policy == "full" else job.budgets)
-    ]
+    runs: list[tuple[str, Amount]] = []
+    for policy in job.policies:
+        runs += [(policy, budget) for budget in ([_EVERYTHING] if policy == "full" else job.budgets)]
+        if policy == GUARANTEED:
+            runs += [(policy, MassTarget(share)) for share in job.min_mass]
+    return runs
 
 
 class PromptRunner:
@@ -94,10 +98,15 @@ class PromptRunner:
         self._session.delete_context(_NAME)
         return self._found
 
-    def _config(self, budget: Budget, tokens: int) -> HkmConfig:
+    def _config(self, amount: Amount, tokens: int) -> HkmConfig:
         # Generous: the selected rows stay in slots, and memory is not what is measured.
         resident = (32 << 20) + self._directory.row_bytes(self._dtype) * tokens // 2
-        return HkmConfig(budget, resident, self._job.precision, SINKS, RECENT)
+        if isinstance(amount, MassTarget):
+            # Some layers need most of their tokens.
+            return HkmConfig(
+                _EVERYTHING, 3 * resident, self._job.precision, SINKS, RECENT, min_mass=amount.share
+            )
+        return HkmConfig(amount, resident, self._job.precision, SINKS, RECENT)
 
     def _read(self, ids: torch.Tensor) -> Reading:
         """Save the context `ids` [1, n] as `_NAME`."""
@@ -118,7 +127,7 @@ class PromptRunner:
         return reader.reading
 
     def _ask(
-        self, name: str, budget: Budget, tokens: int, number: int, prompt: Prompt, reading: Reading
+        self, name: str, budget: Amount, tokens: int, number: int, prompt: Prompt, reading: Reading
     ) -> None:
         with ExitStack() as stack:
             conversation, attended = self._begin(stack, name, budget, tokens, reading, self._job.metrics)
@@ -128,7 +137,7 @@ class PromptRunner:
                     Answer(name, prompt.task, tokens, str(budget), turn, number, score, attended.take())
                 )
 
-    def _continue(self, name: str, budget: Budget, tokens: int, prompt: Prompt, reading: Reading) -> None:
+    def _continue(self, name: str, budget: Amount, tokens: int, prompt: Prompt, reading: Reading) -> None:
         """Feed the text after the context token by token; the first prediction is exact, and left out."""
         ids = self._directory.tokenizer(prompt.continuation, add_special_tokens=False)["input_ids"]
         ids = ids[: self._job.perplexity_tokens + 1]
@@ -140,7 +149,7 @@ class PromptRunner:
                 losses.append(-float(torch.log_softmax(logits.float(), -1)[following]))
 
     def _begin(
-        self, stack: ExitStack, name: str, budget: Budget, tokens: int, reading: Reading, metrics: bool
+        self, stack: ExitStack, name: str, budget: Amount, tokens: int, reading: Reading, metrics: bool
     ) -> tuple[Conversation, Attended]:
         """Return a conversation that begins with the saved context, and what counts its attended tokens."""
         policy = stack.enter_context(POLICIES[name](self._model, reading))
@@ -149,6 +158,10 @@ class PromptRunner:
             self._session, self._text_config, config, policy, policy.predictor, base=_NAME
         )
         stack.callback(cache.close)
+        if cache.guarantee is not None:
+            guarantee = cache.guarantee
+            told = self._found.mass.setdefault((name, tokens, str(budget)), [])
+            stack.callback(lambda: told.append(guarantee.report()))
         attended = Attended()
         observers = [attended.observe, policy.observe]
         if metrics:

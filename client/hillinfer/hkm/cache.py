@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from hillinfer.context import Context
 from hillinfer.hkm.coverage import kept_layers
+from hillinfer.hkm.guarantee import Guarantee
 from hillinfer.hkm.layer import HierarchicalLayer
 from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
 from hillinfer.hkm.query import ExactQuery, QueryPredictor
@@ -42,9 +43,10 @@ class HkmConfig:
     """What an application asks of HKM.
 
     budget: tokens attended for each decode step and KV head, sinks and recent
-        window included; resident: bytes held in memory, client and daemon
-        together; sinks, recent: pinned tokens (recent is raised to the append
-        unit of the rows where that is larger).
+        window included; min_mass: attend to as many as hold this share of the
+        attention (0 to 1) of every query head, and not to a budget; resident:
+        bytes held in memory, client and daemon together; sinks, recent: pinned
+        tokens (recent is raised to the append unit of the rows where that is larger).
     """
 
     budget: Budget
@@ -52,10 +54,15 @@ class HkmConfig:
     precision: Precision
     sinks: int = 4
     recent: int = 32
+    min_mass: float | None = None
 
     def __post_init__(self) -> None:
         if self.sinks < 1 or self.recent < 1:
             raise InvalidInput("sinks and recent must be at least 1")
+        if self.min_mass is not None:
+            if not 0 < self.min_mass <= 1:
+                raise InvalidInput(f"min_mass is a share of the attention, above 0 to 1, not {self.min_mass}")
+            return
         tokens = self.budget.tokens
         if tokens is not None and tokens < self.sinks + self.recent:
             raise BudgetTooSmall(
@@ -107,6 +114,7 @@ class HierarchicalCache(Cache):
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
         super().__init__(layers=[self._layer(layer) for layer in kept_layers(model_config)])
+        self.guarantee = None if config.min_mass is None else Guarantee(self, config.min_mass)
         self._named = durable is not None or base is not None
         self._durable = durable
         self._base = base
@@ -279,6 +287,10 @@ class HierarchicalCache(Cache):
 
     def divide(self, slots: Slots, selected: int) -> Division:
         """Divide the resident budget for a step that selects `selected` tokens (see `resident.divide`)."""
+        return self.divide_among(slots, selected * len(self.full_layers))
+
+    def divide_among(self, slots: Slots, selected: int) -> Division:
+        """Divide it for a step in which layers select `selected` tokens together, slots like `slots`."""
         kinds = self.resident()
         shape = self.contexts[0].shape
         streams = len(self.full_layers) * len(self.contexts) * shape.kv_heads
@@ -287,7 +299,8 @@ class HierarchicalCache(Cache):
         tokens = int(slots.lengths.max())
         hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
-        room = divide(self.config.resident, fixed, selected * row * streams + hits, row, streams)
+        slot_bytes = selected * row * streams // len(self.full_layers) + hits
+        room = divide(self.config.resident, fixed, slot_bytes, row, streams)
         return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
     def resident(self, also: Sequence[Context] = ()) -> dict[str, int]:

@@ -43,8 +43,11 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._cache: HierarchicalCache = weakref.proxy(cache)
         self._seen = 0  # columns so far, padding included
         self._padding = Padding()
+        self.attended_all = False
+        """Whether the latest decode step streamed every token instead of filling slots."""
         self._pending = False  # between `update` and `attend`
-        self._softcap: float | None = None  # of the scores, as the model last said
+        self.softcap: float | None = None
+        """Of the scores, as the model last said."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Open the contexts of the batch and allocate the pinned slots."""
@@ -80,6 +83,11 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Empty the slots of selected tokens and the hot pool."""
         self.slots.resize(0)
         self.hot.resize(0)
+
+    @property
+    def cache(self) -> HierarchicalCache:
+        """The cache that the layer belongs to."""
+        return self._cache
 
     @property
     def slots(self) -> Slots:
@@ -188,7 +196,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         token attends within the budget; a step of several is exact. softcap:
         see `attend_part`; ranking is by the products, whose order it keeps.
         """
-        self._softcap = softcap
+        self.softcap = softcap
         try:
             if not self._pending:
                 raise UnsupportedModel("the model attends to the same keys more than once")
@@ -235,7 +243,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             real = np.arange(key.shape[2]) if visible is None else np.flatnonzero(visible[row])
             columns = torch.from_numpy(real).to(key.device)
             q, k, v = (t[row].index_select(1, columns) for t in (query, key, value))
-            new = attend_part(q, k, v, scaling, causal=True, softcap=self._softcap)
+            new = attend_part(q, k, v, scaling, causal=True, softcap=self.softcap)
             parts = [new, *self._past_parts(row, q, scaling)]
             output[row].index_copy_(1, columns, merge(parts).to(query.dtype))
             self._store(row, k, v, self.slots.recent)
@@ -245,7 +253,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return output
 
     def _shrink_hot(self) -> None:
-        division = self._cache.divide(self.slots, self.slots.selected)
+        selected = sum(layer.slots.selected for layer in self._cache.full_layers if layer.is_initialized)
+        division = self._cache.divide_among(self.slots, selected)
         if not division.keep_slots:
             self.slots.resize(0)
         self.hot.resize(min(division.hot_rows, self.hot.capacity))
@@ -257,14 +266,14 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not held:
             return []
         keys, values = slots.pinned_part(row)
-        parts = [attend_part(query, keys, values, scaling, softcap=self._softcap)]
+        parts = [attend_part(query, keys, values, scaling, softcap=self.softcap)]
         first, end = slots.sinks, held - slots.recent
         block = self._cache.block_tokens
         for start in range(first, end, block):
             rows = context.fetch_range(self.index, start, min(block, end - start))
             kv = to_rows(rows, query)
             keys, values = kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous()
-            parts.append(attend_part(query, keys, values, scaling, softcap=self._softcap))
+            parts.append(attend_part(query, keys, values, scaling, softcap=self.softcap))
             parts = [Part(merge(parts), torch.logsumexp(torch.stack([p.lse for p in parts]), 0))]
         return parts
 
@@ -296,22 +305,28 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         most = slots.recent - cache.contexts[0].append_unit + 1
         for row in range(key.shape[0]):
             self._store(row, key[row], value[row], most)
+        self.attended_all = False
+        candidates = [max(int(n) - slots.pinned, 0) for n in slots.lengths]
+        if cache.guarantee is not None:
+            if not cache.guarantee.select(self, query, scaling):
+                return self._everything(query, scaling, sum(candidates))
+            return attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self.softcap)
         wanted = [cache.selection_size(int(n), slots) for n in slots.lengths]
         division = cache.divide(slots, max(wanted))
-        candidates = [max(int(n) - slots.pinned, 0) for n in slots.lengths]
         if not division.keep_slots and wanted == candidates and max(wanted) > 0:
             # Everything is wanted and nothing may stay: no ranking, a block at a time.
             return self._everything(query, scaling, sum(candidates))
         slots.resize(max(wanted))
         self.hot.resize(division.hot_rows)
         self._select(query, wanted)
-        output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self._softcap)
+        output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self.softcap)
         if not division.keep_slots:
             cache.account()
             slots.resize(0)
         return output
 
     def _everything(self, query: torch.Tensor, scaling: float, tokens: int) -> torch.Tensor:
+        self.attended_all = True
         self.slots.resize(0)
         self.hot.resize(0)
         rows = [merge(self._past_parts(row, query[row], scaling)) for row in range(query.shape[0])]
@@ -358,12 +373,13 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             cold = brought.rows[used : used + count]
             used += count
             hot.count(row, head, ids, int(slots.lengths[row]))
-            self._fill(row, head, places[found], hot.rows[row, head, at])
-            self._fill(row, head, places[~found], cold)
+            self.fill(row, head, places[found], hot.rows[row, head, at])
+            self.fill(row, head, places[~found], cold)
             hot.offer(row, head, absent[~found], cold)
             self._cache.count_selected(len(ids), count)
 
-    def _fill(self, row: int, head: int, places: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
+    def fill(self, row: int, head: int, places: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
+        """Put `rows` [n, 2, D] of the storage dtype into the slots `places` [n]."""
         if not len(places):
             return
         kv = to_rows(rows, self.slots.keys)

@@ -55,7 +55,7 @@ def plan_command(
             card=card_named(card),
             budget=parse_budget(budget),
             precision=Precision(_choice(precision, list(Precision), "--precision")) if precision else None,
-            reduction=Reduction(_choice(reduction, list(Reduction), "--reduction")),
+            reduction=Reduction(_choice(reduction, [Reduction.sum, Reduction.max], "--reduction")),
             guarantee=guarantee,
             lanes=_whole(lanes, "--lanes") if lanes is not None else None,
             heads_in_flight=_whole(heads, "--heads-in-flight") if heads is not None else None,

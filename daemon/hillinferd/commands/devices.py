@@ -63,7 +63,7 @@ def doctor(
             trouble,
             (pool or embedded_pool_dir()).expanduser().absolute(),
             SMALLEST_POOL,
-            load(None, {}).arena_limit,
+            load(None, {}).limits.arena_limit,
         )
     )
     if as_json:

@@ -27,14 +27,17 @@ from .placement import Placed, extend, extent_bytes, next_tokens
 CHECKSUM_BYTES = 4
 """Bytes of a row's checksum: CRC-32C."""
 
-MAX_APPEND = 1 << 20
-"""Tokens of one append to a volatile context: what an arena can hold bounds it far earlier."""
+MAX_APPEND_BYTES = 1 << 20
+"""Bytes of rows of one append, unless a unit has more: others wait meanwhile (docs/performance.md)."""
 
 MAX_SESSION_LAYERS = 1 << 16
 """Layers of all contexts that one session has open: a bound on the daemon's memory, not on what is stored."""
 
 MAX_DURABLE = 4096
 """Durable contexts of one user on one drive: a bound on the catalogue, whatever they hold."""
+
+UNLIMITED = 1 << 62
+"""Bytes, or a number, that no quota reaches."""
 
 _ids = itertools.count(1)
 """Numbers of contexts, never used twice by one daemon, whichever its drive."""
@@ -83,7 +86,10 @@ class Context:
     @property
     def append_limit(self) -> int:
         """Tokens that one append takes at most."""
-        return append_limit(self.shape) if self.durable else MAX_APPEND
+        unit = self.shape.append_unit
+        units = MAX_APPEND_BYTES // (self.shape.kv_heads * self.shape.row_bytes * unit)
+        limit = max(1, units) * unit
+        return min(limit, append_limit(self.shape)) if self.durable else limit
 
     @property
     def tails(self) -> list[int]:
@@ -100,18 +106,24 @@ class Context:
 
 @dataclass(frozen=True)
 class Quotas:
-    """Bytes of the cold pool that one user, and one context, may take."""
+    """Bytes of the cold pool that a user, context and session may take, and contexts they may have open."""
 
-    user: int
-    context: int
+    user: int = UNLIMITED
+    context: int = UNLIMITED
+    session: int = UNLIMITED
+    session_contexts: int = UNLIMITED
+    user_contexts: int = UNLIMITED
 
 
 class Catalogue:
-    """All contexts of one drive and their extents. Not thread-safe; nothing here blocks."""
+    """All contexts of one drive and their extents. Not thread-safe; nothing here blocks.
+
+    ``quotas`` may be changed at any time: who has more keeps it, and gets nothing new.
+    """
 
     def __init__(self, allocator: ExtentAllocator, quotas: Quotas) -> None:
         self.allocator = allocator
-        self._quotas = quotas
+        self.quotas = quotas
         self._contexts: dict[int, Context] = {}
         self._durables: dict[tuple[int, str], Durable] = {}
         self._used: Counter[int] = Counter()  # bytes, by user
@@ -170,7 +182,7 @@ class Catalogue:
         check_name(name)
         check_labels(labels)
         check_shape(shape)
-        self._check_session(session_id, shape)
+        self._check_session(session_id, uid, shape)
         durable = self._durables.get((uid, name))
         if durable is None:
             if sum(owner == uid for owner, _ in self._durables) >= MAX_DURABLE:
@@ -290,8 +302,19 @@ class Catalogue:
         del self._durables[durable.uid, durable.name]
         self._free(durable.uid, durable.extents)
 
-    def _check_session(self, session_id: int, shape: Shape) -> None:
-        layers = shape.layers + sum(context.shape.layers for context in self.of_session(session_id))
+    def _check_session(self, session_id: int, uid: int, shape: Shape) -> None:
+        mine = self.of_session(session_id)
+        users = sum(context.uid == uid for context in self._contexts.values())
+        for what, count, limit in (
+            ("session", len(mine), self.quotas.session_contexts),
+            ("user", users, self.quotas.user_contexts),
+        ):
+            if count >= limit:
+                raise QuotaExceeded(
+                    f"this {what} has {count} contexts open and may have {limit}; close some, or raise "
+                    f"{what}_context_limit"
+                )
+        layers = shape.layers + sum(context.shape.layers for context in mine)
         if layers > MAX_SESSION_LAYERS:
             raise QuotaExceeded(
                 f"the open contexts of this session would have {layers} layers; at most "
@@ -299,7 +322,7 @@ class Catalogue:
             )
 
     def _register(self, session_id: int, uid: int, shape: Shape, layers: list[Layer]) -> Context:
-        self._check_session(session_id, shape)
+        self._check_session(session_id, uid, shape)
         context = Context(next(_ids), session_id, uid, shape, layers)
         self._contexts[context.context_id] = context
         return context
@@ -310,21 +333,32 @@ class Catalogue:
             tokens = next_tokens(covered)
             new += extent_bytes(context.shape, tokens)
             covered += tokens
-        own = sum(placed.extent.length for each in context.layers for placed in each.own)
+        if not new:
+            return
         for what, used, limit in (
-            ("context", own, self._quotas.context),
-            ("user", self._used[context.uid], self._quotas.user),
+            ("context", _own_bytes(context), self.quotas.context),
+            ("session", self._session_bytes(context.session_id), self.quotas.session),
+            ("user", self._used[context.uid], self.quotas.user),
         ):
-            if new and used + new > limit:
+            if used + new > limit:
                 raise QuotaExceeded(
                     f"this {what} has {format_bytes(used)} of the cold pool and may have "
                     f"{format_bytes(limit)}; close or delete contexts, or raise {what}_quota"
                 )
 
+    def _session_bytes(self, session_id: int) -> int:
+        if self.quotas.session == UNLIMITED:
+            return 0
+        return sum(_own_bytes(context) for context in self.of_session(session_id))
+
     def _free(self, uid: int, extents: list[Extent]) -> None:
         for extent in extents:
             self.allocator.free(extent)
             self._used[uid] -= extent.length
+
+
+def _own_bytes(context: Context) -> int:
+    return sum(placed.extent.length for layer in context.layers for placed in layer.own)
 
 
 def key_bytes(shape: Shape, tokens: int) -> int:

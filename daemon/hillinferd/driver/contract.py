@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hillinfer_core.layout import TILE_TOKENS, Precision, tile_bytes
-from hillinfer_core.reference import I8, I32, U8, U32
+from hillinfer_core.reference import I32, U8, U32, Q
 
 Bytes = memoryview
 
@@ -77,14 +77,16 @@ class Scan:
     """Rank tokens ``first .. end - 1`` for ``q`` int8 [kv_heads, R, head_dim], and find the best ``k``.
 
     ``segments`` ascend and follow one another without a gap; those that hold none of the tokens are passed
-    over. Of R vectors a token gets the greatest score (docs/evaluation.md).
+    over. Of R vectors a token gets the greatest score (docs/evaluation.md). For guarantee mode ``q`` is int16
+    [query_heads, 1, head_dim], and a ``histogram`` of all scores is wanted.
     """
 
     segments: Sequence[KeySegment]
-    q: I8
+    q: Q
     first: int
     end: int
     k: int
+    histogram: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,14 @@ class Winners:
     """The best of a scan: ``ids`` [kv_heads, min(k, tokens)] ascending, and their ``scores``.
 
     ``scanned`` and ``read`` are bytes of evaluation keys: looked at, and of these brought from the drive.
+    In guarantee mode heads are query heads, and there is the ``histogram``, uint32 [query_heads, 2048].
     """
 
     ids: U32
     scores: I32
     scanned: int
     read: int
+    histogram: U32 | None = None
 
 
 class DamagedKeys(Exception):  # noqa: N818 -- it says what happened, as all errors here
@@ -161,7 +165,8 @@ class Driver(Protocol):
     def evaluate(self, scan: Scan) -> Winners:
         """Carry out ``scan``, with keys in fast memory where they are loaded, and from the pool elsewhere.
 
-        Raises :class:`DamagedKeys` for the first segment read from the pool that fails its checksum.
+        Raises :class:`DamagedKeys` for the first segment read from the pool that fails its checksum, and
+        :class:`~hillinfer_core.errors.InvalidInput` for a histogram that the drive cannot make.
         """
         ...
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hillinfer_core import kernel
 from hillinfer_core.layout import PAGE, TILE_TOKENS
-from hillinfer_core.reference import U8, Ranked
+from hillinfer_core.reference import HISTOGRAM_BINS, U8, Ranked
 
 from .contract import Bytes, DamagedKeys, Identity, KeySegment, Scan, Winners
 from .pacing import Pacing
@@ -117,10 +117,12 @@ class HostDriver:
         self._pacing.evaluate(started, parts)
         if not found:
             nothing = np.empty((scan.q.shape[0], 0), np.uint32)
-            return Winners(nothing, nothing.astype(np.int32), 0, 0)
+            none = np.zeros((scan.q.shape[0], HISTOGRAM_BINS), np.uint32) if scan.histogram else None
+            return Winners(nothing, nothing.astype(np.int32), 0, 0, none)
         best = found[0] if len(found) == 1 else kernel.merge(found, scan.k)
         scanned = sum(nbytes for nbytes, _ in parts)
-        return Winners(best.ids, best.scores, scanned, sum(nbytes for nbytes, streamed in parts if streamed))
+        read = sum(nbytes for nbytes, streamed in parts if streamed)
+        return Winners(best.ids, best.scores, scanned, read, best.histogram)
 
     def close(self) -> None:
         """Close the pool."""
@@ -182,6 +184,7 @@ def _rank(scan: Scan, run: list[tuple[KeySegment, U8]], *, verify: bool = False)
         min(scan.end, end),
         scan.k,
         origin=origin,
+        histogram=scan.histogram,
         checksums=verify,
     )
     if ranked.checksums is not None:

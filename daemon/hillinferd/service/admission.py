@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hillinfer_core.errors import InvalidInput, OutOfOrder
-from hillinfer_core.layout import PAGE, TILE_TOKENS, Shape
+from hillinfer_core.layout import PAGE, TILE_TOKENS, Reduction, Shape
+from hillinfer_core.reference import HISTOGRAM_BINS
 from hillinfer_core.units import format_bytes
 
 from ..domain.contexts import Catalogue, Context, key_bytes
@@ -14,6 +15,12 @@ from .sessions import Session
 
 ID_BYTES = 4
 """Bytes of a token id, of a score and of a query's number."""
+
+SCALE_ALIGNMENT = 8
+"""Bytes of a float64."""
+
+SCALE_BYTES = 6 * SCALE_ALIGNMENT
+"""Bytes of a query head's ``hillinfer_core.mass.ScoreScale``."""
 
 MAX_RESULTS = 16384
 """Evaluations times KV heads in one request: keeps the worker's answer within one packet."""
@@ -78,7 +85,7 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     if rows > session.arena.nbytes:
         raise InvalidInput(f"the regions for rows have {rows} bytes together, more than the arena")
     scanned = sum(
-        _scanned(catalogue.get(session.session_id, item.context_id).shape, item) for item in checked
+        scan_bytes(catalogue.get(session.session_id, item.context_id).shape, item) for item in checked
     )
     if scanned > MAX_SCANNED:
         raise InvalidInput(
@@ -115,11 +122,12 @@ def fetch_range(session: Session, context: Context, ask: requests.FetchRange) ->
     nbytes = shape.kv_heads * ask.count * shape.row_bytes
     rows = _check(session, "rows", ask.rows, align=shape.dtype.itemsize, at_least=nbytes)
     return messages.FetchRange(
-        session.session_id, ask.context_id, ask.layer, ask.first_token, ask.count, rows
+        session.session_id, ask.context_id, ask.layer, ask.first_token, ask.count, rows, ask.count
     )
 
 
-def _scanned(shape: Shape, item: messages.Evaluation) -> int:
+def scan_bytes(shape: Shape, item: messages.Evaluation) -> int:
+    """Return the bytes of evaluation keys that an evaluation scans."""
     tokens = -(-(item.end_token - item.first_token) // TILE_TOKENS) * TILE_TOKENS
     return key_bytes(shape, tokens)
 
@@ -146,7 +154,10 @@ def _evaluation(
             f"k is {item.k}; it must be 1 to {item.end_token - item.first_token}, the tokens ranked"
         )
     query_bytes = ask.query_heads * shape.head_dim * ID_BYTES
-    id_bytes = heads * item.k * ID_BYTES
+    apart = ask.reduction is Reduction.none
+    if apart and (item.held.length or item.rows.length):
+        raise InvalidInput("no rows are brought for query heads that are ranked apart: fetch them by id")
+    id_bytes = (ask.query_heads if apart else heads) * item.k * ID_BYTES
     held = _optional(session, "held", item.held, align=ID_BYTES)
     if held.length % (heads * ID_BYTES):
         raise InvalidInput(f"held: {held.length} bytes are not the same number of ids for {heads} KV heads")
@@ -160,7 +171,20 @@ def _evaluation(
         scores=_optional(session, "scores", item.scores, align=ID_BYTES, at_least=id_bytes),
         held=held,
         rows=_optional(session, "rows", item.rows, align=shape.dtype.itemsize),
+        histogram=_of_rows(session, "histogram", item.histogram, ask, HISTOGRAM_BINS * ID_BYTES, ID_BYTES),
+        scales=_of_rows(session, "scales", item.scales, ask, SCALE_BYTES, SCALE_ALIGNMENT),
     )
+
+
+def _of_rows(
+    session: Session, name: str, region: requests.RawRegion, ask: requests.Evaluate, row: int, align: int
+) -> Region:
+    """Check a region that there is with ``Reduction.none`` only: ``row`` bytes for each query head."""
+    if ask.reduction is Reduction.none:
+        return _check(session, name, region, align=align, at_least=ask.query_heads * row)
+    if region.length:
+        raise InvalidInput(f"{name} is of query heads that are ranked apart: leave it out")
+    return NOT_WANTED
 
 
 def _check(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from hillinfer_core.errors import (
     DeviceUnavailable,
@@ -16,34 +17,47 @@ from hillinfer_core.errors import (
     UnknownContext,
 )
 
-from ..domain.contexts import Context, Quotas
+from ..domain.contexts import Context
 from ..domain.durable import Durable
 from ..logs import get_logger
 from ..worker import messages
 from . import requests
 from .administration import Administration
 from .drive import Drive, DriveSettings
+from .limits import Limits
 from .sessions import Peer, Session, Sessions
+from .work_queue import Piece
 
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bytes of one arena, sessions attached at once, and what users and contexts may take of a drive."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    arena_limit: int
-    session_limit: int
-    quotas: Quotas
+
+def _counted(
+    method: Callable[Concatenate[ColdPoolService, Session, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[ColdPoolService, Session, P], Coroutine[Any, Any, R]]:
+    """Make a call of ``method`` a request in flight of its session."""
+
+    @wraps(method)
+    async def call(self: ColdPoolService, session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.sessions.request(session):
+            return await method(self, session, *args, **kwargs)
+
+    return call
 
 
 class ColdPoolService:
-    """Everything a transport can ask for. All methods belong to one event loop."""
+    """Everything a transport can ask for. All methods belong to one event loop.
+
+    Work of a session raises ``QuotaExceeded`` while too many requests of it or of its user are in flight.
+    """
 
     def __init__(self, drives: Sequence[DriveSettings], limits: Limits, log_level: str) -> None:
-        self.sessions = Sessions(limits.arena_limit, limits.session_limit)
+        self.sessions = Sessions(limits)
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
-        self.administration = Administration(self.drives)
+        self.administration = Administration(self.drives, self.sessions)
         self._opening: dict[tuple[int, str], Drive] = {}
         self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
@@ -52,6 +66,20 @@ class ColdPoolService:
     def uptime_s(self) -> float:
         """Seconds since the service was made."""
         return time.monotonic() - self._started
+
+    def apply_limits(self, limits: Limits) -> None:
+        """Hold sessions and users to other limits and weights from now on; nobody loses what they have."""
+        self.sessions.apply(limits)
+        for drive in self.drives:
+            drive.apply(limits.quotas)
+
+    def observe(self, observer: Callable[[Drive, Piece, messages.Traffic], None]) -> None:
+        """Have ``observer`` called with each piece of work that a drive is done with, and the bytes moved.
+
+        It must neither block nor raise.
+        """
+        for drive in self.drives:
+            drive.observer = partial(observer, drive)
 
     async def start(self) -> None:
         """Start every drive; one that cannot be opened is tried again and again while the others serve.
@@ -80,13 +108,13 @@ class ColdPoolService:
             if isinstance(error, BaseException):
                 raise error
 
-    async def attach(self, client_name: str, arena_bytes: int, peer: Peer) -> Session:
+    async def attach(self, client_name: str, arena_bytes: int, peer: Peer, ring: bool = False) -> Session:
         """Open a session; raises a typed error with nothing left behind. End it with :meth:`detach`.
 
         One drive must have heard of it: others that are busy do later, before any work of the session, and
         one that is gone or being restarted when it is back.
         """
-        session = self.sessions.open(client_name, arena_bytes, peer)
+        session = self.sessions.open(client_name, arena_bytes, peer, ring)
         try:
             if session.arena_fd is not None:
                 await self._attach_arena(session)
@@ -99,15 +127,17 @@ class ColdPoolService:
         """End a session and free all it held; work of it that is already running ends first."""
         self.sessions.remove(session)
         for drive in self.drives:
-            drive.queue.cancel(session.session_id, ForeignToken("the session has ended"))
+            drive.queue.cancel(session.session_id, ForeignToken(session.end_reason))
         await asyncio.gather(*(drive.detach(session) for drive in self.drives))
         session.close_arena()
         log.info("session ended", session=session.session_id, pid=session.peer.pid)
 
+    @_counted
     async def open_context(
         self, session: Session, ask: requests.OpenContext, deadline: float | None
     ) -> Context:
         """Open a context: a durable one, or a volatile one that begins empty or with a durable one."""
+        self.sessions.drain.check()
         name = session.peer.uid, ask.durable_name
         drive = self._opening.get(name) or self._drive_for(session, ask)
         if not ask.durable_name:
@@ -119,10 +149,12 @@ class ColdPoolService:
         finally:
             self._opening.pop(name, None)
 
+    @_counted
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""
         await self._drive_of(context_id).close_context(session, context_id, deadline)
 
+    @_counted
     async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Make a durable context complete and read-only."""
         await self._drive_of(context_id).save_context(session, context_id, deadline)
@@ -133,6 +165,7 @@ class ColdPoolService:
         found = [(drive, durable) for drive in self.drives for durable in drive.catalogue.durables]
         return [(drive, durable) for drive, durable in found if uid in (0, durable.uid)]
 
+    @_counted
     async def delete_context(self, session: Session, uid: int, name: str, deadline: float | None) -> int:
         """Delete a durable context; return the bytes freed. Root may delete those of others."""
         if session.peer.uid not in (0, uid):
@@ -140,12 +173,14 @@ class ColdPoolService:
         drive = self._drive_with(uid, name) or self._drive_without(name)
         return await drive.delete_context(session, uid, name, deadline)
 
+    @_counted
     async def append(
         self, session: Session, ask: requests.Append, deadline: float | None
     ) -> requests.Appended:
         """Append rows to a layer; all or nothing."""
         return await self._drive_of(ask.context_id).append(session, ask, deadline)
 
+    @_counted
     async def evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None
     ) -> list[messages.Evaluated]:
@@ -153,8 +188,15 @@ class ColdPoolService:
         drives = {self._drive_of(item.context_id) for item in ask.evaluations} or {self.drives[0]}
         if len(drives) > 1:
             raise InvalidInput("the contexts of one evaluation request must lie on one drive")
-        return await drives.pop().evaluate(session, ask, deadline)
+        drive = drives.pop()
+        results = await drive.evaluate(session, ask, deadline)
+        for item, result in zip(ask.evaluations, results, strict=True):
+            winners, missing = item.k * len(result.missing_per_head), sum(result.missing_per_head)
+            drive.usage.rank(winners, missing)
+            session.usage.rank(winners, missing)
+        return results
 
+    @_counted
     async def fetch(
         self,
         session: Session,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hillinfer_core.errors import (
     DamagedCatalogue,
@@ -20,14 +21,17 @@ from ..domain.extents import GRANULE, Extent, ExtentAllocator
 from ..driver.settings import DriverSettings
 from ..logs import get_logger
 from ..worker import messages
-from . import admission, requests
+from . import admission, pieces, requests
 from .context_work import ContextWork
 from .durable_store import DurableStore
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
-from .work_queue import WorkQueue
+from .usage import Meter, Usage
+from .work_queue import Piece, Priority, WorkQueue
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 _DISCARD_BYTES = 64 << 30
 """Free space discarded in one request at start: a device may take a while for it. Our choice."""
@@ -63,7 +67,10 @@ class Drive:
     def __init__(self, settings: DriveSettings, sessions: Sessions, quotas: Quotas, log_level: str) -> None:
         self.name = settings.name
         self.settings = settings
-        self.queue = WorkQueue()
+        self.usage = Usage()
+        self.observer: Callable[[Piece, messages.Traffic], None] | None = None
+        self._meter = Meter()
+        self.queue = WorkQueue(self._account)
         self.worker = Supervisor(
             settings.name,
             settings.driver,
@@ -112,6 +119,11 @@ class Drive:
         if self._durables is not None:
             await self._durables.close()
 
+    def apply(self, quotas: Quotas) -> None:
+        """Hold what is opened and appended from now on to ``quotas``."""
+        self._quotas = quotas
+        self.catalogue.quotas = quotas
+
     def gone(self, reason: str) -> None:
         """Put the worker down: the drive was removed. What waits fails, volatile contexts are lost."""
         log.error("drive is gone", drive=self.name, reason=reason)
@@ -124,18 +136,20 @@ class Drive:
     async def attach(self, session: Session) -> None:
         """Tell the worker of a session's arena."""
         request = messages.AttachArena(session.session_id, session.arena.nbytes)
-        await self.queue.submit_urgent(lambda: self.worker.call(request, session.arena_fd))
+        await self.queue.submit_urgent(
+            lambda: self.worker.call(request, session.arena_fd), operation="attach"
+        )
 
     async def detach(self, session: Session) -> None:
         """Free what a session holds on this drive; work of it that is already running ends first."""
-        await self.queue.submit_urgent(lambda: self._contexts.free(session))
+        await self.queue.submit_urgent(lambda: self._contexts.free(session), operation="detach")
 
     async def open_context(
         self, session: Session, ask: requests.OpenContext, deadline: float | None
     ) -> Context:
         """Open a context; see ``OpenContextRequest`` in cold_pool.proto."""
         return await self.queue.submit(
-            session.session_id, lambda: self._contexts.open(session, ask), deadline
+            session, lambda: self._contexts.open(session, ask), deadline, operation="open"
         )
 
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
@@ -146,38 +160,40 @@ class Drive:
             if self.catalogue.find(session.session_id, context_id) is context:
                 await self._contexts.close(context)
 
-        await self.queue.submit(session.session_id, work, deadline)
+        await self._bulk("close", session, work, deadline)
 
     async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Make a durable context complete and read-only."""
-        await self.queue.submit(
-            session.session_id, lambda: self._contexts.save(session, context_id), deadline
-        )
+        await self._bulk("save", session, lambda: self._contexts.save(session, context_id), deadline)
 
     async def delete_context(self, session: Session, uid: int, name: str, deadline: float | None) -> int:
         """Delete a durable context that nobody has open; return the bytes freed."""
         self._check_known()
-        return await self.queue.submit(session.session_id, lambda: self._contexts.delete(uid, name), deadline)
+        return await self._bulk("delete", session, lambda: self._contexts.delete(uid, name), deadline)
 
     async def append(
         self, session: Session, ask: requests.Append, deadline: float | None
     ) -> requests.Appended:
         """Append rows to a layer, or keep a tail aside; all or nothing."""
         work = self._contexts.append_tail if ask.tail else self._contexts.append
-        return await self.queue.submit(session.session_id, lambda: work(session, ask), deadline)
+        return await self._bulk("append", session, lambda: work(session, ask), deadline)
 
     async def evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None
     ) -> list[messages.Evaluated]:
         """Rank tokens and bring missing rows; one result for each evaluation."""
 
-        async def work() -> list[messages.Evaluated]:
+        async def prepare() -> list[messages.Evaluate]:
             request = admission.evaluate(session, self.catalogue, ask)
-            for item in request.evaluations:
-                await self._contexts.ensure_loaded(self.catalogue.get(session.session_id, item.context_id))
-            return (await self._call(request)).evaluated
+            contexts = [
+                self.catalogue.get(session.session_id, item.context_id) for item in request.evaluations
+            ]
+            for context in contexts:
+                await self._contexts.ensure_loaded(context)
+            return pieces.of_evaluate(request, [context.shape for context in contexts])
 
-        return await self.queue.submit(session.session_id, work, deadline)
+        done = await self._in_pieces("evaluate", session, prepare, Priority.decode, deadline)
+        return [result for piece in done for result in piece.evaluated]
 
     async def fetch(
         self,
@@ -187,21 +203,18 @@ class Drive:
     ) -> int:
         """Bring rows; return the bytes read from the drive."""
 
-        async def work() -> int:
+        async def prepare() -> Sequence[messages.FetchIds | messages.FetchRange]:
             context = self.catalogue.get(session.session_id, ask.context_id)
-            request: messages.FetchIds | messages.FetchRange
             if isinstance(ask, requests.FetchTail):
-                return await self._contexts.fetch_tail(session, context, ask)
-            if isinstance(ask, requests.FetchRange):
-                request = admission.fetch_range(session, context, ask)
-            else:
-                request = admission.fetch_ids(session, context, ask)
-                if not request.count_per_head:
-                    return 0
+                await self._contexts.fetch_tail(session, context, ask)
+                return []
             await self._contexts.ensure_loaded(context)
-            return (await self._call(request)).traffic.read
+            if isinstance(ask, requests.FetchRange):
+                return pieces.of_range(admission.fetch_range(session, context, ask), context.shape)
+            return pieces.of_ids(admission.fetch_ids(session, context, ask), context.shape.row_bytes)
 
-        return await self.queue.submit(session.session_id, work, deadline)
+        done = await self._in_pieces("fetch", session, prepare, pieces.priority_of(ask), deadline)
+        return sum(piece.traffic.read for piece in done)
 
     def _check_known(self) -> None:
         if not self.known:
@@ -234,12 +247,48 @@ class Drive:
             assert status is not None
             return status, contexts
 
-        return await self.queue.submit(session.session_id, work, deadline)
+        return await self._bulk("configure", session, work, deadline)
+
+    async def _bulk(
+        self, operation: str, session: Session, work: Callable[[], Awaitable[T]], deadline: float | None
+    ) -> T:
+        return await self.queue.submit(session, work, deadline, operation=operation, priority=Priority.bulk)
+
+    async def _in_pieces(
+        self,
+        operation: str,
+        session: Session,
+        prepare: Callable[[], Awaitable[Sequence[messages.Request]]],
+        priority: Priority,
+        deadline: float | None,
+    ) -> list[messages.Done]:
+        """Carry out what ``prepare`` makes, each piece in a turn of its own."""
+        done: list[messages.Done] = []
+
+        async def work() -> bool:
+            # Checked anew each time: meanwhile the context may have been closed, or lost.
+            parts = await prepare()
+            if parts:
+                done.append(await self._call(parts[len(done)]))
+            return len(done) < len(parts)
+
+        while await self.queue.submit(session, work, deadline, operation=operation, priority=priority):
+            pass
+        return done
 
     async def _call(self, request: messages.Request, fd: int | None = None) -> messages.Done:
         done = await self.worker.call(request, fd)
         self.key_bytes = done.key_bytes
         return done
+
+    def _account(self, piece: Piece) -> None:
+        # One piece at a time: what was moved since the last one was moved by this one.
+        moved = self._meter.moved(self.worker.traffic)
+        self.usage.add(piece, moved)
+        if isinstance(piece.flow, Session):
+            piece.flow.usage.add(piece, moved)
+        if self.observer is not None:
+            self.observer(piece, moved)
 
     async def _heartbeat(self) -> None:
         while True:
@@ -248,7 +297,7 @@ class Drive:
                 continue
             asked = self.worker.pid
             try:
-                await self.queue.submit_urgent(lambda: self._call(messages.Health()))
+                await self.queue.submit_urgent(lambda: self._call(messages.Health()), operation="health")
             except HillInferError as error:
                 log.error("the drive does not answer", drive=self.name, error=error)
                 if self.worker.pid == asked:

@@ -61,6 +61,8 @@ class Evaluation:
     scores: RawRegion
     held: RawRegion
     rows: RawRegion
+    histogram: RawRegion
+    scales: RawRegion
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from hillinfer_core.arena import create_arena
 from hillinfer_core.errors import ForeignToken, InvalidInput, QuotaExceeded
 from hillinfer_core.layout import PAGE
+from hillinfer_core.ring import RingFds
 from hillinfer_core.units import format_bytes
 
 from ..domain.regions import ArenaSpace
+from .drain import Drain
+from .limits import Limits
+from .usage import Usage
 
 MAX_NAME = 64
 """Characters of a client's name, as attach.proto says."""
@@ -29,7 +36,11 @@ class Peer:
 
 @dataclass(eq=False)
 class Session:
-    """One attached application. The session owns ``arena_fd``, which is None for a session without arena."""
+    """One attached application. The session owns ``arena_fd`` and ``ring``; either may be None.
+
+    ``weight`` is its share of a drive beside other sessions, ``requests`` how many of it are in flight,
+    ``since`` a ``time.monotonic()``. Whoever sets ``closing`` has the transport end the session.
+    """
 
     session_id: int
     token: str
@@ -37,49 +48,108 @@ class Session:
     peer: Peer
     arena: ArenaSpace
     arena_fd: int | None
+    ring: RingFds | None = None
+    weight: float = 1.0
+    requests: int = 0
+    since: float = field(default_factory=time.monotonic)
+    usage: Usage = field(default_factory=Usage)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def end_reason(self) -> str:
+        """Why what still waits for the session fails."""
+        return "an administrator closed the session" if self.closing.is_set() else "the session has ended"
 
     def close_arena(self) -> None:
-        """Close the descriptor; the memory goes when the client and the worker have unmapped it too."""
+        """Close the descriptors; the memory goes when the client and the worker have unmapped it too."""
         if self.arena_fd is not None:
             os.close(self.arena_fd)
             self.arena_fd = None
+        if self.ring is not None:
+            self.ring.close()
+            self.ring = None
 
 
 class Sessions:
-    """The attached sessions. Not thread-safe; nothing here blocks."""
+    """The attached sessions. Not thread-safe; nothing here blocks but a look at who is in a group."""
 
-    def __init__(self, arena_limit: int, session_limit: int) -> None:
-        self._arena_limit = arena_limit
-        self._session_limit = session_limit
+    def __init__(self, limits: Limits) -> None:
+        self.drain = Drain()
+        self._limits = limits
         self._by_token: dict[str, Session] = {}
         self._ids = itertools.count(1)
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._by_token.values()))
 
-    def open(self, client_name: str, arena_bytes: int, peer: Peer) -> Session:
-        """Register a session with a new arena of ``arena_bytes`` rounded up to pages (0: none).
+    def apply(self, limits: Limits) -> None:
+        """Hold to other limits from now on; nobody loses what they have."""
+        self._limits = limits
+        for session in self:
+            session.weight = limits.weight_of(session.peer.uid)
 
-        Raises :class:`InvalidInput` for a long name and :class:`QuotaExceeded` above a limit.
+    def open(self, client_name: str, arena_bytes: int, peer: Peer, ring: bool = False) -> Session:
+        """Register a session with a new arena of ``arena_bytes`` rounded up to pages (0: none), and a ring.
+
+        Raises :class:`InvalidInput` for a long name or a ring without an arena, and :class:`QuotaExceeded`
+        above a limit, and for a session with an arena ``Draining``. Others may still ask and administer.
         """
         if len(client_name) > MAX_NAME:
             raise InvalidInput(
                 f"client_name has {len(client_name)} characters; at most {MAX_NAME} are allowed"
             )
-        if arena_bytes > self._arena_limit:
+        if ring and not arena_bytes:
+            raise InvalidInput("a ring is of no use without an arena; ask for both or for none")
+        if arena_bytes:
+            self.drain.check()
+        limits = self._limits
+        if arena_bytes > limits.arena_limit:
             raise QuotaExceeded(
                 f"an arena of {format_bytes(arena_bytes)} exceeds arena_limit, "
-                f"{format_bytes(self._arena_limit)}"
+                f"{format_bytes(limits.arena_limit)}; ask for less, or raise it"
             )
-        if len(self._by_token) >= self._session_limit:
-            raise QuotaExceeded(f"{self._session_limit} sessions are attached already (session_limit)")
+        if len(self._by_token) >= limits.session_limit:
+            raise QuotaExceeded(
+                f"{limits.session_limit} sessions are attached already; end some, or raise session_limit"
+            )
+        if sum(1 for _ in self._of_user(peer.uid)) >= limits.user_session_limit:
+            raise QuotaExceeded(
+                f"{limits.user_session_limit} sessions of this user are attached already; end some, or raise "
+                "user_session_limit"
+            )
         session_id = next(self._ids)
         fd = create_arena(arena_bytes, f"hillinfer-arena-{session_id}") if arena_bytes else None
         # The session's own number as generation: a region kept from an earlier session is recognised.
         arena = ArenaSpace(-(-arena_bytes // PAGE) * PAGE, session_id & 0xFFFFFFFF)
         session = Session(session_id, secrets.token_urlsafe(32), client_name, peer, arena, fd)
+        if ring:
+            try:
+                session.ring = RingFds.create(f"hillinfer-ring-{session_id}")
+            except BaseException:
+                session.close_arena()
+                raise
+        session.weight = limits.weight_of(peer.uid)
         self._by_token[session.token] = session
         return session
+
+    @contextmanager
+    def request(self, session: Session) -> Iterator[None]:
+        """Count what happens inside as a request in flight; raises :class:`QuotaExceeded` above a limit."""
+        users = sum(each.requests for each in self._of_user(session.peer.uid))
+        for what, count, limit in (
+            ("session", session.requests, self._limits.session_request_limit),
+            ("user", users, self._limits.user_request_limit),
+        ):
+            if count >= limit:
+                raise QuotaExceeded(
+                    f"{count} requests of this {what} are in flight already; wait for some to finish, "
+                    f"or raise {what}_request_limit"
+                )
+        session.requests += 1
+        try:
+            yield
+        finally:
+            session.requests -= 1
 
     def by_token(self, token: str | None) -> Session:
         """Return the session with ``token``; raises :class:`ForeignToken`."""
@@ -95,3 +165,6 @@ class Sessions:
     def remove(self, session: Session) -> None:
         """Forget the session: its token is foreign from now on."""
         self._by_token.pop(session.token, None)
+
+    def _of_user(self, uid: int) -> Iterator[Session]:
+        return (session for session in self._by_token.values() if session.peer.uid == uid)

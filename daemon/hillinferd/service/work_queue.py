@@ -4,60 +4,126 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from enum import Enum
+from typing import Any, Protocol, TypeVar
 
-from hillinfer_core.errors import DeadlineExceeded, HillInferError, QuotaExceeded
+from hillinfer_core.errors import DeadlineExceeded, HillInferError
+
+from .fair_share import FairShare
 
 T = TypeVar("T")
 
-MAX_WAITING = 256
-"""Entries that one session may have waiting; a bound on memory, far above what a client needs in flight."""
+BULK_SHARE = 0.2
+"""Device time that bulk work gets while decode could use it all. Our choice."""
+
+
+class Priority(Enum):
+    """What somebody waits for at every token, and what is large and can wait."""
+
+    decode = "decode"
+    bulk = "bulk"
+
+
+class Flow(Protocol):
+    """Whose work it is; what each is given of the device is in proportion to the weights."""
+
+    @property
+    def session_id(self) -> int:
+        """Number of the session."""
+
+    @property
+    def weight(self) -> float:
+        """Above 0; looked at whenever the session was served."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of work that left the queue: times in seconds.
+
+    ``error`` is what it failed with, also without having run (``service_s`` is 0 then): cancelled, or
+    past its deadline. ``flow`` is the session; it and ``priority`` are None for work of the daemon itself.
+    """
+
+    operation: str
+    flow: Flow | None
+    priority: Priority | None
+    queue_s: float
+    service_s: float
+    error: BaseException | None
+
+
+Observer = Callable[[Piece], None]
+"""Called on the event loop when a piece is done; must neither block nor raise."""
 
 
 @dataclass(eq=False)
 class _Entry:
+    operation: str
     work: Callable[[], Awaitable[Any]]
     result: asyncio.Future[Any]
     deadline: float | None
+    priority: Priority | None
+    flow: Flow | None
+    since: float
 
 
 class WorkQueue:
-    """Runs one piece of work at a time: in order within a session, sessions in turn.
+    """Runs one piece of work at a time: in order within a session, sessions by weighted fair queueing.
+
+    Decode goes before bulk. But bulk that waits gets :data:`BULK_SHARE` of the device, or a piece for each
+    piece of decode if that is less: decode never waits for two pieces of bulk in a row. The device is never
+    idle while something waits.
 
     Everything happens on one event loop. Work whose waiter has gone or whose deadline has passed is dropped
-    before it starts; work that has started always runs to its end.
+    before it starts; work that has started always runs to its end. ``clock`` counts seconds and never goes
+    back.
     """
 
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[int, deque[_Entry]] = OrderedDict()
+    def __init__(self, observe: Observer | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.observe = observe
+        self._clock = clock
+        self._waiting: dict[int, deque[_Entry]] = {}
         self._urgent: deque[_Entry] = deque()
         self._some = asyncio.Event()
+        self._shares = {priority: FairShare() for priority in Priority}
+        self._bulk_due = 0.0
+        self._last: Priority | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many pieces wait, without the one that runs."""
+        return len(self._urgent) + sum(map(len, self._waiting.values()))
 
     async def submit(
-        self, session_id: int, work: Callable[[], Awaitable[T]], deadline: float | None = None
+        self,
+        flow: Flow,
+        work: Callable[[], Awaitable[T]],
+        deadline: float | None = None,
+        *,
+        operation: str = "",
+        priority: Priority = Priority.decode,
     ) -> T:
         """Wait for a turn, run ``work`` and return its result or raise its error.
 
-        ``deadline`` is a ``time.monotonic()``. Raises :class:`DeadlineExceeded` if it passes before the turn
-        comes, :class:`QuotaExceeded` above :data:`MAX_WAITING`, and whatever :meth:`cancel` was given.
+        ``deadline`` is a time of the queue's clock. Raises :class:`DeadlineExceeded` if it passes before the
+        turn comes, and whatever :meth:`cancel` was given.
         """
-        entries = self._waiting.setdefault(session_id, deque())
-        if len(entries) >= MAX_WAITING:
-            raise QuotaExceeded(f"{MAX_WAITING} calls of this session wait already; wait for some to finish")
-        return await self._enter(entries, work, deadline)
+        entries = self._waiting.setdefault(flow.session_id, deque())
+        return await self._enter(entries, operation, work, deadline, priority, flow)
 
-    async def submit_urgent(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Like :meth:`submit`, ahead of every session: for attaching and for freeing."""
-        return await self._enter(self._urgent, work, None)
+    async def submit_urgent(self, work: Callable[[], Awaitable[T]], *, operation: str = "") -> T:
+        """Like :meth:`submit`, ahead of every session and charged to none: for attaching and for freeing."""
+        return await self._enter(self._urgent, operation, work, None, None, None)
 
     def cancel(self, session_id: int, error: HillInferError) -> None:
         """Fail everything that waits for the session with ``error``."""
         for entry in self._waiting.pop(session_id, ()):
-            if not entry.result.done():
-                entry.result.set_exception(error)
+            self._drop(entry, error)
+        for share in self._shares.values():
+            share.forget(session_id)
 
     def cancel_all(self, error: HillInferError) -> None:
         """Fail everything that waits, urgent work excepted, with ``error``."""
@@ -67,42 +133,118 @@ class WorkQueue:
     async def run(self) -> None:
         """Carry out work until cancelled."""
         while True:
-            entry = self._next()
-            if entry is None:
+            if not await self.step():
                 self._some.clear()
                 await self._some.wait()
-            elif not entry.result.done():
-                await _carry_out(entry)
+
+    async def step(self) -> bool:
+        """Carry out the next piece; return whether there was one."""
+        entry = self._next()
+        if entry is None:
+            return False
+        await self._carry_out(entry)
+        # Who has another piece ready at once is heard before the next one is chosen.
+        await asyncio.sleep(0)
+        return True
 
     async def _enter(
-        self, entries: deque[_Entry], work: Callable[[], Awaitable[T]], deadline: float | None
+        self,
+        entries: deque[_Entry],
+        operation: str,
+        work: Callable[[], Awaitable[T]],
+        deadline: float | None,
+        priority: Priority | None,
+        flow: Flow | None,
     ) -> T:
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        entries.append(_Entry(work, result, deadline))
+        entries.append(_Entry(operation, work, result, deadline, priority, flow, self._clock()))
         self._some.set()
         return await result
 
     def _next(self) -> _Entry | None:
-        if self._urgent:
-            return self._urgent.popleft()
-        if not self._waiting:
+        while self._urgent:
+            entry = self._urgent.popleft()
+            if not entry.result.done():
+                return entry
+        heads = self._heads()
+        if not heads:
+            # Nobody waits, so nobody is ahead of anybody.
+            self._waiting.clear()
+            self._shares = {priority: FairShare() for priority in Priority}
+            self._bulk_due = 0.0
             return None
-        session_id, entries = self._waiting.popitem(last=False)
-        entry = entries.popleft()
-        if entries:
-            self._waiting[session_id] = entries
-        return entry
+        waiting = {
+            priority: [each for each, entry in heads.items() if entry.priority is priority]
+            for priority in Priority
+        }
+        priority = self._choose(waiting)
+        return self._waiting[self._shares[priority].first(waiting[priority])].popleft()
 
+    def _heads(self) -> dict[int, _Entry]:
+        """Return what each session would run next, having dropped what will not run any more."""
+        now = self._clock()
+        late = DeadlineExceeded("the deadline passed before the work's turn came")
+        for entries in self._waiting.values():
+            while entries and (entries[0].result.done() or _is_late(entries[0], now)):
+                self._drop(entries.popleft(), late)
+        return {session_id: entries[0] for session_id, entries in self._waiting.items() if entries}
 
-async def _carry_out(entry: _Entry) -> None:
-    if entry.deadline is not None and time.monotonic() >= entry.deadline:
-        entry.result.set_exception(DeadlineExceeded("the deadline passed before the work's turn came"))
-        return
-    try:
-        value = await entry.work()
-    except Exception as error:
-        if not entry.result.done():
+    def _choose(self, waiting: dict[Priority, list[int]]) -> Priority:
+        if not waiting[Priority.bulk]:
+            # Who does not wait is owed nothing.
+            self._bulk_due = 0.0
+            return Priority.decode
+        if not waiting[Priority.decode]:
+            return Priority.bulk
+        owed = self._bulk_due > 0 and self._last is not Priority.bulk
+        return Priority.bulk if owed else Priority.decode
+
+    async def _carry_out(self, entry: _Entry) -> None:
+        contended = self._is_contended(entry)
+        started = self._clock()
+        error: BaseException | None = None
+        try:
+            value = await entry.work()
+        except Exception as failed:
+            error = failed
+            if not entry.result.done():
+                entry.result.set_exception(failed)
+        else:
+            if not entry.result.done():
+                entry.result.set_result(value)
+        seconds = self._clock() - started
+        self._charge(entry, seconds, contended)
+        self._tell(entry, started, seconds, error)
+
+    def _charge(self, entry: _Entry, seconds: float, contended: bool) -> None:
+        if entry.flow is None or entry.priority is None:
+            return
+        self._last = entry.priority
+        # Not to a session that ended meanwhile: nobody would forget it again.
+        if entry.flow.session_id in self._waiting:
+            self._shares[entry.priority].charge(entry.flow.session_id, entry.flow.weight, seconds)
+        if entry.priority is Priority.bulk:
+            paid = seconds * (1 - BULK_SHARE) if contended else 0.0
+            self._bulk_due = min(0.0, self._bulk_due - paid)
+        elif contended:
+            self._bulk_due += seconds * BULK_SHARE
+
+    def _is_contended(self, entry: _Entry) -> bool:
+        return any(
+            entries and entries[0].priority is not entry.priority for entries in self._waiting.values()
+        )
+
+    def _drop(self, entry: _Entry, error: HillInferError) -> None:
+        left = entry.result.done()
+        if not left:
             entry.result.set_exception(error)
-    else:
-        if not entry.result.done():
-            entry.result.set_result(value)
+        self._tell(entry, self._clock(), 0.0, asyncio.CancelledError() if left else error)
+
+    def _tell(self, entry: _Entry, started: float, seconds: float, error: BaseException | None) -> None:
+        if self.observe is not None:
+            queue_s = started - entry.since
+            self.observe(Piece(entry.operation, entry.flow, entry.priority, queue_s, seconds, error))
+
+
+def _is_late(entry: _Entry, now: float) -> bool:
+    return entry.deadline is not None and now >= entry.deadline

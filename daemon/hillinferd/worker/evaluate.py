@@ -8,9 +8,11 @@ import numpy.typing as npt
 from hillinfer_core import kernel
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import InvalidInput
+from hillinfer_core.layout import Reduction
 
 from ..driver.contract import Driver
 from . import messages, rows
+from .apart import evaluate_apart
 from .keys import KeyKeeper, Ranking
 from .store import LayerStore
 
@@ -33,6 +35,8 @@ def evaluate(
         raise InvalidInput(f"the worker's layer holds {store.tokens} tokens, not {item.end_token}")
     # Copies: the client can change its arena at any time.
     query = arena.view(item.query.offset, (ask.query_heads, shape.head_dim), np.float32).copy()
+    if ask.reduction is Reduction.none:
+        return evaluate_apart(driver, keys, arena, store, item, query, traffic)
     held = _held(arena, item, shape.kv_heads)
 
     q, _ = kernel.quantise_query(query, store.quantisation.ranges, ask.reduction)

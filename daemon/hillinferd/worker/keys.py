@@ -10,7 +10,7 @@ import numpy as np
 from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData, MemoryLimit
 from hillinfer_core.layout import PAGE, TILE_TOKENS
-from hillinfer_core.reference import I8, U8, U32
+from hillinfer_core.reference import U8, U32, Q
 from hillinfer_core.units import format_bytes
 
 from ..domain.contexts import key_bytes
@@ -28,12 +28,13 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Ranking:
-    """Rank tokens ``first .. end - 1`` of a layer for ``q`` int8 [kv_heads, R, head_dim]; the best ``k``."""
+    """Rank tokens ``first .. end - 1`` of a layer for ``q``; the best ``k``; see ``driver.contract.Scan``."""
 
-    q: I8
+    q: Q
     first: int
     end: int
     k: int
+    histogram: bool = False
 
 
 class KeyKeeper:
@@ -162,7 +163,7 @@ class KeyKeeper:
             try:
                 for segment in inside:
                     self._bring_in(segment, traffic)
-                return self._driver.evaluate(Scan(inside, ask.q, ask.first, end, ask.k))
+                return self._driver.evaluate(Scan(inside, ask.q, ask.first, end, ask.k, ask.histogram))
             except DamagedKeys as damage:
                 if damage.segment.offset in mended:
                     raise CorruptData(
@@ -255,9 +256,11 @@ def _rank_unsealed(store: LayerStore, ask: Ranking, first: int) -> Winners:
         ask.end,
         ask.k,
         origin=segments[0].placed.first_token,
+        histogram=ask.histogram,
     )
     tiles = -(-ask.end // TILE_TOKENS) - first // TILE_TOKENS
-    return Winners(ranked.ids, ranked.scores, tiles * store.shape.kv_heads * store.shape.key_tile_bytes, 0)
+    scanned = tiles * store.shape.kv_heads * store.shape.key_tile_bytes
+    return Winners(ranked.ids, ranked.scores, scanned, 0, ranked.histogram)
 
 
 def _joined(parts: list[Winners], k: int) -> Winners:
@@ -265,4 +268,11 @@ def _joined(parts: list[Winners], k: int) -> Winners:
     ids: U32 = np.concatenate([part.ids for part in parts], axis=1)
     columns, scores = kernel.top_k(np.concatenate([part.scores for part in parts], axis=1), k, 0)
     chosen = np.take_along_axis(ids, columns.astype(np.intp), axis=1)
-    return Winners(chosen, scores, sum(part.scanned for part in parts), sum(part.read for part in parts))
+    counts = [part.histogram for part in parts if part.histogram is not None]
+    return Winners(
+        chosen,
+        scores,
+        sum(part.scanned for part in parts),
+        sum(part.read for part in parts),
+        np.sum(counts, axis=0, dtype=np.uint32) if len(counts) == len(parts) else None,
+    )

@@ -17,6 +17,7 @@ from ..domain.content import LayerContent
 from ..domain.placement import Placed
 from ..domain.quantisation import Quantisation, SealedKeys
 from ..driver.contract import KeySegment
+from .clipped import ClippedTokens
 
 Rows = npt.NDArray[Any]
 U64 = npt.NDArray[np.uint64]
@@ -64,6 +65,7 @@ class LayerStore:
         self.tokens = 0
         self.quantisation: Quantisation | None = None
         self.segments: list[Segment] = []
+        self.clipped = ClippedTokens()
         self._starts = np.empty(0, np.int64)
         self._strides = np.empty(0, np.int64)
         self._bases = np.empty(0, np.int64)

@@ -86,6 +86,8 @@ class Scanner:
     def evaluate(self, scan: Scan) -> Winners:
         """Carry out ``scan``; see :class:`~hillinferd.driver.contract.Driver`."""
         self.check()
+        if scan.histogram:
+            raise InvalidInput("this drive's card cannot serve min_mass yet: ask for a budget instead")
         heads = scan.q.shape[0]
         segments = overlapping(scan) if scan.first < scan.end else []
         if not segments:
