@@ -12,6 +12,7 @@ from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 
 from .connection import JsonOption, SocketOption, connected, to_plain
+from .users import user_name
 
 
 def status(as_json: JsonOption = False, socket: SocketOption = None) -> None:
@@ -26,17 +27,19 @@ def status(as_json: JsonOption = False, socket: SocketOption = None) -> None:
 
 def _show(response: pb.StatusResponse, console: Console) -> None:
     console.print(f" hillinferd {response.version}, up {response.uptime_s:.0f} s")
+    if response.draining:
+        console.print(" draining: new sessions and contexts are refused; hillinferctl undrain ends this")
     for drive in response.drives:
         console.print(_facts(drive))
         if drive.reason:
             console.print(f" {drive.name} is gone: {drive.reason}", markup=False, highlight=False)
-    sessions = Table("session", "client", "pid", "uid", "arena", "contexts", "tokens", "extents")
+    sessions = Table("session", "client", "pid", "user", "arena", "contexts", "tokens", "extents")
     for session in response.sessions:
         sessions.add_row(
             str(session.session_id),
             session.client_name,
             str(session.pid),
-            str(session.uid),
+            user_name(session.uid),
             format_bytes(session.arena_bytes),
             str(len(session.contexts)),
             str(sum(context.tokens for context in session.contexts)),

@@ -149,7 +149,11 @@ class FetchIds:
 
 @dataclass(frozen=True)
 class FetchRange:
-    """Bring a run of tokens of every head."""
+    """Bring a run of tokens of every head.
+
+    ``rows`` has room for as many tokens of each head as ``room`` says; the run goes after the first
+    ``skipped`` of them.
+    """
 
     session_id: int
     context_id: int
@@ -157,6 +161,8 @@ class FetchRange:
     first_token: int
     count: int
     rows: Region
+    room: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

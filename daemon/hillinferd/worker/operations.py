@@ -194,8 +194,9 @@ class Operations:
     def _fetch_range(self, request: messages.FetchRange, traffic: Traffic) -> None:
         store = self._layer(request.context_id, request.layer)
         arena = self._arenas[request.session_id]
-        shape = (store.shape.kv_heads, request.count, 2, store.shape.head_dim)
-        out = arena.view(request.rows.offset, shape, store.shape.dtype.storage)
+        shape = (store.shape.kv_heads, request.room, 2, store.shape.head_dim)
+        room = arena.view(request.rows.offset, shape, store.shape.dtype.storage)
+        out = room[:, request.skipped : request.skipped + request.count]
         _, read = rows.read_range(self._driver, store, request.first_token, request.count, out)
         traffic.read += read
 
