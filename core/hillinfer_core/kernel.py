@@ -138,7 +138,12 @@ def scores(tiles: U8, q: Q, precision: Precision, out: I32, *, offsets: I32 | No
         return
     _require(tiles[0].flags.c_contiguous and out[0].flags.c_contiguous, "only the first axis may be strided")
     _native.scores(
-        _variant(), tiles, np.ascontiguousarray(q), _checked_offsets(q, offsets), precision.bits, out
+        _variant(),
+        tiles,
+        q if q.flags.c_contiguous else q.copy(),
+        _checked_offsets(q, offsets),
+        precision.bits,
+        out,
     )
 
 
@@ -201,8 +206,8 @@ def rank(
     counts = np.zeros((rows, HISTOGRAM_BINS), np.uint32) if histogram else None
     sums = np.empty((len(parts), heads), np.uint32) if checksums else None
     done = _native.rank(
-        _variant(), threads(), parts, heads, np.ascontiguousarray(q), _checked_offsets(q, offsets),
-        precision.bits, origin, first, end, ids, best, counts, sums, cancel,
+        _variant(), threads(), parts, heads, q if q.flags.c_contiguous else q.copy(),
+        _checked_offsets(q, offsets), precision.bits, origin, first, end, ids, best, counts, sums, cancel,
     )  # fmt: skip
     if not done:
         raise Cancelled("ranking was cancelled")
