@@ -121,7 +121,7 @@ class PrivateDaemon:
         deadline = time.monotonic() + _START_S
         while True:
             try:
-                connection, _, _ = wire.attach(self.socket, 0, "start-up check", timeout_s=1.0)
+                connection, _, _, _ = wire.attach(self.socket, 0, "start-up check", timeout_s=1.0)
             except HillInferError as error:
                 last = error
             else:

@@ -20,16 +20,24 @@ from hillinfer.apart import Apart, ApartItem
 from hillinfer.context import Context
 from hillinfer.durable import DurableContext
 from hillinfer.evaluation import Brought, EvaluateItem
+from hillinfer.ring import RingTransport
 from hillinfer.stream import EvaluateStream
-from hillinfer_core import protocol
+from hillinfer_core import errors, protocol
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import DaemonUnavailable, HillInferError, InvalidInput
 from hillinfer_core.layout import Reduction, Shape
+from hillinfer_core.ring import Method, Outcome, RingFds
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
 __all__ = ["Brought", "Counters", "EvaluateItem", "Session"]
 
 DEFAULT_ARENA_BYTES = 8 << 20
+
+_ON_RING: dict[str, Any] = {
+    "Append": cold_pool_pb2.AppendResponse,
+    "Evaluate": cold_pool_pb2.EvaluateResponse,
+    "Fetch": cold_pool_pb2.FetchResponse,
+}
 
 _WITHOUT_ARENA = ("OpenContext", "CloseContext", "SaveContext", "ListContexts", "DeleteContext", "Status")
 
@@ -67,6 +75,7 @@ class Session:
         connection: sockets.socket,
         accepted: attach_pb2.Accepted,
         arena: Arena | None,
+        ring: RingFds | None,
         timeout_s: float,
     ) -> None:
         self.socket = path
@@ -85,6 +94,7 @@ class Session:
         self._channel = grpc.insecure_channel(accepted.grpc_address, options)
         self._stub = cold_pool_pb2_grpc.ColdPoolStub(self._channel)  # type: ignore[no-untyped-call]
         self._stream = EvaluateStream(self._stub, self._metadata, timeout_s)
+        self._ring = None if ring is None else RingTransport(ring, connection)
         self._plan: evaluation.Plan | None = None
         self._unfinished = False
         self._closed = False
@@ -96,17 +106,19 @@ class Session:
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         name: str = "",
         timeout_s: float = 30.0,
+        *,
+        ring: bool = True,
     ) -> Self:
         """Attaches to the daemon at the attach socket `socket`, by default the one of this machine or user.
 
         `arena_bytes` is the memory shared with the daemon; larger transfers go
         in pieces, and 0 gives a session that can only ask for `status`. `name`
-        shows in the daemon's status. Raises `DaemonUnavailable` when no daemon
-        is there, or the error with which it refused.
+        shows in the daemon's status. Without `ring` every call goes by gRPC, which is slower.
+        Raises `DaemonUnavailable` when no daemon is there, or the error with which it refused.
         """
         path = Path(socket) if socket is not None else protocol.attach_socket(protocol.default_runtime_dir())
-        connection, accepted, arena = wire.attach(path, arena_bytes, name, timeout_s)
-        return cls(path, connection, accepted, arena, timeout_s)
+        connection, accepted, arena, fds = wire.attach(path, arena_bytes, name, timeout_s, ring)
+        return cls(path, connection, accepted, arena, fds, timeout_s)
 
     def open_context(
         self,
@@ -273,6 +285,8 @@ class Session:
             self._closed = True
             self._stream.close()
             self._channel.close()
+            if self._ring is not None:
+                self._ring.close()
             self._connection.close()
             self._staging = self._plan = None
 
@@ -299,23 +313,41 @@ class Session:
         return self._staging
 
     def call(self, method: str, request: Any) -> Any:
-        """For the library's own use: a unary call with token, deadline and typed errors."""
+        """For the library's own use: a call with deadline and typed errors, by the ring where it takes it."""
         with self.lock:
             if self._closed:
                 raise self._no_arena()
+            if method in _ON_RING and self._ring is not None and self._ring.takes(request):
+                return self._ask_ring(method, request)
             with self._awaiting(method):
                 return getattr(self._stub, method)(request, timeout=self.timeout_s, metadata=self._metadata)
 
     def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
-        """For the library's own use, under `lock`: a turn of the evaluation stream, counted."""
+        """For the library's own use, under `lock`: an evaluation, counted."""
         if self._closed:
             raise self._no_arena()
-        with self._awaiting("Evaluate"):
-            response = self._stream.ask(request)
+        if self._ring is not None and self._ring.takes(request):
+            response: cold_pool_pb2.EvaluateResponse = self._ask_ring("Evaluate", request)
+        else:
+            with self._awaiting("Evaluate"):
+                response = self._stream.ask(request)
         for result in response.results:
             self.counters.evaluated_bytes += result.evaluated_bytes
             self.counters.read_bytes += result.read_bytes
         return response
+
+    def new_stream(self) -> EvaluateStream:
+        """For the library's own use: another evaluation stream of this session, not counted, not locked."""
+        return EvaluateStream(self._stub, self._metadata, self.timeout_s)
+
+    def _ask_ring(self, method: str, request: Any) -> Any:
+        assert self._ring is not None
+        with self._awaiting(method):
+            answer = self._ring.ask(Method[method], request, self.timeout_s)
+        if answer.code == Outcome.refused:
+            refused = attach_pb2.Refused.FromString(answer.payload)
+            raise errors.by_name(refused.error)(refused.message)
+        return _ON_RING[method].FromString(answer.payload)
 
     @contextmanager
     def _awaiting(self, method: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ import numpy as np
 from hillinfer_core import errors, protocol
 from hillinfer_core.arena import Arena
 from hillinfer_core.layout import PAGE, DType, Precision, Reduction
+from hillinfer_core.ring import RingFds
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
 
 # One cache line, one 512-bit load.
@@ -21,15 +22,18 @@ ALIGNMENT = 64
 
 _REPLY_BUFFER = protocol.MAX_PACKET
 
+_DESCRIPTORS = 4  # the arena's, and the ring's three
+
 
 def attach(
-    path: Path, arena_bytes: int, name: str, timeout_s: float
-) -> tuple[socket.socket, attach_pb2.Accepted, Arena | None]:
+    path: Path, arena_bytes: int, name: str, timeout_s: float, ring: bool = True
+) -> tuple[socket.socket, attach_pb2.Accepted, Arena | None, RingFds | None]:
     """Attaches to the daemon whose attach socket is `path`.
 
-    Returns the connection (closing it ends the session), the daemon's answer
-    and the mapped arena (None when `arena_bytes` is 0). Blocks for at most
-    `timeout_s` seconds.
+    Returns the connection (closing it ends the session), the daemon's answer,
+    the mapped arena and the ring's descriptors, which are the caller's to close
+    (both None when `arena_bytes` is 0, the latter without `ring` too). Blocks for
+    at most `timeout_s` seconds.
 
     Raises `DaemonUnavailable` when nothing listens at `path`, `DeadlineExceeded`
     when the daemon does not answer, else the error with which it refused.
@@ -37,14 +41,19 @@ def attach(
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(timeout_s)
-        accepted, descriptors = _handshake(connection, path, arena_bytes, name)
+        accepted, descriptors = _handshake(connection, path, arena_bytes, name, ring)
+        keep = 0
         try:
+            if len(descriptors) != ((_DESCRIPTORS if ring else 1) if arena_bytes else 0):
+                raise errors.DaemonUnavailable(
+                    f"the daemon at {path} sent no arena or no ring; is it of this version?"
+                )
             arena = Arena(descriptors[0], accepted.arena_bytes, verify=True) if descriptors else None
+            fds = RingFds(*descriptors[1:]) if descriptors[1:] else None
+            keep = len(descriptors[1:])
         finally:
-            for descriptor in descriptors:
+            for descriptor in descriptors[: len(descriptors) - keep]:
                 os.close(descriptor)
-        if arena_bytes and arena is None:
-            raise errors.DaemonUnavailable(f"the daemon at {path} sent no arena; is it of this version?")
     except TimeoutError:
         connection.close()
         raise errors.DeadlineExceeded(
@@ -59,21 +68,24 @@ def attach(
     except BaseException:
         connection.close()
         raise
-    return connection, accepted, arena
+    return connection, accepted, arena, fds
 
 
 def _handshake(
-    connection: socket.socket, path: Path, arena_bytes: int, name: str
+    connection: socket.socket, path: Path, arena_bytes: int, name: str, ring: bool
 ) -> tuple[attach_pb2.Accepted, list[int]]:
     request = attach_pb2.AttachRequest(
         protocol_version=protocol.PROTOCOL_VERSION,
         layout_version=protocol.LAYOUT_VERSION,
         client_name=name,
         arena_bytes=arena_bytes,
+        ring=ring and arena_bytes > 0,
     )
     connection.connect(str(path))
     connection.sendall(request.SerializeToString())
-    packet, descriptors, _, _ = socket.recv_fds(connection, _REPLY_BUFFER, 1, socket.MSG_CMSG_CLOEXEC)
+    packet, descriptors, _, _ = socket.recv_fds(
+        connection, _REPLY_BUFFER, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+    )
     reply = attach_pb2.AttachReply.FromString(packet)
     outcome = reply.WhichOneof("outcome")
     if outcome == "accepted":

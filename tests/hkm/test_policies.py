@@ -261,5 +261,6 @@ def test_the_predicted_query_is_the_layers_own_where_layers_add_nothing(daemon, 
 
 def test_a_model_of_another_layout_says_so():
     model = Phi3ForCausalLM(Phi3Config(**COMMON))
-    with pytest.raises(UnsupportedModel, match="q_proj"):
+    model.model.layers = torch.nn.ModuleDict({str(n): each for n, each in enumerate(model.model.layers)})
+    with pytest.raises(UnsupportedModel, match="no single list of decoder layers"):
         NextLayerQuery(model)

@@ -11,6 +11,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hillinfer.hkm.attention import attend_capped
 from hillinfer.hkm.layer import LAYER_ATTRIBUTE
+from hillinfer.pipeline.query import QueryTaken, is_taking
 from hillinfer_core.errors import UnsupportedModel
 
 ATTENTION_NAME = "hillinfer"
@@ -44,6 +45,8 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: [B, H, n, D] in, ([B, n, H, D], None) out."""
+    if is_taking():
+        raise QueryTaken(query)
     layer = getattr(key, LAYER_ATTRIBUTE, None)
     if kwargs.get("s_aux") is not None:
         raise UnsupportedModel(f"{type(module).__name__} has sinks of its own, which is not supported")

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from hillinfer.pipeline.query import cache_of, decoder_layers, hidden_of, is_taking, layer_query, predictable
 from hillinfer.policies.base import F32, HostPolicy, Ids, Reading, best, group_sum
 from hillinfer.session import EvaluateItem
-from hillinfer_core.errors import UnsupportedModel
 
 
 class NextLayerQuery:
     """Predicts a layer's query: the input of the layer before through its own norm, projection and RoPE.
 
-    Hooks into the model until `close`. The first layer has its own query. Raises
-    UnsupportedModel for models that are not laid out like Llama.
+    Hooks into the model, which must be attached, until `close`. The first layer has
+    its own query. Raises UnsupportedModel as `decoder_layers` does.
     """
 
     def __init__(self, model: Any) -> None:
         self.predicted: dict[int, F32] = {}
-        """float32 [heads, head_dim] of the step in progress, by layer."""
-        layers = getattr(model.get_decoder(), "layers", None)
-        if layers is None or not all(
-            hasattr(each, "input_layernorm") and hasattr(getattr(each, "self_attn", None), "q_proj")
-            for each in layers
-        ):
-            raise UnsupportedModel(
-                f"{type(model).__name__} has no layers with input_layernorm and self_attn.q_proj: "
-                "leave out next_layer"
-            )
-        self._layers = layers
+        """float32 [heads, head_dim] of the step in progress, by layer of the cold pool."""
+        self._layers = decoder_layers(model)
+        known = predictable(model, self._layers)
         self._hooks = [
             layer.register_forward_pre_hook(self._hook(index + 1), with_kwargs=True)
-            for index, layer in enumerate(layers[:-1])
+            for index, layer in enumerate(self._layers[:-1])
+            if known[index + 1]
         ]
 
     def ranking_query(self, layer: int, exact: F32) -> F32:
@@ -48,25 +39,18 @@ class NextLayerQuery:
 
     def _hook(self, index: int) -> Any:
         def predict(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self.predicted.pop(index, None)
-            if hidden.shape[:2] == (1, 1):
-                self.predicted[index] = self._predict(index, hidden, *kwargs["position_embeddings"])
+            if is_taking():
+                return
+            cache = cache_of(args, kwargs)
+            target = None if cache is None else getattr(cache.layers[index], "index", None)
+            if target is None:
+                return
+            self.predicted.pop(target, None)
+            if hidden_of(args, kwargs).shape[:2] == (1, 1):
+                query = layer_query(self._layers[index], args, kwargs)
+                self.predicted[target] = query[0, :, 0].float().cpu().numpy()
 
         return predict
-
-    def _predict(self, index: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> F32:
-        layer = self._layers[index]
-        attention = layer.self_attn
-        query = attention.q_proj(layer.input_layernorm(hidden)).view(-1, attention.head_dim)
-        if hasattr(attention, "q_norm"):
-            query = attention.q_norm(query)
-        query, cos, sin = query.float(), cos[0, 0].float(), sin[0, 0].float()
-        # RoPE in halves, as in Llama (Su et al., 2021).
-        first, second = query.chunk(2, dim=-1)
-        rotated = query * cos + torch.cat((-second, first), dim=-1) * sin
-        result: F32 = rotated.cpu().numpy()
-        return result
 
 
 class NextLayer(HostPolicy):

@@ -6,16 +6,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachRequest(_message.Message):
-    __slots__ = ("protocol_version", "layout_version", "client_name", "arena_bytes")
+    __slots__ = ("protocol_version", "layout_version", "client_name", "arena_bytes", "ring")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
     ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RING_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     layout_version: int
     client_name: str
     arena_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., layout_version: _Optional[int] = ..., client_name: _Optional[str] = ..., arena_bytes: _Optional[int] = ...) -> None: ...
+    ring: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., layout_version: _Optional[int] = ..., client_name: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., ring: bool = ...) -> None: ...
 
 class AttachReply(_message.Message):
     __slots__ = ("accepted", "refused")

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -17,6 +18,8 @@ from .. import __version__
 from ..logs import get_logger
 from ..service.cold_pool import ColdPoolService
 from ..service.sessions import Peer, Session
+from .ring import RingServer
+from .servicer import ColdPoolServicer
 
 log = get_logger(__name__)
 
@@ -31,8 +34,11 @@ _UCRED = struct.Struct("iII")  # struct ucred in socket(7): pid, uid, gid
 class AttachServer:
     """Serves the attach socket at ``path``, which must not be in use. One event loop."""
 
-    def __init__(self, service: ColdPoolService, path: Path, grpc_address: str) -> None:
+    def __init__(
+        self, service: ColdPoolService, servicer: ColdPoolServicer, path: Path, grpc_address: str
+    ) -> None:
         self._service = service
+        self._servicer = servicer
         self._grpc_address = grpc_address
         self._connections: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
@@ -87,9 +93,8 @@ class AttachServer:
                 if not packet:
                     return
                 session = await self._attach(connection, packet)
-                # Nothing more is ever sent: this returns when the client hangs up, or breaks the protocol.
-                if session and await loop.sock_recv(connection, 1):
-                    log.warning("client sent more than its request", session=session.session_id)
+                if session:
+                    await self._until_hang_up(connection, session)
             except (OSError, TimeoutError) as error:
                 log.debug("attach connection ended", error=repr(error))
             except Exception:
@@ -98,12 +103,38 @@ class AttachServer:
                 if session:
                     await self._service.detach(session)
 
+    async def _until_hang_up(self, connection: socket.socket, session: Session) -> None:
+        """Serve the session's ring until the client hangs up, breaks a protocol, or is to go."""
+        ring = (
+            RingServer(self._servicer, session, session.ring, self._service.count_refused)
+            if session.ring
+            else None
+        )
+        hang_up = asyncio.create_task(asyncio.get_running_loop().sock_recv(connection, 1))
+        closing = asyncio.create_task(session.closing.wait())
+        waiting: list[asyncio.Task[Any]] = [hang_up, closing]
+        if ring:
+            ring.start()
+            waiting.append(asyncio.create_task(ring.broken.wait()))
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            # Nothing more is ever sent: this ends when the client hangs up.
+            if hang_up.done() and hang_up.result():
+                log.warning("client sent more than its request", session=session.session_id)
+        finally:
+            if ring:
+                ring.stop()
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
     async def _attach(self, connection: socket.socket, packet: bytes) -> Session | None:
         peer = _peer(connection)
         try:
             request = _parse(packet)
-            session = await self._service.attach(request.client_name, request.arena_bytes, peer)
+            session = await self._service.attach(request.client_name, request.arena_bytes, peer, request.ring)
         except HillInferError as error:
+            self._service.count_refused(name_of(error))
             log.info("attach refused", pid=peer.pid, uid=peer.uid, reason=error)
             refused = pb.Refused(error=name_of(error), message=str(error))
             connection.send(pb.AttachReply(refused=refused).SerializeToString())
@@ -125,6 +156,8 @@ class AttachServer:
             arena_bytes=session.arena.nbytes,
         )
         fds = [session.arena_fd] if session.arena_fd is not None else []
+        if session.ring is not None:
+            fds += [session.ring.memory, session.ring.submitted, session.ring.completed]
         try:
             socket.send_fds(connection, [pb.AttachReply(accepted=accepted).SerializeToString()], fds)
         except OSError:

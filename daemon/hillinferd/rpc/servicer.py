@@ -57,6 +57,12 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
 
     async def Append(self, request: pb.AppendRequest, context: Context) -> pb.AppendResponse:
         """Append rows to a layer."""
+        return await self.append(self._session(context), request, deadline_of(context))
+
+    async def append(
+        self, session: Session, request: pb.AppendRequest, deadline: float | None
+    ) -> pb.AppendResponse:
+        """Append rows to a layer, from whatever transport."""
         ask = requests.Append(
             request.context_id,
             request.layer,
@@ -65,7 +71,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             _region(request.rows),
             request.tail,
         )
-        done = await self._service.append(self._session(context), ask, deadline_of(context))
+        done = await self._service.append(session, ask, deadline)
         return pb.AppendResponse(
             layer_tokens=done.layer_tokens,
             evaluation_key_bytes=done.evaluation_key_bytes,
@@ -77,28 +83,40 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
     ) -> AsyncIterator[pb.EvaluateResponse]:
         """Answer evaluations in order, until the client ends the stream or one of them fails."""
         async for request in request_iterator:
-            ask = requests.Evaluate(
-                request.layer,
-                request.query_heads,
-                Reduction.from_proto(request.reduction),
-                [_evaluation(item) for item in request.evaluations],
-            )
-            results = await self._service.evaluate(self._session(context), ask, deadline_of(context))
-            yield pb.EvaluateResponse(
-                results=[
-                    pb.EvaluationResult(
-                        generation=result.generation,
-                        missing_per_head=result.missing_per_head,
-                        rows_brought=result.rows_brought,
-                        evaluated_bytes=result.evaluated_bytes,
-                        read_bytes=result.read_bytes,
-                    )
-                    for result in results
-                ]
-            )
+            yield await self.evaluate(self._session(context), request, deadline_of(context))
+
+    async def evaluate(
+        self, session: Session, request: pb.EvaluateRequest, deadline: float | None
+    ) -> pb.EvaluateResponse:
+        """Answer one evaluation, from whatever transport."""
+        ask = requests.Evaluate(
+            request.layer,
+            request.query_heads,
+            Reduction.from_proto(request.reduction),
+            [_evaluation(item) for item in request.evaluations],
+        )
+        results = await self._service.evaluate(session, ask, deadline)
+        return pb.EvaluateResponse(
+            results=[
+                pb.EvaluationResult(
+                    generation=result.generation,
+                    missing_per_head=result.missing_per_head,
+                    rows_brought=result.rows_brought,
+                    evaluated_bytes=result.evaluated_bytes,
+                    read_bytes=result.read_bytes,
+                )
+                for result in results
+            ]
+        )
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
         """Bring rows by id or by range."""
+        return await self.fetch(self._session(context), request, deadline_of(context))
+
+    async def fetch(
+        self, session: Session, request: pb.FetchRequest, deadline: float | None
+    ) -> pb.FetchResponse:
+        """Bring rows, from whatever transport."""
         ask: requests.FetchIds | requests.FetchRange | requests.FetchTail
         which = request.WhichOneof("which")
         if which == "by_ids":
@@ -121,7 +139,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             ask = requests.FetchTail(request.context_id, request.layer, _region(request.rows))
         else:
             raise InvalidInput("fetch needs by_ids, range or tail")
-        read = await self._service.fetch(self._session(context), ask, deadline_of(context))
+        read = await self._service.fetch(session, ask, deadline)
         return pb.FetchResponse(read_bytes=read)
 
     async def SaveContext(self, request: pb.SaveContextRequest, context: Context) -> pb.SaveContextResponse:

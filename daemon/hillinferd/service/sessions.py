@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hillinfer_core.arena import create_arena
 from hillinfer_core.errors import ForeignToken, InvalidInput, QuotaExceeded
 from hillinfer_core.layout import PAGE
+from hillinfer_core.ring import RingFds
 from hillinfer_core.units import format_bytes
 
 from ..domain.regions import ArenaSpace
+from .drain import Drain
 from .limits import Limits
+from .usage import Usage
 
 MAX_NAME = 64
 """Characters of a client's name, as attach.proto says."""
@@ -31,9 +36,10 @@ class Peer:
 
 @dataclass(eq=False)
 class Session:
-    """One attached application. The session owns ``arena_fd``, which is None for a session without arena.
+    """One attached application. The session owns ``arena_fd`` and ``ring``; either may be None.
 
-    ``weight`` is its share of a drive beside other sessions, ``requests`` how many of it are in flight.
+    ``weight`` is its share of a drive beside other sessions, ``requests`` how many of it are in flight,
+    ``since`` a ``time.monotonic()``. Whoever sets ``closing`` has the transport end the session.
     """
 
     session_id: int
@@ -42,20 +48,33 @@ class Session:
     peer: Peer
     arena: ArenaSpace
     arena_fd: int | None
+    ring: RingFds | None = None
     weight: float = 1.0
     requests: int = 0
+    since: float = field(default_factory=time.monotonic)
+    usage: Usage = field(default_factory=Usage)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def end_reason(self) -> str:
+        """Why what still waits for the session fails."""
+        return "an administrator closed the session" if self.closing.is_set() else "the session has ended"
 
     def close_arena(self) -> None:
-        """Close the descriptor; the memory goes when the client and the worker have unmapped it too."""
+        """Close the descriptors; the memory goes when the client and the worker have unmapped it too."""
         if self.arena_fd is not None:
             os.close(self.arena_fd)
             self.arena_fd = None
+        if self.ring is not None:
+            self.ring.close()
+            self.ring = None
 
 
 class Sessions:
     """The attached sessions. Not thread-safe; nothing here blocks but a look at who is in a group."""
 
     def __init__(self, limits: Limits) -> None:
+        self.drain = Drain()
         self._limits = limits
         self._by_token: dict[str, Session] = {}
         self._ids = itertools.count(1)
@@ -69,15 +88,20 @@ class Sessions:
         for session in self:
             session.weight = limits.weight_of(session.peer.uid)
 
-    def open(self, client_name: str, arena_bytes: int, peer: Peer) -> Session:
-        """Register a session with a new arena of ``arena_bytes`` rounded up to pages (0: none).
+    def open(self, client_name: str, arena_bytes: int, peer: Peer, ring: bool = False) -> Session:
+        """Register a session with a new arena of ``arena_bytes`` rounded up to pages (0: none), and a ring.
 
-        Raises :class:`InvalidInput` for a long name and :class:`QuotaExceeded` above a limit.
+        Raises :class:`InvalidInput` for a long name or a ring without an arena, and :class:`QuotaExceeded`
+        above a limit, and for a session with an arena ``Draining``. Others may still ask and administer.
         """
         if len(client_name) > MAX_NAME:
             raise InvalidInput(
                 f"client_name has {len(client_name)} characters; at most {MAX_NAME} are allowed"
             )
+        if ring and not arena_bytes:
+            raise InvalidInput("a ring is of no use without an arena; ask for both or for none")
+        if arena_bytes:
+            self.drain.check()
         limits = self._limits
         if arena_bytes > limits.arena_limit:
             raise QuotaExceeded(
@@ -98,6 +122,12 @@ class Sessions:
         # The session's own number as generation: a region kept from an earlier session is recognised.
         arena = ArenaSpace(-(-arena_bytes // PAGE) * PAGE, session_id & 0xFFFFFFFF)
         session = Session(session_id, secrets.token_urlsafe(32), client_name, peer, arena, fd)
+        if ring:
+            try:
+                session.ring = RingFds.create(f"hillinfer-ring-{session_id}")
+            except BaseException:
+                session.close_arena()
+                raise
         session.weight = limits.weight_of(peer.uid)
         self._by_token[session.token] = session
         return session

@@ -1,0 +1,1 @@
+"""APP, the Adaptive Prefetch-based Pipeline: the daemon ranks and fetches while the model computes."""

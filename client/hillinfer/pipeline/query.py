@@ -1,0 +1,91 @@
+"""The query that a decoder layer would make of a given input: what `next_layer` ranks with.
+
+The layer is run up to its attention, which hands the query over and goes no
+further. So normalisation, fused projections, norms of the query and any form of
+RoPE are the model's own, whatever its family.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from hillinfer_core.errors import UnsupportedModel
+
+_taking = threading.local()
+
+
+class QueryTaken(Exception):  # noqa: N818 - not an error
+    """Carries a query out of the layer that made it; never leaves `layer_query`."""
+
+    def __init__(self, query: torch.Tensor) -> None:
+        self.query = query
+
+
+def is_taking() -> bool:
+    """Whether this thread runs a layer only for its query: hooks and attention have nothing else to do."""
+    return getattr(_taking, "active", False)
+
+
+def decoder_layers(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+    """Return the decoder layers in the order of their cache layers.
+
+    Raises UnsupportedModel for models whose layers do not stand in one list.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr, operator]
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            numbers = [{getattr(part, "layer_idx", None) for part in layer.modules()} for layer in module]
+            if all(number in found for number, found in enumerate(numbers)):
+                return list(module)
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no single list of decoder layers whose queries could be predicted: "
+        "use the predictor exact"
+    )
+
+
+def predictable(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[bool]:
+    """Say for each decoder layer whether the layer before it sees what its query needs.
+
+    The first has none before it. Where the rotation differs by kind of layer, neighbours must be of one kind.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = any(kind in rope for kind in kinds if kind is not None)
+    alike = [not by_kind or mine == before for before, mine in pairwise(kinds)]
+    return [False, *alike]
+
+
+def cache_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Cache | None:
+    """Return the cache among the arguments of a decoder layer."""
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, Cache)), None)
+
+
+def hidden_of(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the input [B, n, E] among the arguments of a decoder layer."""
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def layer_query(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the query [B, H, n, D], after RoPE, that `layer` makes of these arguments.
+
+    The model must be attached. The cache among the arguments is left alone. Raises
+    UnsupportedModel when the layer ends without attention.
+    """
+    args = [None if isinstance(each, Cache) else each for each in args]
+    kwargs = {name: None if isinstance(each, Cache) else each for name, each in kwargs.items()}
+    _taking.active = True
+    try:
+        layer(*args, **kwargs)
+    except QueryTaken as taken:
+        return taken.query
+    finally:
+        _taking.active = False
+    raise UnsupportedModel(f"{type(layer).__name__} made no query: use the predictor exact")

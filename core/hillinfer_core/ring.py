@@ -1,0 +1,194 @@
+"""Two rings in shared memory with eventfd doorbells: how requests reach the daemon without gRPC.
+
+As NVMe and io_uring do, the client puts an entry into the submission ring and rings the daemon's doorbell;
+the daemon puts the answer into the completion ring and rings the client's. An entry is a message of
+proto/hillinfer/v1 in its serialised form, at most :data:`PAYLOAD_BYTES` long; larger ones go by gRPC.
+
+Memory: a page of four counters of 32 bits, each on a cache line of its own, then the entries of both rings.
+Counters only grow (modulo 2**32); each is written by one side, which never reads it back: the other side
+could have changed it. Entries are copied before they are looked at, for the same reason. Doorbells order
+memory: a system call on both sides lies between writing an entry and reading it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import IntEnum
+
+from .arena import Arena, create_arena
+from .errors import InvalidInput, QuotaExceeded
+from .layout import PAGE
+
+ENTRIES = 16
+"""Entries of each ring; a session has at most as many requests in flight on it. Our choice."""
+
+ENTRY_BYTES = 8192
+"""Of an entry, its header included: an evaluation takes about 100 bytes for each sequence. Our choice."""
+
+_HEADER = struct.Struct("<QIII")  # ticket, code, timeout in ms, payload bytes
+_COUNTER = struct.Struct("<I")
+_WRAP = 1 << 32
+
+PAYLOAD_BYTES = ENTRY_BYTES - _HEADER.size
+"""Longest message that an entry takes."""
+
+RING_BYTES = PAGE + 2 * ENTRIES * ENTRY_BYTES
+"""Of the shared memory."""
+
+
+class Method(IntEnum):
+    """Code of a submission: which call of the ColdPool service it is."""
+
+    Evaluate = 1
+    Append = 2
+    Fetch = 3
+
+
+class Outcome(IntEnum):
+    """Code of a completion: whether its payload is the call's response, or a ``Refused`` of attach.proto."""
+
+    answered = 0
+    refused = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``code`` is a :class:`Method`, in completions an :class:`Outcome`; ``timeout_ms`` is 0 for none."""
+
+    ticket: int
+    code: int
+    timeout_ms: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class RingFds:
+    """Descriptors of a ring: its memory, the daemon's doorbell and the client's."""
+
+    memory: int
+    submitted: int
+    completed: int
+
+    @classmethod
+    def create(cls, name: str) -> RingFds:
+        """Create a ring; close it with :meth:`close`. ``name`` shows in /proc only. Raises ``OSError``."""
+        fds = [create_arena(RING_BYTES, name)]
+        try:
+            for _ in range(2):
+                fds.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return cls(*fds)
+
+    def close(self) -> None:
+        """Close the descriptors; a mapping stays until it is gone itself."""
+        for fd in (self.memory, self.submitted, self.completed):
+            os.close(fd)
+
+
+class Producer:
+    """The side of one ring that puts entries in. One thread at a time."""
+
+    def __init__(self, lane: _Lane) -> None:
+        self._lane = lane
+        self._put = 0
+
+    def put(self, entry: Entry) -> None:
+        """Put an entry in; ring the doorbell after it.
+
+        Raises :class:`QuotaExceeded` when the other side has not taken the earlier ones, and
+        :class:`InvalidInput` for a payload that is too long, or when the other side's counter is senseless.
+        """
+        if len(entry.payload) > PAYLOAD_BYTES:
+            raise InvalidInput(f"a message of {len(entry.payload)} bytes does not fit in a ring's entry")
+        if _ahead(self._put, self._lane.taken()) == ENTRIES:
+            raise QuotaExceeded(f"{ENTRIES} entries of the ring wait already; take some first")
+        self._lane.write(self._put, entry)
+        self._put = (self._put + 1) % _WRAP
+        self._lane.set_put(self._put)
+
+
+class Consumer:
+    """The side of one ring that takes entries out. One thread at a time."""
+
+    def __init__(self, lane: _Lane) -> None:
+        self._lane = lane
+        self._taken = 0
+
+    def take(self) -> list[Entry]:
+        """Return copies of the entries that wait, in order; none when there are none.
+
+        Raises :class:`InvalidInput` when the other side's counter or an entry's length is senseless.
+        """
+        waiting = _ahead(self._lane.put(), self._taken)
+        entries = [self._lane.read((self._taken + number) % _WRAP) for number in range(waiting)]
+        self._taken = (self._taken + waiting) % _WRAP
+        self._lane.set_taken(self._taken)
+        return entries
+
+
+class _Lane:
+    """Memory of one ring: its two counters and its entries."""
+
+    def __init__(self, memory: Arena, number: int) -> None:
+        self._counters = memory.buffer(number * 128, 128)
+        self._entries = memory.buffer(PAGE + number * ENTRIES * ENTRY_BYTES, ENTRIES * ENTRY_BYTES)
+
+    def put(self) -> int:
+        return int(_COUNTER.unpack_from(self._counters, 0)[0])
+
+    def set_put(self, count: int) -> None:
+        _COUNTER.pack_into(self._counters, 0, count)
+
+    def taken(self) -> int:
+        return int(_COUNTER.unpack_from(self._counters, 64)[0])
+
+    def set_taken(self, count: int) -> None:
+        _COUNTER.pack_into(self._counters, 64, count)
+
+    def write(self, count: int, entry: Entry) -> None:
+        at = count % ENTRIES * ENTRY_BYTES
+        _HEADER.pack_into(self._entries, at, entry.ticket, entry.code, entry.timeout_ms, len(entry.payload))
+        start = at + _HEADER.size
+        self._entries[start : start + len(entry.payload)] = entry.payload
+
+    def read(self, count: int) -> Entry:
+        at = count % ENTRIES * ENTRY_BYTES
+        ticket, code, timeout_ms, length = _HEADER.unpack_from(self._entries, at)
+        if length > PAYLOAD_BYTES:
+            raise InvalidInput(f"an entry of the ring says that it holds {length} bytes")
+        start = at + _HEADER.size
+        return Entry(ticket, code, timeout_ms, bytes(self._entries[start : start + length]))
+
+
+def client_ends(memory: Arena) -> tuple[Producer, Consumer]:
+    """Return the client's ends: of submissions and completions."""
+    return Producer(_Lane(memory, 0)), Consumer(_Lane(memory, 1))
+
+
+def daemon_ends(memory: Arena) -> tuple[Consumer, Producer]:
+    """Return the daemon's ends: of submissions and completions."""
+    return Consumer(_Lane(memory, 0)), Producer(_Lane(memory, 1))
+
+
+def ring_doorbell(fd: int) -> None:
+    """Wake whoever waits for the doorbell ``fd``; never blocks."""
+    os.eventfd_write(fd, 1)
+
+
+def clear_doorbell(fd: int) -> None:
+    """Take back all rings of a doorbell so far; to be called before entries are taken."""
+    with suppress(BlockingIOError):
+        os.eventfd_read(fd)
+
+
+def _ahead(put: int, taken: int) -> int:
+    ahead = (put - taken) % _WRAP
+    if ahead > ENTRIES:
+        raise InvalidInput(f"the ring's counters say that {ahead} of its {ENTRIES} entries are in use")
+    return ahead

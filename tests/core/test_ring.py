@@ -1,0 +1,118 @@
+"""The ring's two ends on one mapping, and what they make of a mapping that lies."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from hillinfer_core.arena import Arena
+from hillinfer_core.errors import InvalidInput, QuotaExceeded
+from hillinfer_core.ring import (
+    ENTRIES,
+    ENTRY_BYTES,
+    PAYLOAD_BYTES,
+    RING_BYTES,
+    Entry,
+    RingFds,
+    client_ends,
+    daemon_ends,
+)
+
+
+@pytest.fixture
+def memory() -> Iterator[Arena]:
+    fds = RingFds.create("test")
+    yield Arena(fds.memory, RING_BYTES, verify=True)
+    fds.close()
+
+
+def entry(number: int, payload: bytes = b"") -> Entry:
+    return Entry(number, number % 3, number % 7, payload)
+
+
+class RingModel(RuleBasedStateMachine):
+    """Against a deque: both lanes at once, neither disturbing the other, round and round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fds = RingFds.create("model")
+        memory = Arena(self.fds.memory, RING_BYTES)
+        (submit, collect), (take, complete) = client_ends(memory), daemon_ends(memory)
+        self.lanes = ((submit, take, deque()), (complete, collect, deque()))
+        self.number = 0
+
+    @rule(lane=st.integers(0, 1), payload=st.binary(max_size=64))
+    def put(self, lane: int, payload: bytes) -> None:
+        producer, _, waiting = self.lanes[lane]
+        self.number += 1
+        new = entry(self.number, payload)
+        if len(waiting) == ENTRIES:
+            with pytest.raises(QuotaExceeded):
+                producer.put(new)
+        else:
+            producer.put(new)
+            waiting.append(new)
+
+    @rule(lane=st.integers(0, 1))
+    def take(self, lane: int) -> None:
+        _, consumer, waiting = self.lanes[lane]
+        assert consumer.take() == list(waiting)
+        waiting.clear()
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        assert all(len(waiting) <= ENTRIES for _, _, waiting in self.lanes)
+
+    def teardown(self) -> None:
+        self.fds.close()
+
+
+TestRing = RingModel.TestCase
+TestRing.settings = settings(max_examples=30, stateful_step_count=60, deadline=None)
+
+
+def test_counters_wrap(memory: Arena) -> None:
+    (submit, _), (take, _) = client_ends(memory), daemon_ends(memory)
+    submit._put = take._taken = 2**32 - 2
+    for lane in (submit._lane, take._lane):
+        lane.set_put(2**32 - 2)
+        lane.set_taken(2**32 - 2)
+    entries = [entry(number) for number in range(5)]
+    for each in entries:
+        submit.put(each)
+    assert take.take() == entries
+    assert take.take() == []
+
+
+def test_the_longest_payload_fits_and_no_longer_one(memory: Arena) -> None:
+    (submit, _), (take, _) = client_ends(memory), daemon_ends(memory)
+    longest = entry(1, b"x" * PAYLOAD_BYTES)
+    submit.put(longest)
+    submit.put(entry(2))
+    assert take.take() == [longest, entry(2)]
+    with pytest.raises(InvalidInput, match="does not fit"):
+        submit.put(entry(3, b"x" * (PAYLOAD_BYTES + 1)))
+
+
+def test_a_senseless_counter_is_refused_on_either_side(memory: Arena) -> None:
+    (submit, _), (take, _) = client_ends(memory), daemon_ends(memory)
+    memory.view(0, (1,), "<u4")[0] = ENTRIES + 1
+    with pytest.raises(InvalidInput, match="17 of its 16"):
+        take.take()
+    memory.view(64, (1,), "<u4")[0] = 1  # taken, though nothing was put
+    with pytest.raises(InvalidInput):
+        submit.put(entry(1))
+
+
+def test_a_senseless_length_is_refused(memory: Arena) -> None:
+    (submit, _), (take, _) = client_ends(memory), daemon_ends(memory)
+    submit.put(entry(1))
+    length = RING_BYTES - 2 * ENTRIES * ENTRY_BYTES + 16
+    memory.view(length, (1,), "<u4")[0] = PAYLOAD_BYTES + 1
+    with pytest.raises(InvalidInput, match="bytes"):
+        take.take()

@@ -1,0 +1,49 @@
+"""A layer's predicted query is the query that the layer itself makes of the same input, in every family."""
+
+import pytest
+import torch
+from test_model_families import FAMILIES, tiny
+
+import hillinfer
+from hillinfer.hkm.layer import HierarchicalLayer
+from hillinfer.pipeline.query import decoder_layers, is_taking, layer_query, predictable
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_query_is_the_layers_own(daemon, name):
+    model = tiny(*FAMILIES[name])
+    layers = decoder_layers(model)
+    predicted, own = {}, {}
+
+    def hook(number):
+        def take(module, args, kwargs):
+            if not is_taking():
+                predicted[number] = layer_query(module, args, kwargs)
+
+        return take
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(hook(number), with_kwargs=True)
+    ids = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    with hillinfer.attach(model, socket=daemon.socket, budget=40) as attachment:
+        cache = attachment.new_cache()
+        numbers = [n for n, layer in enumerate(cache.layers) if isinstance(layer, HierarchicalLayer)]
+        model(ids, attention_mask=mask, past_key_values=cache)
+        cache.observer = lambda _, layer, query, scaling: own.__setitem__(numbers[layer], query.clone())
+        model(
+            ids[:, :1], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache
+        )
+        assert cache.get_seq_length() == 61
+    assert own, "no layer was seen"
+    for number, query in own.items():
+        torch.testing.assert_close(predicted[number], query, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rotation_by_kind_of_layer_is_told_from_one_for_all():
+    # The layers of gemma3 rotate by their kind; those of gemma2, mixed as well, do not.
+    for name, expected in (("llama", True), ("gemma2", True), ("gemma3", False)):
+        model = tiny(*FAMILIES[name])
+        assert predictable(model, decoder_layers(model)) == [False, expected], name
