@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -103,7 +104,7 @@ def eval_command(
         raise InvalidInput(f"no such dtype: {dtype}; there are {', '.join(DTYPES)}")
 
     from hillinfer.eval.evaluate import evaluate
-    from hillinfer.eval.findings import write_answers
+    from hillinfer.eval.findings import AnswersFile
     from hillinfer.eval.job import EvalJob
     from hillinfer.eval.report import as_markdown
     from hillinfer.eval.runner import Setting
@@ -131,9 +132,13 @@ def eval_command(
     directory = ModelDirectory(model or bundled_model())
     named = dtype or ("float32" if model is None else None)
     setting = Setting(directory, dtype_named(named) if named else directory.dtype, device_named(device))
-    result, found = evaluate(job, setting, progress_for_stderr(), processes)
-    if answers is not None:
-        write_answers(answers, found)
+    with ExitStack() as stack:
+        note = _nothing
+        if answers is not None:
+            file = AnswersFile(answers)
+            stack.callback(file.close)
+            note = file.write
+        result = evaluate(job, setting, progress_for_stderr(), processes, note)
     if plot is not None:
         from hillinfer.eval.plot import draw
 
@@ -147,6 +152,10 @@ def eval_command(
         from rich.markdown import Markdown
 
         Console().print(Markdown(as_markdown(result)))
+
+
+def _nothing(found: object) -> None:
+    pass
 
 
 def _names(text: str) -> tuple[str, ...]:
