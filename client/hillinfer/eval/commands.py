@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,9 @@ from hillinfer.options import DeviceOption
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget
+
+if TYPE_CHECKING:
+    from hillinfer.eval.findings import Findings
 
 DTYPES = ("float32", "bfloat16", "float16")
 PERPLEXITY_TOKENS = 64
@@ -133,7 +137,7 @@ def eval_command(
     named = dtype or ("float32" if model is None else None)
     setting = Setting(directory, dtype_named(named) if named else directory.dtype, device_named(device))
     with ExitStack() as stack:
-        note = _nothing
+        note: Callable[[Findings], None] = _nothing
         if answers is not None:
             file = AnswersFile(answers)
             stack.callback(file.close)
@@ -154,7 +158,7 @@ def eval_command(
         Console().print(Markdown(as_markdown(result)))
 
 
-def _nothing(found: object) -> None:
+def _nothing(_: Findings) -> None:
     pass
 
 

@@ -111,7 +111,7 @@ def _cell(key: tuple[str, str, int, str, int], answers: Sequence[Answer]) -> Cel
 
 
 class AnswersFile:
-    """Every answer as a line of JSON, written as soon as its prompt is done: an interrupted run leaves the rest.
+    """Every answer as a line of JSON, written as its prompt is done: an interrupted run leaves the others.
 
     Raises InvalidInput for a file that cannot be written.
     """
