@@ -133,7 +133,7 @@ def test_large_work_is_cut_and_gives_the_same(runtime_dir: Path) -> None:
         for first in range(0, TOKENS, limit):
             client.append(context, 0, first, rows[:, first : first + limit])
         with pytest.raises(Refused, match=f"at most {limit} tokens"):
-            client.append(context, 0, TOKENS, rows[:, : limit + SHAPE.append_unit])
+            client.append(context, 0, TOKENS, rows[:, : limit + SHAPE.append_unit], whole=True)
 
         told: list[Piece] = []
         service.run(lambda: service.service.observe(lambda _, piece, __: told.append(piece)))
