@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
@@ -19,12 +19,16 @@ from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 
 from .connection import JsonOption, SocketOption, connected, to_plain
+from .console import wide_console
 from .rates import Rates, drive_rates, session_rates
 from .users import user_name
 
 IntervalOption = Annotated[
     float, typer.Option("--interval", min=0.1, help="seconds over which rates are measured")
 ]
+
+_RATES = ("queue", "work/s", "evaluated/s", "read/s", "written/s", "hits")
+"""Columns of :func:`_rates`."""
 
 _Look = Callable[[], pb.StatusResponse]
 
@@ -38,7 +42,7 @@ def sessions(
     if as_json:
         print(json.dumps({"sessions": _plain_sessions(before, after)}, indent=2))
     elif found := session_rates(before, after):
-        Console().print(_sessions(found))
+        wide_console().print(_sessions(found))
     else:
         print("Nobody is attached.")
 
@@ -57,7 +61,7 @@ def top(
         if as_json:
             print(json.dumps(_plain(*_looks(look, interval)), indent=2))
         elif once or not sys.stdout.isatty():
-            Console().print(_screen(*_looks(look, interval)))
+            wide_console().print(_screen(*_looks(look, interval)))
         else:
             _follow(look, interval)
 
@@ -94,8 +98,7 @@ def _screen(before: pb.StatusResponse, after: pb.StatusResponse) -> Group:
 
 
 def _drives(found: list[tuple[pb.DriveStatus, Rates]]) -> Table:
-    heading = ("drive", "state", "busy", "waiting", "queue", "work/s", "evaluated/s", "read/s", "written/s")
-    table = Table(*heading, "hits", "pool used", "keys in DRAM", box=None)
+    table = Table("drive", "state", "busy", "waiting", *_RATES, "pool used", "keys in DRAM", box=None)
     for drive, rates in found:
         pool, keys = drive.pool, drive.device
         table.add_row(
@@ -104,15 +107,14 @@ def _drives(found: list[tuple[pb.DriveStatus, Rates]]) -> Table:
             f"{rates.device_share:.0%}",
             str(drive.waiting),
             *_rates(rates),
-            f"{format_bytes(pool.used_bytes)} of {format_bytes(pool.capacity_bytes)}",
-            f"{format_bytes(keys.evaluation_key_bytes)} of {format_bytes(keys.evaluation_key_limit_bytes)}",
+            f"{_share(pool.used_bytes, pool.capacity_bytes)} of {format_bytes(pool.capacity_bytes)}",
+            format_bytes(keys.evaluation_key_bytes),
         )
     return table
 
 
 def _sessions(found: list[tuple[pb.SessionStatus, Rates]]) -> Table:
-    heading = ("session", "client", "pid", "user", "contexts", "pool", "weight", "device", "queue", "work/s")
-    table = Table(*heading, "evaluated/s", "read/s", "written/s", "hits", box=None)
+    table = Table("session", "client", "pid", "user", "contexts", "pool", "device", *_RATES, box=None)
     for session, rates in found:
         table.add_row(
             str(session.session_id),
@@ -121,7 +123,6 @@ def _sessions(found: list[tuple[pb.SessionStatus, Rates]]) -> Table:
             user_name(session.uid),
             str(len(session.contexts)),
             format_bytes(sum(context.extent_bytes for context in session.contexts)),
-            f"{session.weight:g}",
             f"{rates.device_share:.0%}",
             *_rates(rates),
         )
@@ -135,6 +136,10 @@ def _rates(rates: Rates) -> tuple[str, ...]:
         *(format_bytes(int(each)) for each in (rates.evaluated_bytes, rates.read_bytes, rates.written_bytes)),
         "-" if rates.hit_rate is None else f"{rates.hit_rate:.0%}",
     )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
 
 
 def _plain(before: pb.StatusResponse, after: pb.StatusResponse) -> dict[str, Any]:

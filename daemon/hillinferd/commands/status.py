@@ -12,6 +12,7 @@ from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 
 from .connection import JsonOption, SocketOption, connected, to_plain
+from .console import wide_console
 from .users import user_name
 
 
@@ -22,7 +23,7 @@ def status(as_json: JsonOption = False, socket: SocketOption = None) -> None:
     if as_json:
         print(json.dumps(to_plain(response), indent=2))
     else:
-        _show(response, Console())
+        _show(response, wide_console())
 
 
 def _show(response: pb.StatusResponse, console: Console) -> None:
@@ -34,7 +35,8 @@ def _show(response: pb.StatusResponse, console: Console) -> None:
         if drive.reason:
             console.print(f" {drive.name} is gone: {drive.reason}", markup=False, highlight=False)
     sessions = Table("session", "client", "pid", "user", "arena", "contexts", "tokens", "extents")
-    for session in response.sessions:
+    # Whoever only asks, such as this command, uses nothing.
+    for session in (each for each in response.sessions if each.arena_bytes):
         sessions.add_row(
             str(session.session_id),
             session.client_name,

@@ -49,7 +49,7 @@ class Transports:
         # The lock is ours: what lies there was left by a daemon that was killed.
         self._unlink()
         address = f"unix:{self._grpc_path}"
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor(service.count_refused)])
         self._health = health.aio.HealthServicer()
         servicer = ColdPoolServicer(service)
         cold_pool_pb2_grpc.add_ColdPoolServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -58,6 +59,8 @@ class ColdPoolService:
         self.sessions = Sessions(limits)
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
         self.administration = Administration(self.drives, self.sessions)
+        self.refused: Counter[str] = Counter()
+        """Errors that transports answered with, by name."""
         self._opening: dict[tuple[int, str], Drive] = {}
         self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
@@ -80,6 +83,10 @@ class ColdPoolService:
         """
         for drive in self.drives:
             drive.observer = partial(observer, drive)
+
+    def count_refused(self, error: str) -> None:
+        """Count an answer that is an error."""
+        self.refused[error] += 1
 
     async def start(self) -> None:
         """Start every drive; one that cannot be opened is tried again and again while the others serve.

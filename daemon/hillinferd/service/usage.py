@@ -50,4 +50,6 @@ class Meter:
             total.read - before.read,
             total.evaluated - before.evaluated,
             total.streamed - before.streamed,
+            total.reads - before.reads,
+            total.writes - before.writes,
         )

@@ -208,13 +208,16 @@ Request: TypeAlias = (
 class Traffic:
     """Bytes written to and read from the drive, and bytes of evaluation keys scanned.
 
-    Of those, ``streamed`` had to be read from the drive; ``read`` counts them too.
+    Of those, ``streamed`` had to be read from the drive; ``read`` counts them too. ``reads`` and ``writes``
+    are requests, as :class:`~hillinferd.driver.contract.Requests` counts them.
     """
 
     written: int = 0
     read: int = 0
     evaluated: int = 0
     streamed: int = 0
+    reads: int = 0
+    writes: int = 0
 
     def add(self, other: Traffic) -> None:
         """Add ``other`` to this."""
@@ -222,6 +225,8 @@ class Traffic:
         self.read += other.read
         self.evaluated += other.evaluated
         self.streamed += other.streamed
+        self.reads += other.reads
+        self.writes += other.writes
 
 
 @dataclass(frozen=True)

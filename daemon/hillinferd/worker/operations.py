@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class Operations:
     def carry_out(self, request: messages.Request, fd: int | None) -> messages.Reply:
         """Carry out ``request`` with the descriptor that came along, and return the reply; raises nothing."""
         traffic = Traffic()
+        before = replace(self._driver.requests)
         try:
             return self._carry_out(request, fd, traffic)
         except HillInferError as error:
@@ -67,6 +68,9 @@ class Operations:
             return messages.Failed(
                 HillInferError.__name__, f"internal error in the worker: {error!r}", traffic
             )
+        finally:
+            traffic.reads = self._driver.requests.reads - before.reads
+            traffic.writes = self._driver.requests.writes - before.writes
 
     def _carry_out(self, request: messages.Request, fd: int | None, traffic: Traffic) -> messages.Reply:
         match request:
