@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,13 @@ def kvpath_command(
     workload = make_workload(recorded, SHAPES[shape], seed)
     quarter = (workload.keys.nbytes + workload.values.nbytes) // 4
     held = parse_bytes(resident) if resident else quarter + ARENA_BYTES
-    with rig(workload, profile, precision, pool_dir) as ready:
-        rows = measure(ready, budgets, held, rounds, progress)
+    with ExitStack() as stack:
+        ready = stack.enter_context(rig(workload, profile, precision, held, pool_dir))
+        streaming = None
+        if any(SYSTEMS[name].streams_keys for name in names):
+            streaming = stack.enter_context(
+                rig(workload, profile, precision, held, pool_dir, keys_in_memory=False)
+            )
+        rows = measure(ready, streaming, budgets, rounds, progress)
     told = as_object(rows, shape, workload, profile, precision)
     print(json.dumps(told, indent=2) if as_json else as_markdown(told))

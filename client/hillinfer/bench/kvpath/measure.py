@@ -47,9 +47,9 @@ class Row:
 class _Running:
     """A system at work on its own cache."""
 
-    def __init__(self, rig: Rig, system: System, budget: Budget, resident: int) -> None:
+    def __init__(self, rig: Rig, system: System, budget: Budget) -> None:
         self.system, self.budget, self.rig = system, budget, rig
-        self.cache: HierarchicalCache = rig.cache(budget, resident, system)
+        self.cache: HierarchicalCache = rig.cache(budget, system)
         self.times: list[list[float]] = []
         self.read_bytes = 0
 
@@ -93,9 +93,9 @@ class _Running:
 
 
 def measure(
-    rig: Rig, budgets: Mapping[str, Budget], resident: int, rounds: int, progress: Progress
+    rig: Rig, streaming: Rig | None, budgets: Mapping[str, Budget], rounds: int, progress: Progress
 ) -> list[Row]:
-    """Run each system of `budgets` with its budget; in turn, so that all see the same drift of the machine.
+    """Run each system of `budgets` with its budget, on `streaming` those that stream their keys; in turn, so that all see the same drift of the machine.
 
     Blocks. Raises InvalidInput when the workload has too few steps for `rounds`, and what the cache raises.
     """
@@ -106,9 +106,10 @@ def measure(
     with ExitStack() as stack, progress("measuring", len(budgets) * (rounds + 1)) as advance:
         running = []
         for name, budget in budgets.items():
-            system = SYSTEMS[name](rig)
+            of_rig = streaming if SYSTEMS[name].streams_keys and streaming else rig
+            system = SYSTEMS[name](of_rig)
             stack.callback(system.close)
-            running.append(_Running(rig, system, budget, resident))
+            running.append(_Running(of_rig, system, budget))
             stack.callback(running[-1].cache.close)
         done = 0
         for number in range(rounds + 1):

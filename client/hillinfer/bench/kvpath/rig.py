@@ -24,6 +24,9 @@ from hillinfer_core.units import Budget
 ARENA_BYTES = 16 << 20
 """Shared memory of every system; long reads pass it in pieces, two at a time."""
 
+LEAST_KEY_MEMORY = 4 << 20
+"""Of a drive whose evaluation keys are to be streamed: for those that are not written yet."""
+
 _NAME = "kvpath"
 _PIECE = 4096  # tokens of an append
 
@@ -35,8 +38,10 @@ class Rig:
     session: Session
     workload: Workload
     precision: Precision
+    resident: int
+    """Bytes that each system may hold."""
 
-    def cache(self, budget: Budget, resident: int, policy: SelectionPolicy) -> HierarchicalCache:
+    def cache(self, budget: Budget, policy: SelectionPolicy) -> HierarchicalCache:
         """Return HKM's cache over the saved context, ready to select."""
         shape = self.workload.shape
         config = LlamaConfig(
@@ -46,7 +51,7 @@ class Rig:
             head_dim=shape.head_dim,
         )
         cache = HierarchicalCache(
-            self.session, config, HkmConfig(budget, resident, self.precision), policy, base=_NAME
+            self.session, config, HkmConfig(budget, self.resident, self.precision), policy, base=_NAME
         )
         like = torch.zeros((1, shape.kv_heads, 1, shape.head_dim), dtype=torch.float16)
         for layer in cache.full_layers:
@@ -61,19 +66,31 @@ class Rig:
 
 
 @contextmanager
-def rig(workload: Workload, profile: str, precision: Precision, pool_dir: Path) -> Iterator[Rig]:
+def rig(
+    workload: Workload,
+    profile: str,
+    precision: Precision,
+    resident: int,
+    pool_dir: Path,
+    *,
+    keys_in_memory: bool = True,
+) -> Iterator[Rig]:
     """Start a daemon with a paced drive in `pool_dir` and fill it with the workload's KV. Blocks."""
     shape = workload.shape
     with (
         tempfile.TemporaryDirectory(prefix="hillinfer-kvpath-", dir=pool_dir) as pool,
-        PrivateDaemon(pool_dir=Path(pool), profile=profile) as daemon,
+        PrivateDaemon(
+            pool_dir=Path(pool),
+            profile=profile,
+            evaluation_keys_dram=None if keys_in_memory else LEAST_KEY_MEMORY,
+        ) as daemon,
         Session.connect(daemon.socket, arena_bytes=ARENA_BYTES, name="hillinfer bench kvpath") as session,
     ):
         rows = Shape(workload.layers, shape.kv_heads, shape.head_dim, DType.float16, precision)
         with session.open_context(rows, durable=_NAME) as context:
             append(context, workload.keys, workload.values)
             context.save()
-        yield Rig(session, workload, precision)
+        yield Rig(session, workload, precision, resident)
 
 
 def append(context: Context, keys: F16, values: F16) -> None:

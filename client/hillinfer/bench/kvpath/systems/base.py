@@ -26,6 +26,8 @@ class System(ABC):
     name: ClassVar[str]
     hot_pool: ClassVar[bool] = True
     """Whether it keeps a hot pool; without one, its slots alone remember the last selection."""
+    streams_keys: ClassVar[bool] = False
+    """Whether its evaluation keys are to come from NAND in every step, and none may stay in fast memory."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig

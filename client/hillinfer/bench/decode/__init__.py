@@ -1,0 +1,1 @@
+"""`hillinfer bench decode`: whole decode steps, HillInfer beside the caches of transformers."""
