@@ -213,6 +213,13 @@ class ColdPoolService:
         """Bring rows; return the bytes read from the drive."""
         return await self._drive_of(ask.context_id).fetch(session, ask, deadline)
 
+    @_counted
+    async def fetch_keys(
+        self, session: Session, ask: requests.FetchKeys, deadline: float | None
+    ) -> tuple[messages.BroughtKeys, int]:
+        """Bring evaluation keys; return what says which they are, and the bytes read from the drive."""
+        return await self._drive_of(ask.context_id).fetch_keys(session, ask, deadline)
+
     async def _attach_arena(self, session: Session) -> None:
         waiting = {asyncio.create_task(drive.attach(session)) for drive in self.drives}
         for task in waiting:

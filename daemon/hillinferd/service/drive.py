@@ -216,6 +216,20 @@ class Drive:
         done = await self._in_pieces("fetch", session, prepare, pieces.priority_of(ask), deadline)
         return sum(piece.traffic.read for piece in done)
 
+    async def fetch_keys(
+        self, session: Session, ask: requests.FetchKeys, deadline: float | None
+    ) -> tuple[messages.BroughtKeys, int]:
+        """Bring evaluation keys; return what says which they are, and the bytes read from the drive."""
+
+        async def prepare() -> Sequence[messages.FetchKeys]:
+            context = self.catalogue.get(session.session_id, ask.context_id)
+            await self._contexts.ensure_loaded(context)
+            return [admission.fetch_keys(session, context, ask)]
+
+        [done] = await self._in_pieces("fetch", session, prepare, Priority.bulk, deadline)
+        assert done.keys is not None
+        return done.keys, done.traffic.read
+
     def _check_known(self) -> None:
         if not self.known:
             raise self.worker.unavailable()
