@@ -60,7 +60,7 @@ def test_their_scores_are_the_daemons_and_the_generation_tells_when_not(session:
             nothing = np.empty((2, 0), np.uint32)
             [drive] = session.rank(0, [EvaluateItem(context, query, 32, 0, end, nothing)])
             assert drive.generation == fetched.generation == (0 if end == 64 else 1)
-            q, _ = kernel.quantise_query(query, Ranges(fetched.scale, fetched.scale), Reduction.sum)
+            q, _, _ = kernel.quantise_query(query, Ranges(fetched.scale, fetched.scale), Reduction.sum)
             host = kernel.rank([fetched.tiles], q, shape.precision, 0, end, 32)
             np.testing.assert_array_equal(drive.ids, host.ids)
             np.testing.assert_array_equal(drive.scores, host.scores)

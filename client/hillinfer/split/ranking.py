@@ -175,8 +175,8 @@ class SplitRanking:
                 ranked.append(None)
                 continue
             precision = item.context.shape.precision
-            # A query is quantised by the scale alone: zero shifts all scores of a head alike.
-            q, _ = kernel.quantise_query(item.query, Ranges(mirror.scale, mirror.scale), Reduction.sum)
+            # With the sum a query is quantised by the scale alone: zero shifts all scores of a head alike.
+            q, _, _ = kernel.quantise_query(item.query, Ranges(mirror.scale, mirror.scale), Reduction.sum)
             for _ in range(self.cpu_repeats):
                 best = kernel.rank(mirror.parts, q, precision, start, item.end, item.k, origin=mirror.first)
             ranked.append(best)
