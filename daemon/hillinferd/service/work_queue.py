@@ -84,6 +84,9 @@ class WorkQueue:
 
     def __init__(self, observe: Observer | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.observe = observe
+        self.done = 0
+        """Pieces carried out so far."""
+        self._running = False
         self._clock = clock
         self._waiting: dict[int, deque[_Entry]] = {}
         self._urgent: deque[_Entry] = deque()
@@ -91,6 +94,11 @@ class WorkQueue:
         self._shares = {priority: FairShare() for priority in Priority}
         self._bulk_due = 0.0
         self._last: Priority | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a piece runs or waits."""
+        return self._running or bool(self._urgent) or any(self._waiting.values())
 
     async def submit(
         self,
@@ -137,7 +145,12 @@ class WorkQueue:
         entry = self._next()
         if entry is None:
             return False
-        await self._carry_out(entry)
+        self._running = True
+        try:
+            await self._carry_out(entry)
+        finally:
+            self._running = False
+            self.done += 1
         # Who has another piece ready at once is heard before the next one is chosen.
         await asyncio.sleep(0)
         return True
