@@ -58,7 +58,8 @@ def fields(record: logging.LogRecord) -> dict[str, Any]:
     facts: Mapping[str, object] = getattr(record, "facts", {})
     entry: dict[str, Any] = {_PREFIX + name.upper(): str(value) for name, value in facts.items()}
     entry["PRIORITY"] = _priority(record.levelno)
-    entry["LOGGER"] = record.name
+    entry["SYSLOG_IDENTIFIER"] = "hillinferd"
+    entry |= {"CODE_FILE": record.pathname, "CODE_LINE": record.lineno, "CODE_FUNC": record.funcName}
     if event := EVENTS.get(record.getMessage()):
         entry["MESSAGE_ID"] = event
     return entry

@@ -19,23 +19,23 @@ class Logger:
 
     def debug(self, message: str, **facts: object) -> None:
         """Log what only a developer wants to see."""
-        self._logger.debug(message, extra={"facts": facts})
+        self._logger.debug(message, extra={"facts": facts}, stacklevel=2)
 
     def info(self, message: str, **facts: object) -> None:
         """Log an ordinary event."""
-        self._logger.info(message, extra={"facts": facts})
+        self._logger.info(message, extra={"facts": facts}, stacklevel=2)
 
     def warning(self, message: str, **facts: object) -> None:
         """Log what works, but not as well as it should."""
-        self._logger.warning(message, extra={"facts": facts})
+        self._logger.warning(message, extra={"facts": facts}, stacklevel=2)
 
     def error(self, message: str, **facts: object) -> None:
         """Log what failed."""
-        self._logger.error(message, extra={"facts": facts})
+        self._logger.error(message, extra={"facts": facts}, stacklevel=2)
 
     def exception(self, message: str, **facts: object) -> None:
         """Log a failure that should not happen, with the traceback of the error being handled."""
-        self._logger.exception(message, extra={"facts": facts})
+        self._logger.exception(message, extra={"facts": facts}, stacklevel=2)
 
 
 def get_logger(name: str) -> Logger:
