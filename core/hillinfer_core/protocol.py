@@ -8,7 +8,7 @@ from pathlib import Path
 PROTOCOL_VERSION = 3
 """Version of proto/hillinfer/v1 and of the attach exchange; checked at attach."""
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Version of rows and evaluation keys as :mod:`hillinfer_core.layout` lays them out; checked at attach."""
 
 TOKEN_KEY = "hillinfer-token"
@@ -46,3 +46,8 @@ def attach_socket(runtime_dir: Path) -> Path:
 def grpc_socket(runtime_dir: Path) -> Path:
     """Return the path of the gRPC socket in ``runtime_dir``."""
     return runtime_dir / "grpc.sock"
+
+
+def metrics_socket(runtime_dir: Path) -> Path:
+    """Return the path of the socket of the daemon's metrics in ``runtime_dir``."""
+    return runtime_dir / "metrics.sock"

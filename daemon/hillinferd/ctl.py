@@ -8,18 +8,22 @@ import typer
 
 from hillinfer_core.errors import HillInferError
 
-from .commands import cec, contexts, devices, pool
+from .commands import administer, cec, contexts, devices, pool, sessions
 from .commands.status import status
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     help="Ask a running hillinferd, look after its drives and cards, or plan for a card.",
 )
 app.command()(status)
+app.command()(sessions.sessions)
+app.command()(sessions.top)
 app.add_typer(contexts.app, name="contexts")
 app.command("format")(pool.format_command)
 app.command()(pool.fsck)
+app.command()(administer.drain)
+app.command()(administer.undrain)
+app.command()(administer.close)
 app.add_typer(devices.app)
 app.add_typer(cec.app, name="cec")
 

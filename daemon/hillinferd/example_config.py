@@ -19,6 +19,7 @@ SERVICE: Mapping[str, Any] = {
 """What the system service is given; all else keeps its default."""
 
 EXAMPLES: Mapping[str, Any] = {
+    "metrics_file": "/var/lib/hillinfer/metrics.prom",
     "pool_dir": "/var/cache/hillinfer",
     "user_weights": {"1000": 2.0},
     "group_weights": {"1000": 0.5},

@@ -39,6 +39,7 @@ def _serve(
     ] = None,
     profile: Annotated[str | None, typer.Option(help=config.help_of("profile"))] = None,
     exit_when_idle: Annotated[int | None, typer.Option(help=config.help_of("exit_when_idle"))] = None,
+    metrics_file: Annotated[Path | None, typer.Option(help=config.help_of("metrics_file"))] = None,
     log_level: Annotated[str | None, typer.Option(help=config.help_of("log_level"))] = None,
     die_with_parent_: Annotated[
         bool, typer.Option("--die-with-parent", help="end when the process that started this one ends")
@@ -60,6 +61,7 @@ def _serve(
         "evaluation_keys_dram": evaluation_keys_dram,
         "profile": profile,
         "exit_when_idle": exit_when_idle,
+        "metrics_file": metrics_file,
         "log_level": log_level,
     }
     given = config.read(config_file, overrides)

@@ -17,6 +17,7 @@ from . import __version__, config, systemd
 from .driver.block import names_device
 from .drives import drive_settings
 from .logs import get_logger, set_level
+from .metrics.metrics import Metrics
 from .reload import Reloader
 from .rpc.server import Transports
 from .service.cold_pool import ColdPoolService
@@ -46,7 +47,9 @@ async def serve(settings: config.Config, reloader: Reloader, listening: socket.s
     await service.start()
     try:
         transports = Transports(service, settings.runtime_dir, listening)
+        metrics = Metrics(service, settings.runtime_dir, settings.metrics_file)
         try:
+            await metrics.start()
             await transports.start()
             _announce(service, settings)
             async with _following(service, settings):
@@ -55,6 +58,7 @@ async def serve(settings: config.Config, reloader: Reloader, listening: socket.s
             systemd.notify("STOPPING=1", "STATUS=Requests in flight finish")
         finally:
             await transports.stop()
+            await metrics.stop()
     finally:
         await service.stop()
     log.info("stopped")

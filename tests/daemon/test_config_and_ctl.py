@@ -133,7 +133,7 @@ def test_status_as_json_has_every_key_and_numbers(daemon: Path) -> None:
         done = run("hillinferd.ctl", "status", "--json", "--socket", str(daemon / "attach.sock"))
         assert done.returncode == 0
         status = json.loads(done.stdout)
-        assert set(status) == {"version", "uptime_s", "device", "pool", "sessions", "drives"}
+        assert set(status) == {"version", "uptime_s", "device", "pool", "sessions", "drives", "draining"}
         assert status["device"]["driver"] == "host"
         assert status["pool"]["used_bytes"] == 0
         mine = [

@@ -146,6 +146,8 @@ def _furnish(machine: Machine, package: Path) -> None:
         machine.run("useradd", "--create-home", *groups, user)
     configuration = machine.root / "etc/hillinfer/hillinferd.toml"
     shutil.copy(configuration, configuration.with_suffix(".toml.package"))
+    # A worker that hangs is given up soon.
+    machine.configure(request_timeout="2")
 
 
 def _clear(directory: Path, name: str) -> None:

@@ -142,7 +142,7 @@ def test_the_sandbox_is_in_force(machine: Machine) -> None:
 
 def test_reload_applies_what_it_can_and_says_what_needs_a_restart(machine: Machine) -> None:
     before, count = machine.daemon, events(machine, "configuration reloaded")
-    machine.configure(session_limit="1", request_timeout="2")
+    machine.configure(session_limit="1", request_timeout="7")
     machine.run("systemctl", "reload", "hillinferd")
     wait_for(lambda: events(machine, "configuration reloaded") > count)
     said = machine.journal()

@@ -73,6 +73,38 @@ def _print_kernel(result: dict[str, Any]) -> None:
     console.print(peers)
 
 
+@app.command("placement")
+def placement_command(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+    ] = None,
+    context_tokens: Annotated[int, typer.Option(min=512, help="Least length of the text.")] = 16384,
+    budget: Annotated[str, typer.Option(help="Tokens attended: a per cent of the past, or a count.")] = "2%",
+    questions: Annotated[int, typer.Option(min=1, help="Asked in turn; they jump about in the text.")] = 8,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Generated after each question.")] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what is read from the cold pool with placing the tokens of the highest last scores in memory.
+
+    The model answers questions about the demo's text; what its steps select is replayed against both.
+    """
+    parsed = parse_budget(budget)
+
+    from hillinfer.bench.placement import SHARES, as_markdown, as_object, compare
+    from hillinfer.bench.selections import record
+    from hillinfer.model_directory import ModelDirectory, bundled_model
+    from hillinfer.progress import progress_for_stderr
+
+    directory = ModelDirectory(model or bundled_model())
+    depth = round(max(SHARES) * context_tokens * 1.25)
+    recording = record(
+        directory, context_tokens, str(parsed), depth, questions, answer_tokens, progress_for_stderr()
+    )
+    told = as_object(recording, str(parsed), compare(recording))
+    print(json.dumps(told, indent=2) if as_json else as_markdown(told))
+
+
 @app.command("recall")
 def recall_command(
     model: Annotated[
@@ -120,3 +152,34 @@ def recall_command(
     from rich.markdown import Markdown
 
     Console().print(Markdown("\n\n".join(tables)))
+
+
+@app.command("sharing")
+def sharing_command(
+    pool_dir: Annotated[Path, typer.Option(help="Directory of the cold pool, 2 GiB.")] = Path("/dev/shm"),
+    tokens: Annotated[int, typer.Option(min=2048, help="Length of each application's context.")] = 32768,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians and ranges are told.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each part of a round takes.")] = 4.0,
+    as_json: JsonOption = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of docs/performance.md.")
+    ] = False,
+) -> None:
+    """Say what several applications of several users get of one drive, under the profile of a SmartSSD.
+
+    Run it as root, so that there can be several users. Times vary with what else runs: repeat it.
+    """
+    from hillinfer.bench.sharing import as_markdown, measure
+    from hillinfer.progress import progress_for_stderr
+
+    found = measure(pool_dir, tokens // 2048 * 2048, rounds, seconds, progress_for_stderr())
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    if markdown:
+        print(as_markdown(found))
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(as_markdown(found)))

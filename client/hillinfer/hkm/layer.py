@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hillinfer.hkm.attention import Part, attend_part, attend_slots, merge
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.padding import Padding
+from hillinfer.hkm.pools import Pools
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
 from hillinfer.session import Brought, EvaluateItem
@@ -38,7 +39,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, cache: HierarchicalCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index  # among the layers kept in the cold pool
-        self._pools: tuple[Slots, HotPool] | None = None
+        self._pools: Pools | None = None
         # Not a cycle: a cache that nobody refers to must free its contexts at once.
         self._cache: HierarchicalCache = weakref.proxy(cache)
         self._seen = 0  # columns so far, padding included
@@ -57,7 +58,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         config = self._cache.config
         contexts = self._cache.open_contexts(batch, kv_heads, head_dim, key_states.dtype)
         recent = max(config.recent, contexts[0].append_unit)
-        self._pools = (
+        self._pools = Pools(
             Slots(batch, kv_heads, head_dim, config.sinks, recent, key_states),
             HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype),
         )
@@ -90,16 +91,20 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._cache
 
     @property
+    def pools(self) -> Pools:
+        """Slots and hot pool together; only once the layer has seen tokens."""
+        assert self._pools is not None
+        return self._pools
+
+    @property
     def slots(self) -> Slots:
         """The attended KV; only once the layer has seen tokens."""
-        assert self._pools is not None
-        return self._pools[0]
+        return self.pools.slots
 
     @property
     def hot(self) -> HotPool:
         """The hot pool; only once the layer has seen tokens."""
-        assert self._pools is not None
-        return self._pools[1]
+        return self.pools.hot
 
     def release(self) -> None:
         """Drop what the pools hold; the layer cannot be used again."""
@@ -310,7 +315,9 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if cache.guarantee is not None:
             if not cache.guarantee.select(self, query, scaling):
                 return self._everything(query, scaling, sum(candidates))
-            return attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self.softcap)
+            output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self.softcap)
+            self.pools.settle()
+            return output
         wanted = [cache.selection_size(int(n), slots) for n in slots.lengths]
         division = cache.divide(slots, max(wanted))
         if not division.keep_slots and wanted == candidates and max(wanted) > 0:
@@ -320,6 +327,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.hot.resize(division.hot_rows)
         self._select(query, wanted)
         output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self.softcap)
+        self.pools.settle()
         if not division.keep_slots:
             cache.account()
             slots.resize(0)
@@ -361,28 +369,11 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._place(row, selection)
 
     def _place(self, row: int, brought: Brought) -> None:
-        slots, hot = self.slots, self.hot
         used = 0
         for head, ids in enumerate(brought.ids):
-            absent = slots.absent(row, head, ids)
-            places = slots.place(row, head, ids)
-            found, at = hot.find(row, head, absent)
-            count = int(len(absent) - found.sum())
-            if count != brought.missing_per_head[head]:
+            absent, places = self.pools.admit(row, head, ids)
+            if len(absent) != brought.missing_per_head[head]:
                 raise CorruptData("the daemon's view of the held tokens differs from the client's")
-            cold = brought.rows[used : used + count]
-            used += count
-            hot.count(row, head, ids, int(slots.lengths[row]))
-            self.fill(row, head, places[found], hot.rows[row, head, at])
-            self.fill(row, head, places[~found], cold)
-            hot.offer(row, head, absent[~found], cold)
-            self._cache.count_selected(len(ids), count)
-
-    def fill(self, row: int, head: int, places: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
-        """Put `rows` [n, 2, D] of the storage dtype into the slots `places` [n]."""
-        if not len(places):
-            return
-        kv = to_rows(rows, self.slots.keys)
-        target = torch.from_numpy(places).to(kv.device)
-        self.slots.keys[row, head].index_copy_(0, target, kv[:, 0])
-        self.slots.values[row, head].index_copy_(0, target, kv[:, 1])
+            self.pools.fill(row, head, places, brought.rows[used : used + len(absent)])
+            used += len(absent)
+            self._cache.count_selected(len(ids), len(absent))

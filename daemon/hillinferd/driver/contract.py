@@ -77,7 +77,8 @@ class Scan:
     """Rank tokens ``first .. end - 1`` for ``q`` int8 [kv_heads, R, head_dim], and find the best ``k``.
 
     ``segments`` ascend and follow one another without a gap; those that hold none of the tokens are passed
-    over. Of R vectors a token gets the greatest score (docs/evaluation.md). For guarantee mode ``q`` is int16
+    over. Of R vectors a token gets the greatest score (docs/evaluation.md); ``offsets`` are theirs, int32
+    [kv_heads, R], or None for zeros. For guarantee mode ``q`` is int16
     [query_heads, 1, head_dim], and a ``histogram`` of all scores is wanted.
     """
 
@@ -87,6 +88,7 @@ class Scan:
     end: int
     k: int
     histogram: bool = False
+    offsets: I32 | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,17 @@ class DamagedKeys(Exception):  # noqa: N818 -- it says what happened, as all err
         self.segment = segment
 
 
+@dataclass
+class Requests:
+    """Read and write requests to the drive since it was opened: runs of consecutive bytes.
+
+    What a card reads from its own drive without the host is not among them.
+    """
+
+    reads: int = 0
+    writes: int = 0
+
+
 class Driver(Protocol):
     """A drive of fixed capacity. Every method blocks; one thread at a time may use a driver.
 
@@ -120,6 +133,11 @@ class Driver(Protocol):
     :class:`~hillinfer_core.errors.DeviceUnavailable` that names it. Bytes never written since the last
     discard are undefined, and reading them is not an error.
     """
+
+    @property
+    def requests(self) -> Requests:
+        """How many requests went to the drive; the same object all the time."""
+        ...
 
     def identify(self) -> Identity:
         """Return what this driver drives."""

@@ -18,6 +18,7 @@ from hillinfer_core.v1 import admin_pb2, admin_pb2_grpc, cold_pool_pb2, cold_poo
 
 from ..logs import get_logger
 from ..service.cold_pool import ColdPoolService
+from ..service.drain import Drain
 from ..service.supervisor import Supervisor
 from .admin import AdminServicer
 from .attach import AttachServer
@@ -50,6 +51,7 @@ class Transports:
         self, service: ColdPoolService, runtime_dir: Path, listening: socket.socket | None = None
     ) -> None:
         self._sessions = service.sessions
+        self._drain = service.sessions.drain
         self._workers = [drive.worker for drive in service.drives]
         self._followers: list[asyncio.Task[None]] = []
         self._attach_path = attach_socket(runtime_dir)
@@ -58,7 +60,7 @@ class Transports:
         # The lock is ours: what lies there was left by a daemon that was killed.
         self._unlink()
         address = f"unix:{self._grpc_path}"
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor(service.count_refused)])
         self._health = health.aio.HealthServicer()
         servicer = ColdPoolServicer(service)
         cold_pool_pb2_grpc.add_ColdPoolServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
@@ -75,6 +77,7 @@ class Transports:
         await self._server.start()
         await self._set_health()
         self._followers = [asyncio.create_task(self._follow(worker)) for worker in self._workers]
+        self._followers.append(asyncio.create_task(self._follow(self._drain)))
         self._attach.start()
 
     async def stop(self) -> None:
@@ -89,12 +92,12 @@ class Transports:
         await self._attach.stop()
         self._unlink()
 
-    async def _follow(self, worker: Supervisor) -> None:
-        async for _ in worker.changes():
+    async def _follow(self, what: Supervisor | Drain) -> None:
+        async for _ in what.changes():
             await self._set_health()
 
     async def _set_health(self) -> None:
-        up = any(worker.up for worker in self._workers)
+        up = not self._drain.on and any(worker.up for worker in self._workers)
         for name in ("", *_SERVICES):
             await self._health.set(name, _SERVING if up else _NOT_SERVING)
 

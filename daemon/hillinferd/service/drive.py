@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,12 +22,13 @@ from ..domain.extents import GRANULE, Extent, ExtentAllocator
 from ..driver.settings import DriverSettings
 from ..logs import get_logger
 from ..worker import messages
-from . import admission, requests
+from . import admission, pieces, requests
 from .context_work import ContextWork
 from .durable_store import DurableStore
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
-from .work_queue import Priority, WorkQueue
+from .usage import Meter, Usage
+from .work_queue import Piece, Priority, WorkQueue
 
 log = get_logger(__name__)
 
@@ -66,7 +68,10 @@ class Drive:
     def __init__(self, settings: DriveSettings, sessions: Sessions, quotas: Quotas, log_level: str) -> None:
         self.name = settings.name
         self.settings = settings
-        self.queue = WorkQueue()
+        self.usage = Usage()
+        self.observer: Callable[[Piece, messages.Traffic], None] | None = None
+        self._meter = Meter()
+        self.queue = WorkQueue(self._account)
         self.worker = Supervisor(
             settings.name,
             settings.driver,
@@ -143,6 +148,10 @@ class Drive:
 
     async def detach(self, session: Session) -> None:
         """Free what a session holds on this drive; work of it that is already running ends first."""
+        for context in self.catalogue.of_session(session.session_id):
+            # What fails here, with the worker, is freed after it.
+            with suppress(HillInferError):
+                await self._discard_in_pieces(session, context, None)
         await self.queue.submit_urgent(lambda: self._contexts.free(session), operation="detach")
 
     async def open_context(
@@ -156,12 +165,30 @@ class Drive:
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""
         context = self.catalogue.find(session.session_id, context_id)
+        await self._discard_in_pieces(session, context, deadline)
 
         async def work() -> None:
             if self.catalogue.find(session.session_id, context_id) is context:
                 await self._contexts.close(context)
 
         await self._bulk("close", session, work, deadline)
+
+    async def _discard_in_pieces(self, session: Session, context: Context, deadline: float | None) -> None:
+        """Discard what a large context has before it is closed, so that others need not wait for all of it.
+
+        Whatever ends this before its end, closing discards everything.
+        """
+        if context.durable or sum(each.length for each in context.own_extents) <= pieces.DISCARD_BYTES:
+            return
+        for extent in await self._bulk("close", session, lambda: self._contexts.give_up(context), deadline):
+
+            async def work(extent: Extent = extent) -> None:
+                # Once it is closed, its extents may be another's.
+                if self.catalogue.find(session.session_id, context.context_id) is context:
+                    await self._contexts.discard(extent)
+
+            await self._bulk("close", session, work, deadline)
+        context.discarded = True
 
     async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Make a durable context complete and read-only."""
@@ -184,13 +211,17 @@ class Drive:
     ) -> list[messages.Evaluated]:
         """Rank tokens and bring missing rows; one result for each evaluation."""
 
-        async def work() -> list[messages.Evaluated]:
+        async def prepare() -> list[messages.Evaluate]:
             request = admission.evaluate(session, self.catalogue, ask)
-            for item in request.evaluations:
-                await self._contexts.ensure_loaded(self.catalogue.get(session.session_id, item.context_id))
-            return (await self._call(request)).evaluated
+            contexts = [
+                self.catalogue.get(session.session_id, item.context_id) for item in request.evaluations
+            ]
+            for context in contexts:
+                await self._contexts.ensure_loaded(context)
+            return pieces.of_evaluate(request, [context.shape for context in contexts])
 
-        return await self.queue.submit(session, work, deadline, operation="evaluate")
+        done = await self._in_pieces("evaluate", session, prepare, Priority.decode, deadline)
+        return [result for piece in done for result in piece.evaluated]
 
     async def fetch(
         self,
@@ -200,21 +231,18 @@ class Drive:
     ) -> int:
         """Bring rows; return the bytes read from the drive."""
 
-        async def work() -> int:
+        async def prepare() -> Sequence[messages.FetchIds | messages.FetchRange]:
             context = self.catalogue.get(session.session_id, ask.context_id)
-            request: messages.FetchIds | messages.FetchRange
             if isinstance(ask, requests.FetchTail):
-                return await self._contexts.fetch_tail(session, context, ask)
-            if isinstance(ask, requests.FetchRange):
-                request = admission.fetch_range(session, context, ask)
-            else:
-                request = admission.fetch_ids(session, context, ask)
-                if not request.count_per_head:
-                    return 0
+                await self._contexts.fetch_tail(session, context, ask)
+                return []
             await self._contexts.ensure_loaded(context)
-            return (await self._call(request)).traffic.read
+            if isinstance(ask, requests.FetchRange):
+                return pieces.of_range(admission.fetch_range(session, context, ask), context.shape)
+            return pieces.of_ids(admission.fetch_ids(session, context, ask), context.shape.row_bytes)
 
-        return await self.queue.submit(session, work, deadline, operation="fetch")
+        done = await self._in_pieces("fetch", session, prepare, pieces.priority_of(ask), deadline)
+        return sum(piece.traffic.read for piece in done)
 
     def _check_known(self) -> None:
         if not self.known:
@@ -254,10 +282,41 @@ class Drive:
     ) -> T:
         return await self.queue.submit(session, work, deadline, operation=operation, priority=Priority.bulk)
 
+    async def _in_pieces(
+        self,
+        operation: str,
+        session: Session,
+        prepare: Callable[[], Awaitable[Sequence[messages.Request]]],
+        priority: Priority,
+        deadline: float | None,
+    ) -> list[messages.Done]:
+        """Carry out what ``prepare`` makes, each piece in a turn of its own."""
+        done: list[messages.Done] = []
+
+        async def work() -> bool:
+            # Checked anew each time: meanwhile the context may have been closed, or lost.
+            parts = await prepare()
+            if parts:
+                done.append(await self._call(parts[len(done)]))
+            return len(done) < len(parts)
+
+        while await self.queue.submit(session, work, deadline, operation=operation, priority=priority):
+            pass
+        return done
+
     async def _call(self, request: messages.Request, fd: int | None = None) -> messages.Done:
         done = await self.worker.call(request, fd)
         self.key_bytes = done.key_bytes
         return done
+
+    def _account(self, piece: Piece) -> None:
+        # One piece at a time: what was moved since the last one was moved by this one.
+        moved = self._meter.moved(self.worker.traffic)
+        self.usage.add(piece, moved)
+        if isinstance(piece.flow, Session):
+            piece.flow.usage.add(piece, moved)
+        if self.observer is not None:
+            self.observer(piece, moved)
 
     async def _heartbeat(self) -> None:
         while True:
