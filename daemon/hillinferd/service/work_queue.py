@@ -96,7 +96,6 @@ class WorkQueue:
         self._some = asyncio.Event()
         self._shares = {priority: FairShare() for priority in Priority}
         self._bulk_due = 0.0
-        self._last: Priority | None = None
 
     @property
     def busy(self) -> bool:
@@ -212,8 +211,8 @@ class WorkQueue:
             return Priority.decode
         if not waiting[Priority.decode]:
             return Priority.bulk
-        owed = self._bulk_due > 0 and self._last is not Priority.bulk
-        return Priority.bulk if owed else Priority.decode
+        # Never above 0 after a piece of bulk, so that decode is next after it.
+        return Priority.bulk if self._bulk_due > 0 else Priority.decode
 
     async def _carry_out(self, entry: _Entry) -> None:
         contended = self._is_contended(entry)
@@ -235,7 +234,6 @@ class WorkQueue:
     def _charge(self, entry: _Entry, seconds: float, contended: bool) -> None:
         if entry.flow is None or entry.priority is None:
             return
-        self._last = entry.priority
         # Not to a session that ended meanwhile: nobody would forget it again.
         if entry.flow.session_id in self._waiting:
             self._shares[entry.priority].charge(entry.flow.session_id, entry.flow.weight, seconds)
