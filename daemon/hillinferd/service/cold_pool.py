@@ -76,6 +76,11 @@ class ColdPoolService:
         for drive in self.drives:
             drive.apply(limits.quotas)
 
+    def set_log_level(self, level: str) -> None:
+        """Have workers that start from now on log from ``level``."""
+        for drive in self.drives:
+            drive.worker.set_log_level(level)
+
     def observe(self, observer: Callable[[Drive, Piece, messages.Traffic], None]) -> None:
         """Have ``observer`` called with each piece of work that a drive is done with, and the bytes moved.
 

@@ -125,6 +125,11 @@ class Drive:
         self._quotas = quotas
         self.catalogue.quotas = quotas
 
+    @property
+    def supervised(self) -> bool:
+        """Whether everything that :meth:`serve` began still goes on."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+
     def gone(self, reason: str) -> None:
         """Put the worker down: the drive was removed. What waits fails, volatile contexts are lost."""
         log.error("drive is gone", drive=self.name, reason=reason)
