@@ -19,7 +19,9 @@ from hillinfer.bench.kvpath.workload import LayerShape, Workload
 _WIDTHS = {"8b": (4096, 14336, 128256), "1b": (2048, 8192, 128256)}
 
 
-def synthetic_model(name: str, shape: LayerShape, layers: int, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def synthetic_model(
+    name: str, shape: LayerShape, layers: int, device: str, dtype: torch.dtype
+) -> PreTrainedModel:
     """Return a Llama of `shape` with `layers` layers and random weights, made where it runs."""
     hidden, intermediate, vocabulary = _WIDTHS[name]
     config = LlamaConfig(

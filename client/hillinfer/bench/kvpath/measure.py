@@ -63,6 +63,8 @@ class _Running:
                 started = time.perf_counter()
                 stage(layer, self.cache, query)
                 times.append(time.perf_counter() - started)
+                # What a step does while its attention computes, and after.
+                layer.pools.settle()
                 self.cache.account()
         self.times.append(times)
         self.read_bytes += counters.read_bytes - before
