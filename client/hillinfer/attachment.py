@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,8 @@ from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.coverage import check_model
 from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
+from hillinfer.pipeline.choice import Predictor
+from hillinfer.pipeline.hooks import PredictionHooks
 from hillinfer.report import MassReport
 from hillinfer.session import Session
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
@@ -53,6 +55,7 @@ class Attachment:
         config: HkmConfig,
         policy: SelectionPolicy | None,
         owns_session: bool,
+        hooks: PredictionHooks | None = None,
     ) -> None:
         register()
         self.session = session
@@ -66,6 +69,7 @@ class Attachment:
         self._previous = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION_NAME)
         self._hook = model.register_forward_pre_hook(self._swap_cache, with_kwargs=True)
+        self._predictions = hooks
 
     def new_cache(
         self, *, durable: str | None = None, base: str | None = None, labels: Mapping[str, str] | None = None
@@ -113,6 +117,8 @@ class Attachment:
             return
         self._attached = False
         self._hook.remove()
+        if self._predictions is not None:
+            self._predictions.close()
         self.model.set_attn_implementation(self._previous)
         for cache in list(self._caches):
             cache.close()
@@ -158,6 +164,7 @@ def attach(
     sinks: int = 4,
     recent: int = 32,
     policy: SelectionPolicy | None = None,
+    predictor: str = "auto",
 ) -> Attachment:
     """Keep the model's KV cache in the cold pool; `model.generate` then works unchanged.
 
@@ -169,6 +176,8 @@ def attach(
     `Report.mass` says what was reached). resident: bytes of DRAM and accelerator memory for the KV of each
     cache, client and daemon together. precision: of the evaluation keys, "int8" or
     "int4" (the default, but for min_mass).
+    predictor: the query that ranks the tokens of a step, see `Predictor`;
+    "auto" chooses for each layer, and means "exact" for models whose layers it does not know.
     session: an open Session; else one is made on `socket` (default: the
     system's daemon) and closed by `detach`.
 
@@ -180,6 +189,12 @@ def attach(
         key_precision = Precision(precision)
     except ValueError:
         raise UnsupportedModel(f"precision {precision!r} is not known: int8 or int4") from None
+    try:
+        chosen = Predictor(predictor)
+    except ValueError:
+        raise InvalidInput(f"predictor {predictor!r} is not known: {', '.join(Predictor)}") from None
+    if min_mass is not None and chosen not in (Predictor.auto, Predictor.exact):
+        raise InvalidInput(f"min_mass needs the exact query: leave out predictor={chosen.value!r}")
     if min_mass is not None and (budget is not None or policy is not None):
         raise InvalidInput(
             "min_mass decides how many tokens are attended and which: give no budget or policy"
@@ -191,10 +206,23 @@ def attach(
         sinks,
         recent,
         min_mass,
+        chosen,
     )
     _check(model)
+    hooks = None
+    try:
+        hooks = PredictionHooks(model)
+    except UnsupportedModel:
+        if chosen is Predictor.next_layer:
+            raise
+        config = replace(config, predictor=Predictor.exact if chosen is Predictor.auto else chosen)
     owns = session is None
-    return Attachment(model, session or Session.connect(socket), config, policy, owns)
+    try:
+        return Attachment(model, session or Session.connect(socket), config, policy, owns, hooks)
+    except BaseException:
+        if hooks is not None:
+            hooks.close()
+        raise
 
 
 def _check(model: PreTrainedModel) -> None:
