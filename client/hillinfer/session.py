@@ -336,6 +336,10 @@ class Session:
             self.counters.read_bytes += result.read_bytes
         return response
 
+    def new_stream(self) -> EvaluateStream:
+        """For the library's own use: another evaluation stream of this session, not counted, not locked."""
+        return EvaluateStream(self._stub, self._metadata, self.timeout_s)
+
     def _ask_ring(self, method: str, request: Any) -> Any:
         assert self._ring is not None
         with self._awaiting(method):

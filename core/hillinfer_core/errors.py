@@ -79,6 +79,12 @@ class DaemonUnavailable(HillInferError):
     status = "UNAVAILABLE"
 
 
+class Draining(HillInferError):
+    """The daemon takes in no new sessions and contexts: it is about to stop, or is being looked after."""
+
+    status = "UNAVAILABLE"
+
+
 class DeadlineExceeded(HillInferError):
     """The call was not finished within its deadline."""
 

@@ -46,3 +46,8 @@ def attach_socket(runtime_dir: Path) -> Path:
 def grpc_socket(runtime_dir: Path) -> Path:
     """Return the path of the gRPC socket in ``runtime_dir``."""
     return runtime_dir / "grpc.sock"
+
+
+def metrics_socket(runtime_dir: Path) -> Path:
+    """Return the path of the socket of the daemon's metrics in ``runtime_dir``."""
+    return runtime_dir / "metrics.sock"

@@ -55,6 +55,7 @@ class Config:
     limits: Limits
     request_timeout: int
     exit_when_idle: int
+    metrics_file: Path | None
     log_level: str
     drives: tuple[DriveConfig, ...]
 
@@ -186,6 +187,14 @@ KEYS = (
         lambda _: 0,
         "a number of seconds, 0 for never",
         "end after so many seconds without a session (default: never)",
+    ),
+    Key(
+        "metrics_file",
+        config_key.path,
+        lambda _: None,
+        "a file",
+        "file of metrics for node_exporter's textfile collector, whose name must end in .prom; the socket "
+        "metrics.sock has them anyway (default: none)",
     ),
     Key(
         "log_level",

@@ -8,7 +8,7 @@ import typer
 
 from hillinfer_core.errors import HillInferError
 
-from .commands import cec, contexts, devices, pool
+from .commands import administer, cec, contexts, devices, pool, sessions
 from .commands.status import status
 
 app = typer.Typer(
@@ -17,9 +17,14 @@ app = typer.Typer(
     help="Ask a running hillinferd, look after its drives and cards, or plan for a card.",
 )
 app.command()(status)
+app.command()(sessions.sessions)
+app.command()(sessions.top)
 app.add_typer(contexts.app, name="contexts")
 app.command("format")(pool.format_command)
 app.command()(pool.fsck)
+app.command()(administer.drain)
+app.command()(administer.undrain)
+app.command()(administer.close)
 app.add_typer(devices.app)
 app.add_typer(cec.app, name="cec")
 

@@ -22,6 +22,7 @@ from . import __version__, config, records
 from .driver.block import names_device
 from .driver.settings import DriverSettings
 from .logs import get_logger, set_up
+from .metrics.metrics import Metrics
 from .process import RuntimeLock, die_with_parent, make_runtime_dir
 from .rpc.server import Transports
 from .service.cold_pool import ColdPoolService
@@ -50,6 +51,7 @@ def _serve(
     ] = None,
     profile: Annotated[str | None, typer.Option(help=config.help_of("profile"))] = None,
     exit_when_idle: Annotated[int | None, typer.Option(help=config.help_of("exit_when_idle"))] = None,
+    metrics_file: Annotated[Path | None, typer.Option(help=config.help_of("metrics_file"))] = None,
     log_level: Annotated[str | None, typer.Option(help=config.help_of("log_level"))] = None,
     die_with_parent_: Annotated[
         bool, typer.Option("--die-with-parent", help="end when the process that started this one ends")
@@ -73,6 +75,7 @@ def _serve(
             "evaluation_keys_dram": evaluation_keys_dram,
             "profile": profile,
             "exit_when_idle": exit_when_idle,
+            "metrics_file": metrics_file,
             "log_level": log_level,
         },
     )
@@ -103,7 +106,9 @@ async def _run(settings: config.Config) -> None:
     await service.start()
     try:
         transports = Transports(service, settings.runtime_dir)
+        metrics = Metrics(service, settings.runtime_dir, settings.metrics_file)
         try:
+            await metrics.start()
             await transports.start()
             _announce(service, settings)
             async with _following(service, settings):
@@ -111,6 +116,7 @@ async def _run(settings: config.Config) -> None:
             log.info("stopping")
         finally:
             await transports.stop()
+            await metrics.stop()
     finally:
         await service.stop()
     log.info("stopped")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hillinfer.bench import kernel as bench
-from hillinfer.bench import peers
+from hillinfer.bench import peers, sharing
 from hillinfer.bench.recall import as_markdown, measure, untrained_qwen3
 from hillinfer.commands import app
 from hillinfer.demo import make_demo
@@ -130,3 +131,27 @@ def test_the_kernel_command_prints_json_and_tables(monkeypatch):
     table = CliRunner().invoke(app, ["bench", "kernel"]).output
     assert "4,096 x 2 x 64" in table
     assert "the same job" in table
+
+
+def test_the_sharing_bench_gives_every_figure(tmp_path):
+    command = ["bench", "sharing", "--pool-dir", str(tmp_path), "--tokens", "4096", "--rounds", "1"]
+    done = CliRunner().invoke(app, [*command, "--seconds", "0.5", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    for name in ("alone", "together", "throughput_ratio", "p99_ratio", "appended_mb_per_s"):
+        assert result[name]["median"] > 0
+        assert len(result[name]["rounds"]) == 1
+    assert 0 < result["jain"]["median"] <= 1
+    assert set(result["shares"]) == ({"1", "2", "4"} if os.getuid() == 0 else set())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tables_of_the_sharing_bench():
+    found = sharing.Sharing(shares={2: sharing.Figure([0.25, 0.35, 0.3])})
+    for name in ("alone", "together", "throughput_ratio", "jain", "p99_ratio", "appended_mb_per_s"):
+        getattr(found, name).rounds.append(1.0)
+    for name in ("p50_alone_ms", "p99_alone_ms", "p50_beside_append_ms", "p99_beside_append_ms"):
+        getattr(found, name).rounds.append(2.0)
+    table = sharing.as_markdown(found)
+    assert "| share at weight 2 of 7 | 0.3 (0.25 to 0.35) |" in table
+    assert "only root" in sharing.as_markdown(sharing.Sharing(**(vars(found) | {"shares": {}})))

@@ -15,6 +15,7 @@ import pytest
 from raw_client import RawClient, Refused, random_rows, running_daemon, wait_for
 
 from hillinfer_core.layout import DType, Precision, Shape
+from hillinferd.domain.durable import MAX_APPEND_ROWS
 
 SHAPE = Shape(2, 2, 64, DType.float16, Precision.int4)
 RNG = np.random.default_rng(11)
@@ -305,15 +306,22 @@ def test_contexts_are_listed_deleted_and_checked_from_the_command_line(runtime_d
 
 
 def test_an_append_as_large_as_allowed_has_an_answer_of_any_size(durable: Path) -> None:
-    shape = Shape(1, 64, 128, DType.float16, Precision.int4)
+    # The narrower the rows, the more of them, and of their checksums, in one append.
+    shape = Shape(1, 64, 8, DType.float16, Precision.int4)
     with RawClient(durable, 20 << 20) as client:
         opened = client.open_named(shape, durable_name="wide")
+        assert opened.append_limit * shape.kv_heads == MAX_APPEND_ROWS
         rows = random_rows(RNG, shape, opened.append_limit)
         assert client.append(opened.context_id, 0, 0, rows).layer_tokens == opened.append_limit
         found = client.fetch_range(opened.context_id, shape, 0, 0, 100)
         np.testing.assert_array_equal(found, rows[:, :100])
         with pytest.raises(Refused, match="at most"):
-            client.append(opened.context_id, 0, opened.append_limit, np.repeat(rows, 2, axis=1)[:, :528])
+            client.append(
+                opened.context_id,
+                0,
+                opened.append_limit,
+                np.repeat(rows, 2, axis=1)[:, : opened.append_limit + shape.append_unit],
+            )
 
 
 def test_recycled_space_shows_nothing_of_whoever_had_it(durable: Path) -> None:

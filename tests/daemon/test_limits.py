@@ -189,7 +189,7 @@ def test_weights_are_given_at_attach_and_changed_for_sessions_that_are_there(run
 def test_an_observer_hears_of_every_operation_with_its_session(runtime_dir: Path) -> None:
     with served(runtime_dir, drive_settings("one", runtime_dir / "pool")) as service:
         told: list[tuple[str, Piece]] = []
-        service.run(lambda: service.service.observe(lambda drive, piece: told.append((drive.name, piece))))
+        service.run(lambda: service.service.observe(lambda drive, piece, _: told.append((drive.name, piece))))
         with RawClient(runtime_dir) as client:
             (session,) = service.run(lambda: list(service.service.sessions))
             context = client.open(SHAPE)

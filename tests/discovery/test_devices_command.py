@@ -17,6 +17,7 @@ CTL = [sys.executable, "-m", "hillinferd.ctl"]
 needs_umockdev = pytest.mark.skipif(not shutil.which("umockdev-run"), reason="umockdev is not installed")
 
 CHECKS = [
+    "daemon",
     "discovery",
     "card",
     "p2p",

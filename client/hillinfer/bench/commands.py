@@ -120,3 +120,34 @@ def recall_command(
     from rich.markdown import Markdown
 
     Console().print(Markdown("\n\n".join(tables)))
+
+
+@app.command("sharing")
+def sharing_command(
+    pool_dir: Annotated[Path, typer.Option(help="Directory of the cold pool, 2 GiB.")] = Path("/dev/shm"),
+    tokens: Annotated[int, typer.Option(min=2048, help="Length of each application's context.")] = 32768,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians and ranges are told.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each part of a round takes.")] = 4.0,
+    as_json: JsonOption = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of docs/performance.md.")
+    ] = False,
+) -> None:
+    """Say what several applications of several users get of one drive, under the profile of a SmartSSD.
+
+    Run it as root, so that there can be several users. Times vary with what else runs: repeat it.
+    """
+    from hillinfer.bench.sharing import as_markdown, measure
+    from hillinfer.progress import progress_for_stderr
+
+    found = measure(pool_dir, tokens // 2048 * 2048, rounds, seconds, progress_for_stderr())
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    if markdown:
+        print(as_markdown(found))
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(as_markdown(found)))

@@ -25,29 +25,37 @@ _sym_db = _symbol_database.Default()
 from hillinfer_core.v1 import cold_pool_pb2 as hillinfer__core_dot_v1_dot_cold__pool__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dhillinfer_core/v1/admin.proto\x12\x0chillinfer.v1\x1a!hillinfer_core/v1/cold_pool.proto\"!\n\x10\x43\x65\x63StatusRequest\x12\r\n\x05\x64rive\x18\x01 \x01(\t\"9\n\x11\x43\x65\x63StatusResponse\x12$\n\x05\x63\x61rds\x18\x01 \x03(\x0b\x32\x15.hillinfer.v1.CecCard\"-\n\x0e\x43\x65\x63LoadRequest\x12\r\n\x05\x64rive\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"6\n\x0f\x43\x65\x63LoadResponse\x12#\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x15.hillinfer.v1.CecCard\"#\n\x12\x43\x65\x63RollbackRequest\x12\r\n\x05\x64rive\x18\x01 \x01(\t\":\n\x13\x43\x65\x63RollbackResponse\x12#\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x15.hillinfer.v1.CecCard\"\xf9\x01\n\x07\x43\x65\x63\x43\x61rd\x12\x0c\n\x04\x63\x61rd\x18\x01 \x01(\t\x12\x17\n\x0finterface_uuids\x18\x02 \x03(\t\x12\x13\n\x0bloaded_uuid\x18\x03 \x01(\t\x12\x13\n\x0bgood_loaded\x18\x04 \x01(\x08\x12%\n\x04good\x18\x05 \x01(\x0b\x32\x17.hillinfer.v1.Bitstream\x12)\n\x08previous\x18\x06 \x01(\x0b\x32\x17.hillinfer.v1.Bitstream\x12*\n\tcatalogue\x18\x07 \x03(\x0b\x32\x17.hillinfer.v1.Bitstream\x12\x10\n\x08\x63ontexts\x18\x08 \x01(\r\x12\r\n\x05\x64rive\x18\t \x01(\t\"\x90\x01\n\tBitstream\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12*\n\tprecision\x18\x04 \x01(\x0e\x32\x17.hillinfer.v1.Precision\x12\x11\n\thead_dims\x18\x05 \x03(\r\x12\x16\n\x0einterface_uuid\x18\x06 \x01(\t2\xf1\x01\n\x05\x41\x64min\x12L\n\tCecStatus\x12\x1e.hillinfer.v1.CecStatusRequest\x1a\x1f.hillinfer.v1.CecStatusResponse\x12\x46\n\x07\x43\x65\x63Load\x12\x1c.hillinfer.v1.CecLoadRequest\x1a\x1d.hillinfer.v1.CecLoadResponse\x12R\n\x0b\x43\x65\x63Rollback\x12 .hillinfer.v1.CecRollbackRequest\x1a!.hillinfer.v1.CecRollbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dhillinfer_core/v1/admin.proto\x12\x0chillinfer.v1\x1a!hillinfer_core/v1/cold_pool.proto\"\x1a\n\x0c\x44rainRequest\x12\n\n\x02on\x18\x01 \x01(\x08\"Q\n\rDrainResponse\x12\n\n\x02on\x18\x01 \x01(\x08\x12\x10\n\x08sessions\x18\x02 \x01(\r\x12\x10\n\x08\x63ontexts\x18\x03 \x01(\r\x12\x10\n\x08requests\x18\x04 \x01(\r\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\"E\n\x14\x43loseSessionResponse\x12\x13\n\x0b\x63lient_name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0b\n\x03uid\x18\x03 \x01(\r\"!\n\x10\x43\x65\x63StatusRequest\x12\r\n\x05\x64rive\x18\x01 \x01(\t\"9\n\x11\x43\x65\x63StatusResponse\x12$\n\x05\x63\x61rds\x18\x01 \x03(\x0b\x32\x15.hillinfer.v1.CecCard\"-\n\x0e\x43\x65\x63LoadRequest\x12\r\n\x05\x64rive\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"6\n\x0f\x43\x65\x63LoadResponse\x12#\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x15.hillinfer.v1.CecCard\"#\n\x12\x43\x65\x63RollbackRequest\x12\r\n\x05\x64rive\x18\x01 \x01(\t\":\n\x13\x43\x65\x63RollbackResponse\x12#\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x15.hillinfer.v1.CecCard\"\xf9\x01\n\x07\x43\x65\x63\x43\x61rd\x12\x0c\n\x04\x63\x61rd\x18\x01 \x01(\t\x12\x17\n\x0finterface_uuids\x18\x02 \x03(\t\x12\x13\n\x0bloaded_uuid\x18\x03 \x01(\t\x12\x13\n\x0bgood_loaded\x18\x04 \x01(\x08\x12%\n\x04good\x18\x05 \x01(\x0b\x32\x17.hillinfer.v1.Bitstream\x12)\n\x08previous\x18\x06 \x01(\x0b\x32\x17.hillinfer.v1.Bitstream\x12*\n\tcatalogue\x18\x07 \x03(\x0b\x32\x17.hillinfer.v1.Bitstream\x12\x10\n\x08\x63ontexts\x18\x08 \x01(\r\x12\r\n\x05\x64rive\x18\t \x01(\t\"\x90\x01\n\tBitstream\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12*\n\tprecision\x18\x04 \x01(\x0e\x32\x17.hillinfer.v1.Precision\x12\x11\n\thead_dims\x18\x05 \x03(\r\x12\x16\n\x0einterface_uuid\x18\x06 \x01(\t2\x8a\x03\n\x05\x41\x64min\x12@\n\x05\x44rain\x12\x1a.hillinfer.v1.DrainRequest\x1a\x1b.hillinfer.v1.DrainResponse\x12U\n\x0c\x43loseSession\x12!.hillinfer.v1.CloseSessionRequest\x1a\".hillinfer.v1.CloseSessionResponse\x12L\n\tCecStatus\x12\x1e.hillinfer.v1.CecStatusRequest\x1a\x1f.hillinfer.v1.CecStatusResponse\x12\x46\n\x07\x43\x65\x63Load\x12\x1c.hillinfer.v1.CecLoadRequest\x1a\x1d.hillinfer.v1.CecLoadResponse\x12R\n\x0b\x43\x65\x63Rollback\x12 .hillinfer.v1.CecRollbackRequest\x1a!.hillinfer.v1.CecRollbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hillinfer_core.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CECSTATUSREQUEST']._serialized_start=82
-  _globals['_CECSTATUSREQUEST']._serialized_end=115
-  _globals['_CECSTATUSRESPONSE']._serialized_start=117
-  _globals['_CECSTATUSRESPONSE']._serialized_end=174
-  _globals['_CECLOADREQUEST']._serialized_start=176
-  _globals['_CECLOADREQUEST']._serialized_end=221
-  _globals['_CECLOADRESPONSE']._serialized_start=223
-  _globals['_CECLOADRESPONSE']._serialized_end=277
-  _globals['_CECROLLBACKREQUEST']._serialized_start=279
-  _globals['_CECROLLBACKREQUEST']._serialized_end=314
-  _globals['_CECROLLBACKRESPONSE']._serialized_start=316
-  _globals['_CECROLLBACKRESPONSE']._serialized_end=374
-  _globals['_CECCARD']._serialized_start=377
-  _globals['_CECCARD']._serialized_end=626
-  _globals['_BITSTREAM']._serialized_start=629
-  _globals['_BITSTREAM']._serialized_end=773
-  _globals['_ADMIN']._serialized_start=776
-  _globals['_ADMIN']._serialized_end=1017
+  _globals['_DRAINREQUEST']._serialized_start=82
+  _globals['_DRAINREQUEST']._serialized_end=108
+  _globals['_DRAINRESPONSE']._serialized_start=110
+  _globals['_DRAINRESPONSE']._serialized_end=191
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=193
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=234
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=236
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=305
+  _globals['_CECSTATUSREQUEST']._serialized_start=307
+  _globals['_CECSTATUSREQUEST']._serialized_end=340
+  _globals['_CECSTATUSRESPONSE']._serialized_start=342
+  _globals['_CECSTATUSRESPONSE']._serialized_end=399
+  _globals['_CECLOADREQUEST']._serialized_start=401
+  _globals['_CECLOADREQUEST']._serialized_end=446
+  _globals['_CECLOADRESPONSE']._serialized_start=448
+  _globals['_CECLOADRESPONSE']._serialized_end=502
+  _globals['_CECROLLBACKREQUEST']._serialized_start=504
+  _globals['_CECROLLBACKREQUEST']._serialized_end=539
+  _globals['_CECROLLBACKRESPONSE']._serialized_start=541
+  _globals['_CECROLLBACKRESPONSE']._serialized_end=599
+  _globals['_CECCARD']._serialized_start=602
+  _globals['_CECCARD']._serialized_end=851
+  _globals['_BITSTREAM']._serialized_start=854
+  _globals['_BITSTREAM']._serialized_end=998
+  _globals['_ADMIN']._serialized_start=1001
+  _globals['_ADMIN']._serialized_end=1395
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,16 @@ class AdminStub(object):
         Args:
             channel: A grpc.Channel.
         """
+        self.Drain = channel.unary_unary(
+                '/hillinfer.v1.Admin/Drain',
+                request_serializer=hillinfer__core_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=hillinfer__core_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.CloseSession = channel.unary_unary(
+                '/hillinfer.v1.Admin/CloseSession',
+                request_serializer=hillinfer__core_dot_v1_dot_admin__pb2.CloseSessionRequest.SerializeToString,
+                response_deserializer=hillinfer__core_dot_v1_dot_admin__pb2.CloseSessionResponse.FromString,
+                _registered_method=True)
         self.CecStatus = channel.unary_unary(
                 '/hillinfer.v1.Admin/CecStatus',
                 request_serializer=hillinfer__core_dot_v1_dot_admin__pb2.CecStatusRequest.SerializeToString,
@@ -53,6 +63,21 @@ class AdminStub(object):
 
 class AdminServicer(object):
     """Missing associated documentation comment in .proto file."""
+
+    def Drain(self, request, context):
+        """Refuses new sessions and contexts with Draining from now on, or takes them
+        in again. What is open goes on. A session without an arena is still let in.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseSession(self, request, context):
+        """Ends a session as if its client had hung up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def CecStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -79,6 +104,16 @@ class AdminServicer(object):
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=hillinfer__core_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=hillinfer__core_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'CloseSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSession,
+                    request_deserializer=hillinfer__core_dot_v1_dot_admin__pb2.CloseSessionRequest.FromString,
+                    response_serializer=hillinfer__core_dot_v1_dot_admin__pb2.CloseSessionResponse.SerializeToString,
+            ),
             'CecStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.CecStatus,
                     request_deserializer=hillinfer__core_dot_v1_dot_admin__pb2.CecStatusRequest.FromString,
@@ -104,6 +139,60 @@ def add_AdminServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Admin(object):
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hillinfer.v1.Admin/Drain',
+            hillinfer__core_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            hillinfer__core_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hillinfer.v1.Admin/CloseSession',
+            hillinfer__core_dot_v1_dot_admin__pb2.CloseSessionRequest.SerializeToString,
+            hillinfer__core_dot_v1_dot_admin__pb2.CloseSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def CecStatus(request,

@@ -307,23 +307,25 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "device", "pool", "sessions", "drives")
+    __slots__ = ("version", "uptime_s", "device", "pool", "sessions", "drives", "draining")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     DRIVES_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     device: DeviceStatus
     pool: PoolStatus
     sessions: _containers.RepeatedCompositeFieldContainer[SessionStatus]
     drives: _containers.RepeatedCompositeFieldContainer[DriveStatus]
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., drives: _Optional[_Iterable[_Union[DriveStatus, _Mapping]]] = ...) -> None: ...
+    draining: bool
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., drives: _Optional[_Iterable[_Union[DriveStatus, _Mapping]]] = ..., draining: bool = ...) -> None: ...
 
 class DriveStatus(_message.Message):
-    __slots__ = ("name", "state", "device", "pool", "durable_contexts", "durable_bytes", "reason")
+    __slots__ = ("name", "state", "device", "pool", "durable_contexts", "durable_bytes", "reason", "usage", "waiting")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -331,6 +333,8 @@ class DriveStatus(_message.Message):
     DURABLE_CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     DURABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     device: DeviceStatus
@@ -338,7 +342,29 @@ class DriveStatus(_message.Message):
     durable_contexts: int
     durable_bytes: int
     reason: str
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., durable_contexts: _Optional[int] = ..., durable_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    usage: Usage
+    waiting: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., durable_contexts: _Optional[int] = ..., durable_bytes: _Optional[int] = ..., reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., waiting: _Optional[int] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("pieces", "queue_s", "device_s", "written_bytes", "read_bytes", "evaluated_bytes", "winners", "missing")
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_S_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WINNERS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    pieces: int
+    queue_s: float
+    device_s: float
+    written_bytes: int
+    read_bytes: int
+    evaluated_bytes: int
+    winners: int
+    missing: int
+    def __init__(self, pieces: _Optional[int] = ..., queue_s: _Optional[float] = ..., device_s: _Optional[float] = ..., written_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., winners: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
     __slots__ = ("driver", "path", "direct_io", "worker_pid", "worker_restarts", "written_bytes", "read_bytes", "evaluated_bytes", "evaluation_key_bytes", "evaluation_key_limit_bytes", "profile", "streamed_bytes")
@@ -379,20 +405,28 @@ class PoolStatus(_message.Message):
     def __init__(self, capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., extents: _Optional[int] = ...) -> None: ...
 
 class SessionStatus(_message.Message):
-    __slots__ = ("session_id", "client_name", "pid", "uid", "arena_bytes", "contexts")
+    __slots__ = ("session_id", "client_name", "pid", "uid", "arena_bytes", "contexts", "age_s", "weight", "requests", "usage")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
     CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     client_name: str
     pid: int
     uid: int
     arena_bytes: int
     contexts: _containers.RepeatedCompositeFieldContainer[ContextStatus]
-    def __init__(self, session_id: _Optional[int] = ..., client_name: _Optional[str] = ..., pid: _Optional[int] = ..., uid: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., contexts: _Optional[_Iterable[_Union[ContextStatus, _Mapping]]] = ...) -> None: ...
+    age_s: float
+    weight: float
+    requests: int
+    usage: Usage
+    def __init__(self, session_id: _Optional[int] = ..., client_name: _Optional[str] = ..., pid: _Optional[int] = ..., uid: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., contexts: _Optional[_Iterable[_Union[ContextStatus, _Mapping]]] = ..., age_s: _Optional[float] = ..., weight: _Optional[float] = ..., requests: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class ContextStatus(_message.Message):
     __slots__ = ("context_id", "tokens", "extent_bytes", "layers", "kv_heads", "head_dim", "dtype", "precision")

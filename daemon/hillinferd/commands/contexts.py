@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from hillinfer_core.units import format_bytes
@@ -16,6 +15,8 @@ from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 
 from .connection import JsonOption, SocketOption, connected, to_plain
+from .console import wide_console
+from .users import user_name
 
 DELETE_TIMEOUT_S = 60.0
 """Longest that a deletion may take: its space is discarded on the drive. Our choice."""
@@ -33,11 +34,11 @@ def list_contexts(context: typer.Context, as_json: JsonOption = False, socket: S
     if as_json:
         print(json.dumps(to_plain(found), indent=2))
         return
-    table = Table("name", "uid", "state", "tokens", "size", "shape", "used by", "made")
+    table = Table("name", "user", "state", "tokens", "size", "shape", "used by", "made")
     for item in found.contexts:
         table.add_row(
             item.name,
-            str(item.uid),
+            user_name(item.uid),
             "saved" if item.saved else "not saved",
             f"{item.tokens:,}",
             format_bytes(item.extent_bytes),
@@ -45,7 +46,7 @@ def list_contexts(context: typer.Context, as_json: JsonOption = False, socket: S
             str(item.users),
             datetime.fromtimestamp(item.created_unix_s, UTC).strftime("%Y-%m-%d %H:%M"),
         )
-    Console().print(table if found.contexts else "no durable contexts")
+    wide_console().print(table if found.contexts else "no durable contexts")
 
 
 @app.command("delete")

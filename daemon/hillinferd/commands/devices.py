@@ -20,6 +20,9 @@ from ..discovery.model import Inventory, Link, Namespace, Problem, SmartSsd
 from ..discovery.udev import UdevUnavailable
 from ..doctor.examine import examine
 from ..doctor.model import Check, Machine, Verdict
+from .connection import SocketOption
+from .console import wide_console
+from .daemon_check import look_at_daemon
 
 NOTHING = (
     "No NVMe drive and no SmartSSD was found. None is needed: "
@@ -38,7 +41,7 @@ def devices(
     if as_json:
         print(json.dumps(to_plain(found), indent=2))
     else:
-        _show_devices(found, Console(markup=False))
+        _show_devices(found, wide_console())
 
 
 @app.command(help="Check what the daemon needs of this machine; exit code 1 if something failed.")
@@ -50,6 +53,7 @@ def doctor(
             "--pool", help="file, directory or block device of the cold pool (default: the daemon's)"
         ),
     ] = None,
+    socket: SocketOption = None,
 ) -> None:
     """Print all checks; exit code 1 if one failed."""
     inventory, trouble = None, ""
@@ -57,19 +61,14 @@ def doctor(
         inventory = scan()
     except UdevUnavailable as error:
         trouble = str(error)
-    checks = examine(
-        Machine(
-            inventory,
-            trouble,
-            (pool or embedded_pool_dir()).expanduser().absolute(),
-            SMALLEST_POOL,
-            load(None, {}).limits.arena_limit,
-        )
-    )
+    daemon, its_pool = look_at_daemon(socket)
+    where = (pool or its_pool or embedded_pool_dir()).expanduser().absolute()
+    machine = Machine(inventory, trouble, where, SMALLEST_POOL, load(None, {}).limits.arena_limit)
+    checks = [daemon, *examine(machine)]
     if as_json:
         print(json.dumps({"checks": [asdict(check) for check in checks]}, indent=2))
     else:
-        _show_checks(checks, Console(markup=False))
+        _show_checks(checks, wide_console())
     if any(check.verdict == Verdict.FAILED for check in checks):
         raise typer.Exit(1)
 

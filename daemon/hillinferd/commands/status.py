@@ -12,6 +12,8 @@ from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 
 from .connection import JsonOption, SocketOption, connected, to_plain
+from .console import wide_console
+from .users import user_name
 
 
 def status(as_json: JsonOption = False, socket: SocketOption = None) -> None:
@@ -21,22 +23,25 @@ def status(as_json: JsonOption = False, socket: SocketOption = None) -> None:
     if as_json:
         print(json.dumps(to_plain(response), indent=2))
     else:
-        _show(response, Console())
+        _show(response, wide_console())
 
 
 def _show(response: pb.StatusResponse, console: Console) -> None:
     console.print(f" hillinferd {response.version}, up {response.uptime_s:.0f} s")
+    if response.draining:
+        console.print(" draining: new sessions and contexts are refused; hillinferctl undrain ends this")
     for drive in response.drives:
         console.print(_facts(drive))
         if drive.reason:
             console.print(f" {drive.name} is gone: {drive.reason}", markup=False, highlight=False)
-    sessions = Table("session", "client", "pid", "uid", "arena", "contexts", "tokens", "extents")
-    for session in response.sessions:
+    sessions = Table("session", "client", "pid", "user", "arena", "contexts", "tokens", "extents")
+    # Whoever only asks, such as this command, uses nothing.
+    for session in (each for each in response.sessions if each.arena_bytes):
         sessions.add_row(
             str(session.session_id),
             session.client_name,
             str(session.pid),
-            str(session.uid),
+            user_name(session.uid),
             format_bytes(session.arena_bytes),
             str(len(session.contexts)),
             str(sum(context.tokens for context in session.contexts)),

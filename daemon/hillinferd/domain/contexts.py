@@ -27,8 +27,8 @@ from .placement import Placed, extend, extent_bytes, next_tokens
 CHECKSUM_BYTES = 4
 """Bytes of a row's checksum: CRC-32C."""
 
-MAX_APPEND = 1 << 20
-"""Tokens of one append to a volatile context: what an arena can hold bounds it far earlier."""
+MAX_APPEND_BYTES = 1 << 20
+"""Bytes of rows of one append, unless a unit has more: others wait meanwhile (docs/performance.md)."""
 
 MAX_SESSION_LAYERS = 1 << 16
 """Layers of all contexts that one session has open: a bound on the daemon's memory, not on what is stored."""
@@ -86,7 +86,10 @@ class Context:
     @property
     def append_limit(self) -> int:
         """Tokens that one append takes at most."""
-        return append_limit(self.shape) if self.durable else MAX_APPEND
+        unit = self.shape.append_unit
+        units = MAX_APPEND_BYTES // (self.shape.kv_heads * self.shape.row_bytes * unit)
+        limit = max(1, units) * unit
+        return min(limit, append_limit(self.shape)) if self.durable else limit
 
     @property
     def tails(self) -> list[int]:

@@ -112,6 +112,17 @@ class DamagedKeys(Exception):  # noqa: N818 -- it says what happened, as all err
         self.segment = segment
 
 
+@dataclass
+class Requests:
+    """Read and write requests to the drive since it was opened: runs of consecutive bytes.
+
+    What a card reads from its own drive without the host is not among them.
+    """
+
+    reads: int = 0
+    writes: int = 0
+
+
 class Driver(Protocol):
     """A drive of fixed capacity. Every method blocks; one thread at a time may use a driver.
 
@@ -120,6 +131,11 @@ class Driver(Protocol):
     :class:`~hillinfer_core.errors.DeviceUnavailable` that names it. Bytes never written since the last
     discard are undefined, and reading them is not an error.
     """
+
+    @property
+    def requests(self) -> Requests:
+        """How many requests went to the drive; the same object all the time."""
+        ...
 
     def identify(self) -> Identity:
         """Return what this driver drives."""

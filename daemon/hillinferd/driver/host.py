@@ -13,7 +13,7 @@ from hillinfer_core import kernel
 from hillinfer_core.layout import PAGE, TILE_TOKENS
 from hillinfer_core.reference import HISTOGRAM_BINS, U8, Ranked
 
-from .contract import Bytes, DamagedKeys, Identity, KeySegment, Scan, Winners
+from .contract import Bytes, DamagedKeys, Identity, KeySegment, Requests, Scan, Winners
 from .pacing import Pacing
 from .profiles import profile
 from .segments import overlapping
@@ -42,6 +42,11 @@ class HostDriver:
         self._keys: dict[int, U8] = {}
         self._ahead = ThreadPoolExecutor(1, "hillinferd-read-ahead")
         self._buffers = [aligned(0), aligned(0)]
+
+    @property
+    def requests(self) -> Requests:
+        """Requests to the drive by the host."""
+        return self._storage.requests
 
     def identify(self) -> Identity:
         """Return what is driven."""

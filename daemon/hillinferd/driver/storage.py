@@ -18,7 +18,7 @@ from hillinfer_core.layout import PAGE
 from hillinfer_core.reference import U8
 
 from .block import device_bytes, discard_device, is_block_device, names_device, open_device
-from .contract import Bytes
+from .contract import Bytes, Requests
 from .header import HEADER_BYTES, Header
 from .pacing import Pacing
 from .patience import while_busy
@@ -58,6 +58,7 @@ class Storage:
         new_id: str = "",
     ) -> None:
         self.path = path
+        self.requests = Requests()
         self._pacing = pacing or Pacing(NONE)
         self._bounce = aligned(_BOUNCE_BYTES)
         self._fd, self._device, self.direct_io = _open(path, direct, keep)
@@ -100,6 +101,7 @@ class Storage:
                 kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
             except OSError as error:
                 raise self._gone(error) from None
+            self.requests.writes += 1
             self._pacing.append(started, len(data))
 
     def flush(self) -> None:
@@ -124,6 +126,7 @@ class Storage:
     def read_unpaced(self, offset: int, target: U8) -> int:
         """Read as :meth:`read` does, into uint8 [n], for an operation that is paced as a whole."""
         self._check(offset, target.size)
+        self.requests.reads += 1
         if self.direct_io and (offset % PAGE or target.size % PAGE or target.ctypes.data % PAGE):
             return self._read_bounced(offset, target)
         kernel.read_range(self._fd, offset, target, self.direct_io)
@@ -142,6 +145,7 @@ class Storage:
             self._pacing.read(started, out.size, len(offsets) - int(touching))
             return out.size
         total, requests = kernel.gather(self._fd, offsets, out.shape[1], out, self.direct_io, self.depth)
+        self.requests.reads += requests
         self._pacing.read(started, total, requests)
         return total
 

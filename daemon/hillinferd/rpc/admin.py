@@ -20,6 +20,27 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._service = service
         self._administration = service.administration
 
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        """Refuse new sessions and contexts, or take them in again."""
+        left = self._administration.drain(session_of(self._service, context), request.on)
+        drives = self._service.drives
+        contexts = [drive.catalogue.of_session(each.session_id) for drive in drives for each in left]
+        return pb.DrainResponse(
+            on=request.on,
+            sessions=len(left),
+            contexts=sum(map(len, contexts)),
+            requests=sum(each.requests for each in left),
+        )
+
+    async def CloseSession(
+        self, request: pb.CloseSessionRequest, context: Context
+    ) -> pb.CloseSessionResponse:
+        """End a session of somebody."""
+        ending = self._administration.close_session(session_of(self._service, context), request.session_id)
+        return pb.CloseSessionResponse(
+            client_name=ending.client_name, pid=ending.peer.pid, uid=ending.peer.uid
+        )
+
     async def CecStatus(self, request: pb.CecStatusRequest, context: Context) -> pb.CecStatusResponse:
         """Describe the bitstreams of cards."""
         session, deadline = session_of(self._service, context), deadline_of(context)

@@ -104,10 +104,15 @@ class AttachServer:
                     await self._service.detach(session)
 
     async def _until_hang_up(self, connection: socket.socket, session: Session) -> None:
-        """Serve the session's ring until the client hangs up or breaks a protocol."""
-        ring = RingServer(self._servicer, session, session.ring) if session.ring else None
+        """Serve the session's ring until the client hangs up, breaks a protocol, or is to go."""
+        ring = (
+            RingServer(self._servicer, session, session.ring, self._service.count_refused)
+            if session.ring
+            else None
+        )
         hang_up = asyncio.create_task(asyncio.get_running_loop().sock_recv(connection, 1))
-        waiting: list[asyncio.Task[Any]] = [hang_up]
+        closing = asyncio.create_task(session.closing.wait())
+        waiting: list[asyncio.Task[Any]] = [hang_up, closing]
         if ring:
             ring.start()
             waiting.append(asyncio.create_task(ring.broken.wait()))
@@ -129,6 +134,7 @@ class AttachServer:
             request = _parse(packet)
             session = await self._service.attach(request.client_name, request.arena_bytes, peer, request.ring)
         except HillInferError as error:
+            self._service.count_refused(name_of(error))
             log.info("attach refused", pid=peer.pid, uid=peer.uid, reason=error)
             refused = pb.Refused(error=name_of(error), message=str(error))
             connection.send(pb.AttachReply(refused=refused).SerializeToString())

@@ -21,7 +21,13 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method of the hillinfer services; others pass unchanged."""
+    """Wraps every method of the hillinfer services; others pass unchanged.
+
+    ``refused`` is called with the name of each error that is answered with.
+    """
+
+    def __init__(self, refused: Callable[[str], None]) -> None:
+        self._refused = refused
 
     async def intercept_service(
         self,
@@ -34,50 +40,56 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                _stream(handler.stream_stream), handler.request_deserializer, handler.response_serializer
+                _stream(handler.stream_stream, self._refused),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            _unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            _unary(handler.unary_unary, self._refused),
+            handler.request_deserializer,
+            handler.response_serializer,
         )
 
 
-def _unary(method: Any) -> Any:
+def _unary(method: Any, refused: Callable[[str], None]) -> Any:
     async def call(request: Any, context: Context) -> Any:
         try:
             return await method(request, context)
         except HillInferError as error:
-            await _abort(context, error)
+            await _abort(context, error, refused)
         except Exception as error:
-            await _abort_unexpected(context, error)
+            await _abort_unexpected(context, error, refused)
 
     return call
 
 
-def _stream(method: Any) -> Any:
+def _stream(method: Any, refused: Callable[[str], None]) -> Any:
     async def call(requests: Any, context: Context) -> AsyncIterator[Any]:
         try:
             async for response in method(requests, context):
                 yield response
         except HillInferError as error:
-            await _abort(context, error)
+            await _abort(context, error, refused)
         except Exception as error:
-            await _abort_unexpected(context, error)
+            await _abort_unexpected(context, error, refused)
 
     return call
 
 
-async def _abort(context: Context, error: HillInferError) -> None:
+async def _abort(context: Context, error: HillInferError, refused: Callable[[str], None]) -> None:
     name = name_of(error)
+    refused(name)
     log.debug("call refused", error=name, reason=error)
     await context.abort(grpc.StatusCode[error.status], str(error), ((ERROR_KEY, name),))
 
 
-async def _abort_unexpected(context: Context, error: Exception) -> None:
+async def _abort_unexpected(context: Context, error: Exception, refused: Callable[[str], None]) -> None:
     # gRPC's own way to end a call is an exception too.
     if isinstance(error, grpc.aio.AbortError):
         raise error
     log.exception("unexpected error in a call")
     name = HillInferError.__name__
+    refused(name)
     await context.abort(
         grpc.StatusCode.INTERNAL, "internal error; see the daemon's log", ((ERROR_KEY, name),)
     )

@@ -39,9 +39,19 @@ _REQUESTS: dict[int, type[Message]] = {
 
 
 class RingServer:
-    """Answers what ``session`` submits to its ring ``fds``, which stays the session's. One event loop."""
+    """Answers what ``session`` submits to its ring ``fds``, which stays the session's. One event loop.
 
-    def __init__(self, servicer: ColdPoolServicer, session: Session, fds: RingFds) -> None:
+    ``refused`` is called with the name of each error that is answered with.
+    """
+
+    def __init__(
+        self,
+        servicer: ColdPoolServicer,
+        session: Session,
+        fds: RingFds,
+        refused: Callable[[str], None],
+    ) -> None:
+        self._tell_refused = refused
         self._session = session
         self._fds = fds
         self._submissions, self._completions = daemon_ends(Arena(fds.memory, RING_BYTES))
@@ -86,10 +96,12 @@ class RingServer:
             outcome = Outcome.answered
         except HillInferError as error:
             log.debug("call refused", error=name_of(error), reason=error)
+            self._tell_refused(name_of(error))
             outcome, answer = Outcome.refused, _refused(name_of(error), str(error))
         except Exception:
             log.exception("unexpected error in a call on a ring")
             message = "internal error; see the daemon's log"
+            self._tell_refused(HillInferError.__name__)
             outcome, answer = Outcome.refused, _refused(HillInferError.__name__, message)
         try:
             self._completions.put(Entry(entry.ticket, outcome, 0, answer))

@@ -17,6 +17,7 @@ from hillinfer_core.v1 import admin_pb2, admin_pb2_grpc, cold_pool_pb2, cold_poo
 
 from ..logs import get_logger
 from ..service.cold_pool import ColdPoolService
+from ..service.drain import Drain
 from ..service.supervisor import Supervisor
 from .admin import AdminServicer
 from .attach import AttachServer
@@ -40,6 +41,7 @@ class Transports:
     """The attach socket and the gRPC server in ``runtime_dir``, which the caller has locked."""
 
     def __init__(self, service: ColdPoolService, runtime_dir: Path) -> None:
+        self._drain = service.sessions.drain
         self._workers = [drive.worker for drive in service.drives]
         self._followers: list[asyncio.Task[None]] = []
         self._attach_path = attach_socket(runtime_dir)
@@ -47,7 +49,7 @@ class Transports:
         # The lock is ours: what lies there was left by a daemon that was killed.
         self._unlink()
         address = f"unix:{self._grpc_path}"
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor(service.count_refused)])
         self._health = health.aio.HealthServicer()
         servicer = ColdPoolServicer(service)
         cold_pool_pb2_grpc.add_ColdPoolServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
@@ -64,6 +66,7 @@ class Transports:
         await self._server.start()
         await self._set_health()
         self._followers = [asyncio.create_task(self._follow(worker)) for worker in self._workers]
+        self._followers.append(asyncio.create_task(self._follow(self._drain)))
         self._attach.start()
 
     async def stop(self) -> None:
@@ -75,12 +78,12 @@ class Transports:
         await self._attach.stop()
         self._unlink()
 
-    async def _follow(self, worker: Supervisor) -> None:
-        async for _ in worker.changes():
+    async def _follow(self, what: Supervisor | Drain) -> None:
+        async for _ in what.changes():
             await self._set_health()
 
     async def _set_health(self) -> None:
-        up = any(worker.up for worker in self._workers)
+        up = not self._drain.on and any(worker.up for worker in self._workers)
         for name in ("", *_SERVICES):
             await self._health.set(name, _SERVING if up else _NOT_SERVING)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 
 from ..domain.contexts import Context
@@ -9,6 +11,7 @@ from ..domain.durable import Durable
 from ..service.cold_pool import ColdPoolService
 from ..service.drive import Drive
 from ..service.sessions import Session
+from ..service.usage import Usage
 
 
 def status_response(service: ColdPoolService, version: str) -> pb.StatusResponse:
@@ -25,6 +28,7 @@ def status_response(service: ColdPoolService, version: str) -> pb.StatusResponse
         ),
         sessions=[_session(service, session) for session in service.sessions],
         drives=drives,
+        draining=service.sessions.drain.on,
     )
 
 
@@ -76,6 +80,8 @@ def _drive(drive: Drive) -> pb.DriveStatus:
         ),
         durable_contexts=len(durables),
         durable_bytes=sum(durable.extent_bytes for durable in durables),
+        usage=_usage(drive.usage),
+        waiting=drive.queue.waiting,
     )
 
 
@@ -88,6 +94,23 @@ def _session(service: ColdPoolService, session: Session) -> pb.SessionStatus:
         uid=session.peer.uid,
         arena_bytes=session.arena.nbytes,
         contexts=[_context(context) for each in contexts for context in each],
+        age_s=time.monotonic() - session.since,
+        weight=session.weight,
+        requests=session.requests,
+        usage=_usage(session.usage),
+    )
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        pieces=usage.pieces,
+        queue_s=usage.queue_s,
+        device_s=usage.device_s,
+        written_bytes=usage.traffic.written,
+        read_bytes=usage.traffic.read,
+        evaluated_bytes=usage.traffic.evaluated,
+        winners=usage.winners,
+        missing=usage.missing,
     )
 
 

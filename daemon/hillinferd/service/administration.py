@@ -1,4 +1,4 @@
-"""What an administrator does to the cards of the drives."""
+"""What an administrator does: drain, close a session, change the cards of the drives."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from hillinfer_core.errors import InvalidInput, NotAllowed
 
 from ..cec.loader import Status
+from ..logs import get_logger
 from ..worker import messages
 from .drive import Drive
-from .sessions import Session
+from .sessions import Session, Sessions
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,35 @@ class CardState:
 
 
 class Administration:
-    """Bitstreams of cards, for root and the daemon's own user; all methods belong to one event loop.
+    """For root and the daemon's own user; all methods belong to one event loop.
 
-    ``name`` is a drive's; empty for the only one with a card. Every method raises :class:`NotAllowed`,
-    :class:`InvalidInput` for a drive that is not there or has no card, ``DeviceUnavailable`` while its worker
-    is restarted, and what :class:`~hillinferd.cec.loader.Loader` does.
+    ``name`` is a drive's; empty for the only one with a card. Every method raises :class:`NotAllowed`; those
+    of cards :class:`InvalidInput` for a drive that is not there or has no card, ``DeviceUnavailable`` while
+    its worker is restarted, and what :class:`~hillinferd.cec.loader.Loader` does.
     """
 
-    def __init__(self, drives: Sequence[Drive]) -> None:
+    def __init__(self, drives: Sequence[Drive], sessions: Sessions) -> None:
         self._drives = drives
+        self._sessions = sessions
+
+    def drain(self, session: Session, on: bool) -> list[Session]:
+        """Refuse new sessions and contexts, or take them in again; return the sessions that go on."""
+        _check_allowed(session)
+        self._sessions.drain.set(on)
+        return [each for each in self._sessions if each.arena_fd is not None]
+
+    def close_session(self, session: Session, session_id: int) -> Session:
+        """Have a session ended, and all it holds freed soon after; return it.
+
+        Raises :class:`InvalidInput` if there is none of that number.
+        """
+        _check_allowed(session)
+        for each in self._sessions:
+            if each.session_id == session_id:
+                log.warning("session closed by an administrator", session=session_id, by=session.peer.uid)
+                each.closing.set()
+                return each
+        raise InvalidInput(f"there is no session {session_id}; hillinferctl sessions lists them")
 
     async def status(self, session: Session, name: str, deadline: float | None) -> list[CardState]:
         """Ask the card of one drive, or with an empty name every card, of which there may be none."""
@@ -84,5 +107,5 @@ class Administration:
 def _check_allowed(session: Session) -> None:
     if session.peer.uid not in (0, os.getuid()):
         raise NotAllowed(
-            f"user {session.peer.uid} may not see or change bitstreams; ask as root or as the daemon's user"
+            f"user {session.peer.uid} may not administer the daemon; ask as root or as the daemon's user"
         )

@@ -85,7 +85,7 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     if rows > session.arena.nbytes:
         raise InvalidInput(f"the regions for rows have {rows} bytes together, more than the arena")
     scanned = sum(
-        _scanned(catalogue.get(session.session_id, item.context_id).shape, item) for item in checked
+        scan_bytes(catalogue.get(session.session_id, item.context_id).shape, item) for item in checked
     )
     if scanned > MAX_SCANNED:
         raise InvalidInput(
@@ -122,11 +122,12 @@ def fetch_range(session: Session, context: Context, ask: requests.FetchRange) ->
     nbytes = shape.kv_heads * ask.count * shape.row_bytes
     rows = _check(session, "rows", ask.rows, align=shape.dtype.itemsize, at_least=nbytes)
     return messages.FetchRange(
-        session.session_id, ask.context_id, ask.layer, ask.first_token, ask.count, rows
+        session.session_id, ask.context_id, ask.layer, ask.first_token, ask.count, rows, ask.count
     )
 
 
-def _scanned(shape: Shape, item: messages.Evaluation) -> int:
+def scan_bytes(shape: Shape, item: messages.Evaluation) -> int:
+    """Return the bytes of evaluation keys that an evaluation scans."""
     tokens = -(-(item.end_token - item.first_token) // TILE_TOKENS) * TILE_TOKENS
     return key_bytes(shape, tokens)
 

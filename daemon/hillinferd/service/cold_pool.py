@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -57,7 +58,9 @@ class ColdPoolService:
     def __init__(self, drives: Sequence[DriveSettings], limits: Limits, log_level: str) -> None:
         self.sessions = Sessions(limits)
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
-        self.administration = Administration(self.drives)
+        self.administration = Administration(self.drives, self.sessions)
+        self.refused: Counter[str] = Counter()
+        """Errors that transports answered with, by name."""
         self._opening: dict[tuple[int, str], Drive] = {}
         self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
@@ -73,10 +76,17 @@ class ColdPoolService:
         for drive in self.drives:
             drive.apply(limits.quotas)
 
-    def observe(self, observer: Callable[[Drive, Piece], None]) -> None:
-        """Have ``observer`` called with each piece of work that a drive is done with; it must not block."""
+    def observe(self, observer: Callable[[Drive, Piece, messages.Traffic], None]) -> None:
+        """Have ``observer`` called with each piece of work that a drive is done with, and the bytes moved.
+
+        It must neither block nor raise.
+        """
         for drive in self.drives:
-            drive.queue.observe = partial(observer, drive)
+            drive.observer = partial(observer, drive)
+
+    def count_refused(self, error: str) -> None:
+        """Count an answer that is an error."""
+        self.refused[error] += 1
 
     async def start(self) -> None:
         """Start every drive; one that cannot be opened is tried again and again while the others serve.
@@ -124,7 +134,7 @@ class ColdPoolService:
         """End a session and free all it held; work of it that is already running ends first."""
         self.sessions.remove(session)
         for drive in self.drives:
-            drive.queue.cancel(session.session_id, ForeignToken("the session has ended"))
+            drive.queue.cancel(session.session_id, ForeignToken(session.end_reason))
         await asyncio.gather(*(drive.detach(session) for drive in self.drives))
         session.close_arena()
         log.info("session ended", session=session.session_id, pid=session.peer.pid)
@@ -134,6 +144,7 @@ class ColdPoolService:
         self, session: Session, ask: requests.OpenContext, deadline: float | None
     ) -> Context:
         """Open a context: a durable one, or a volatile one that begins empty or with a durable one."""
+        self.sessions.drain.check()
         name = session.peer.uid, ask.durable_name
         drive = self._opening.get(name) or self._drive_for(session, ask)
         if not ask.durable_name:
@@ -184,7 +195,13 @@ class ColdPoolService:
         drives = {self._drive_of(item.context_id) for item in ask.evaluations} or {self.drives[0]}
         if len(drives) > 1:
             raise InvalidInput("the contexts of one evaluation request must lie on one drive")
-        return await drives.pop().evaluate(session, ask, deadline)
+        drive = drives.pop()
+        results = await drive.evaluate(session, ask, deadline)
+        for item, result in zip(ask.evaluations, results, strict=True):
+            winners, missing = item.k * len(result.missing_per_head), sum(result.missing_per_head)
+            drive.usage.rank(winners, missing)
+            session.usage.rank(winners, missing)
+        return results
 
     @_counted
     async def fetch(

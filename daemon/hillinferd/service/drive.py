@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,12 +21,13 @@ from ..domain.extents import GRANULE, Extent, ExtentAllocator
 from ..driver.settings import DriverSettings
 from ..logs import get_logger
 from ..worker import messages
-from . import admission, requests
+from . import admission, pieces, requests
 from .context_work import ContextWork
 from .durable_store import DurableStore
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
-from .work_queue import Priority, WorkQueue
+from .usage import Meter, Usage
+from .work_queue import Piece, Priority, WorkQueue
 
 log = get_logger(__name__)
 
@@ -66,7 +67,10 @@ class Drive:
     def __init__(self, settings: DriveSettings, sessions: Sessions, quotas: Quotas, log_level: str) -> None:
         self.name = settings.name
         self.settings = settings
-        self.queue = WorkQueue()
+        self.usage = Usage()
+        self.observer: Callable[[Piece, messages.Traffic], None] | None = None
+        self._meter = Meter()
+        self.queue = WorkQueue(self._account)
         self.worker = Supervisor(
             settings.name,
             settings.driver,
@@ -179,13 +183,17 @@ class Drive:
     ) -> list[messages.Evaluated]:
         """Rank tokens and bring missing rows; one result for each evaluation."""
 
-        async def work() -> list[messages.Evaluated]:
+        async def prepare() -> list[messages.Evaluate]:
             request = admission.evaluate(session, self.catalogue, ask)
-            for item in request.evaluations:
-                await self._contexts.ensure_loaded(self.catalogue.get(session.session_id, item.context_id))
-            return (await self._call(request)).evaluated
+            contexts = [
+                self.catalogue.get(session.session_id, item.context_id) for item in request.evaluations
+            ]
+            for context in contexts:
+                await self._contexts.ensure_loaded(context)
+            return pieces.of_evaluate(request, [context.shape for context in contexts])
 
-        return await self.queue.submit(session, work, deadline, operation="evaluate")
+        done = await self._in_pieces("evaluate", session, prepare, Priority.decode, deadline)
+        return [result for piece in done for result in piece.evaluated]
 
     async def fetch(
         self,
@@ -195,21 +203,18 @@ class Drive:
     ) -> int:
         """Bring rows; return the bytes read from the drive."""
 
-        async def work() -> int:
+        async def prepare() -> Sequence[messages.FetchIds | messages.FetchRange]:
             context = self.catalogue.get(session.session_id, ask.context_id)
-            request: messages.FetchIds | messages.FetchRange
             if isinstance(ask, requests.FetchTail):
-                return await self._contexts.fetch_tail(session, context, ask)
-            if isinstance(ask, requests.FetchRange):
-                request = admission.fetch_range(session, context, ask)
-            else:
-                request = admission.fetch_ids(session, context, ask)
-                if not request.count_per_head:
-                    return 0
+                await self._contexts.fetch_tail(session, context, ask)
+                return []
             await self._contexts.ensure_loaded(context)
-            return (await self._call(request)).traffic.read
+            if isinstance(ask, requests.FetchRange):
+                return pieces.of_range(admission.fetch_range(session, context, ask), context.shape)
+            return pieces.of_ids(admission.fetch_ids(session, context, ask), context.shape.row_bytes)
 
-        return await self.queue.submit(session, work, deadline, operation="fetch")
+        done = await self._in_pieces("fetch", session, prepare, pieces.priority_of(ask), deadline)
+        return sum(piece.traffic.read for piece in done)
 
     def _check_known(self) -> None:
         if not self.known:
@@ -249,10 +254,41 @@ class Drive:
     ) -> T:
         return await self.queue.submit(session, work, deadline, operation=operation, priority=Priority.bulk)
 
+    async def _in_pieces(
+        self,
+        operation: str,
+        session: Session,
+        prepare: Callable[[], Awaitable[Sequence[messages.Request]]],
+        priority: Priority,
+        deadline: float | None,
+    ) -> list[messages.Done]:
+        """Carry out what ``prepare`` makes, each piece in a turn of its own."""
+        done: list[messages.Done] = []
+
+        async def work() -> bool:
+            # Checked anew each time: meanwhile the context may have been closed, or lost.
+            parts = await prepare()
+            if parts:
+                done.append(await self._call(parts[len(done)]))
+            return len(done) < len(parts)
+
+        while await self.queue.submit(session, work, deadline, operation=operation, priority=priority):
+            pass
+        return done
+
     async def _call(self, request: messages.Request, fd: int | None = None) -> messages.Done:
         done = await self.worker.call(request, fd)
         self.key_bytes = done.key_bytes
         return done
+
+    def _account(self, piece: Piece) -> None:
+        # One piece at a time: what was moved since the last one was moved by this one.
+        moved = self._meter.moved(self.worker.traffic)
+        self.usage.add(piece, moved)
+        if isinstance(piece.flow, Session):
+            piece.flow.usage.add(piece, moved)
+        if self.observer is not None:
+            self.observer(piece, moved)
 
     async def _heartbeat(self) -> None:
         while True:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hillinfer_core.arena import create_arena
 from hillinfer_core.errors import ForeignToken, InvalidInput, QuotaExceeded
@@ -16,7 +18,9 @@ from hillinfer_core.ring import RingFds
 from hillinfer_core.units import format_bytes
 
 from ..domain.regions import ArenaSpace
+from .drain import Drain
 from .limits import Limits
+from .usage import Usage
 
 MAX_NAME = 64
 """Characters of a client's name, as attach.proto says."""
@@ -34,7 +38,8 @@ class Peer:
 class Session:
     """One attached application. The session owns ``arena_fd`` and ``ring``; either may be None.
 
-    ``weight`` is its share of a drive beside other sessions, ``requests`` how many of it are in flight.
+    ``weight`` is its share of a drive beside other sessions, ``requests`` how many of it are in flight,
+    ``since`` a ``time.monotonic()``. Whoever sets ``closing`` has the transport end the session.
     """
 
     session_id: int
@@ -46,6 +51,14 @@ class Session:
     ring: RingFds | None = None
     weight: float = 1.0
     requests: int = 0
+    since: float = field(default_factory=time.monotonic)
+    usage: Usage = field(default_factory=Usage)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def end_reason(self) -> str:
+        """Why what still waits for the session fails."""
+        return "an administrator closed the session" if self.closing.is_set() else "the session has ended"
 
     def close_arena(self) -> None:
         """Close the descriptors; the memory goes when the client and the worker have unmapped it too."""
@@ -61,6 +74,7 @@ class Sessions:
     """The attached sessions. Not thread-safe; nothing here blocks but a look at who is in a group."""
 
     def __init__(self, limits: Limits) -> None:
+        self.drain = Drain()
         self._limits = limits
         self._by_token: dict[str, Session] = {}
         self._ids = itertools.count(1)
@@ -78,7 +92,7 @@ class Sessions:
         """Register a session with a new arena of ``arena_bytes`` rounded up to pages (0: none), and a ring.
 
         Raises :class:`InvalidInput` for a long name or a ring without an arena, and :class:`QuotaExceeded`
-        above a limit.
+        above a limit, and for a session with an arena ``Draining``. Others may still ask and administer.
         """
         if len(client_name) > MAX_NAME:
             raise InvalidInput(
@@ -86,6 +100,8 @@ class Sessions:
             )
         if ring and not arena_bytes:
             raise InvalidInput("a ring is of no use without an arena; ask for both or for none")
+        if arena_bytes:
+            self.drain.check()
         limits = self._limits
         if arena_bytes > limits.arena_limit:
             raise QuotaExceeded(

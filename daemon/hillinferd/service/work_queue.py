@@ -92,6 +92,11 @@ class WorkQueue:
         self._bulk_due = 0.0
         self._last: Priority | None = None
 
+    @property
+    def waiting(self) -> int:
+        """How many pieces wait, without the one that runs."""
+        return len(self._urgent) + sum(map(len, self._waiting.values()))
+
     async def submit(
         self,
         flow: Flow,

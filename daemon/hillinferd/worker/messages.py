@@ -149,7 +149,11 @@ class FetchIds:
 
 @dataclass(frozen=True)
 class FetchRange:
-    """Bring a run of tokens of every head."""
+    """Bring a run of tokens of every head.
+
+    ``rows`` has room for as many tokens of each head as ``room`` says; the run goes after the first
+    ``skipped`` of them.
+    """
 
     session_id: int
     context_id: int
@@ -157,6 +161,8 @@ class FetchRange:
     first_token: int
     count: int
     rows: Region
+    room: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,13 +208,16 @@ Request: TypeAlias = (
 class Traffic:
     """Bytes written to and read from the drive, and bytes of evaluation keys scanned.
 
-    Of those, ``streamed`` had to be read from the drive; ``read`` counts them too.
+    Of those, ``streamed`` had to be read from the drive; ``read`` counts them too. ``reads`` and ``writes``
+    are requests, as :class:`~hillinferd.driver.contract.Requests` counts them.
     """
 
     written: int = 0
     read: int = 0
     evaluated: int = 0
     streamed: int = 0
+    reads: int = 0
+    writes: int = 0
 
     def add(self, other: Traffic) -> None:
         """Add ``other`` to this."""
@@ -216,6 +225,8 @@ class Traffic:
         self.read += other.read
         self.evaluated += other.evaluated
         self.streamed += other.streamed
+        self.reads += other.reads
+        self.writes += other.writes
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class Operations:
     def carry_out(self, request: messages.Request, fd: int | None) -> messages.Reply:
         """Carry out ``request`` with the descriptor that came along, and return the reply; raises nothing."""
         traffic = Traffic()
+        before = replace(self._driver.requests)
         try:
             return self._carry_out(request, fd, traffic)
         except HillInferError as error:
@@ -67,6 +68,9 @@ class Operations:
             return messages.Failed(
                 HillInferError.__name__, f"internal error in the worker: {error!r}", traffic
             )
+        finally:
+            traffic.reads = self._driver.requests.reads - before.reads
+            traffic.writes = self._driver.requests.writes - before.writes
 
     def _carry_out(self, request: messages.Request, fd: int | None, traffic: Traffic) -> messages.Reply:
         match request:
@@ -194,8 +198,9 @@ class Operations:
     def _fetch_range(self, request: messages.FetchRange, traffic: Traffic) -> None:
         store = self._layer(request.context_id, request.layer)
         arena = self._arenas[request.session_id]
-        shape = (store.shape.kv_heads, request.count, 2, store.shape.head_dim)
-        out = arena.view(request.rows.offset, shape, store.shape.dtype.storage)
+        shape = (store.shape.kv_heads, request.room, 2, store.shape.head_dim)
+        room = arena.view(request.rows.offset, shape, store.shape.dtype.storage)
+        out = room[:, request.skipped : request.skipped + request.count]
         _, read = rows.read_range(self._driver, store, request.first_token, request.count, out)
         traffic.read += read
 

@@ -34,12 +34,15 @@ def read_range(
 ) -> tuple[Rows, int]:
     """Bring tokens ``first .. first + count - 1`` of every head; return (rows [H, count, 2, D], bytes read).
 
-    ``out`` receives them if given. Raises :class:`CorruptData` if a row does not match its checksum.
+    ``out`` receives them if given; its heads may lie apart. Raises :class:`CorruptData` if a row does not
+    match its checksum.
     """
     shape = store.shape
     if out is None:
         out = np.empty((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage)
+    # Never a copy: the tokens of a head lie together.
     flat = out.reshape(shape.kv_heads, count * shape.row_bytes // out.itemsize).view(np.uint8)
+    assert np.shares_memory(flat, out)
     total = 0
     for placed, low, high in store.runs(first, first + count):
         part = slice((low - first) * shape.row_bytes, (high - first) * shape.row_bytes)

@@ -16,7 +16,7 @@ from hillinfer_core.reference import U8
 from ...cec.cards import SMARTSSD
 from ...cec.configurable import Outcome, Vector
 from ..block import is_block_device
-from ..contract import Bytes, Identity, KeySegment, Scan, Winners
+from ..contract import Bytes, Identity, KeySegment, Requests, Scan, Winners
 from ..settings import DriverSettings
 from ..storage import Storage
 from .card import Card
@@ -49,6 +49,11 @@ class XrtDriver:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def requests(self) -> Requests:
+        """Requests to the drive by the host."""
+        return self._storage.requests
 
     def identify(self) -> Identity:
         """Return what is driven; ``key_memory`` is of the card."""

@@ -1,0 +1,13 @@
+"""Users by their names."""
+
+from __future__ import annotations
+
+import pwd
+
+
+def user_name(uid: int) -> str:
+    """Return the user's name, or the number if it has none here."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

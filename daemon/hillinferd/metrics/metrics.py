@@ -1,0 +1,75 @@
+"""Brings the metrics of a daemon up and down."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
+
+from hillinfer_core.protocol import metrics_socket
+
+from .. import __version__
+from ..logs import get_logger
+from ..service.cold_pool import ColdPoolService
+from .books import Books
+from .exposition import MetricsSocket, write_file
+from .recorder import Recorder
+
+log = get_logger(__name__)
+
+LATENESS_S = 1.0
+"""How often the event loop is asked how late it is. Our choice."""
+
+_LATENESS = (1e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """Metrics of ``service`` at ``metrics.sock`` in ``runtime_dir``, and in ``file`` unless it is None."""
+
+    def __init__(self, service: ColdPoolService, runtime_dir: Path, file: Path | None = None) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(Books(service, __version__))
+        ProcessCollector(namespace="hillinferd", registry=self._registry)
+        self._lateness = Histogram(
+            "hillinferd_loop_lateness_seconds",
+            "How much later than asked for the event loop, which also feeds the watchdog, went on",
+            buckets=_LATENESS,
+            registry=self._registry,
+        )
+        service.observe(Recorder(self._registry).observe)
+        self._socket = MetricsSocket(metrics_socket(runtime_dir), self.render)
+        self._file = file
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def render(self) -> bytes:
+        """Return all metrics as text; on the event loop of the service."""
+        return generate_latest(self._registry)
+
+    async def start(self) -> None:
+        """Begin to serve; a daemon that cannot tell its metrics says so and serves without."""
+        try:
+            await self._socket.start()
+        except OSError as error:
+            log.error("no metrics: their socket cannot be made", error=error)
+        self._tasks = [asyncio.create_task(self._ask_lateness())]
+        if self._file is not None:
+            self._tasks.append(asyncio.create_task(write_file(self._file, self.render)))
+
+    async def stop(self) -> None:
+        """Stop serving, and remove the file: what it said is not so any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._socket.stop()
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+    async def _ask_lateness(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LATENESS_S
+            await asyncio.sleep(LATENESS_S)
+            self._lateness.observe(max(0.0, loop.time() - due))

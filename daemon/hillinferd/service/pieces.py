@@ -1,0 +1,90 @@
+"""Large work in pieces, so that nobody's decode waits for more than one of them.
+
+Estimates are in seconds of one device, the SmartSSD of the vendor's figures, whatever drive there is: they
+only say where to cut and what is small. What a session is charged is measured when a piece has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hillinfer_core.layout import Shape
+
+from ..domain.regions import Region
+from ..driver.profiles import SMARTSSD
+from ..worker import messages
+from . import requests
+from .admission import ID_BYTES, scan_bytes
+from .work_queue import Priority
+
+PIECE_S = 5e-3
+"""Longest piece, of those that can be cut: about what a decode step of another has to wait. Our choice."""
+
+_ROW_S = 1 / SMARTSSD.read_iops
+
+_BYTE_S = 1 / min(SMARTSSD.nand_read, SMARTSSD.host_read)
+
+
+def priority_of(ask: requests.FetchIds | requests.FetchRange | requests.FetchTail) -> Priority:
+    """Say whether a fetch is small enough to go with decode; from numbers that were not checked."""
+    estimate = ask.rows.length * _BYTE_S
+    if isinstance(ask, requests.FetchIds):
+        estimate = max(estimate, sum(ask.count_per_head) * _ROW_S)
+    return Priority.decode if estimate <= PIECE_S else Priority.bulk
+
+
+def of_evaluate(request: messages.Evaluate, shapes: Sequence[Shape]) -> list[messages.Evaluate]:
+    """Cut between evaluations; ``shapes`` are those of their contexts."""
+    pieces: list[list[messages.Evaluation]] = []
+    spent = PIECE_S
+    for item, shape in zip(request.evaluations, shapes, strict=True):
+        seconds = scan_bytes(shape, item) / SMARTSSD.scan
+        seconds += min(item.k * shape.kv_heads, item.rows.length // shape.row_bytes) * _ROW_S
+        if spent + seconds > PIECE_S:
+            pieces.append([])
+            spent = 0.0
+        pieces[-1].append(item)
+        spent += seconds
+    return [replace(request, evaluations=items) for items in pieces]
+
+
+def of_ids(request: messages.FetchIds, row_bytes: int) -> list[messages.FetchIds]:
+    """Cut a fetch by ids: rows in the order of the ids."""
+    most = max(1, int(PIECE_S / max(_ROW_S, row_bytes * _BYTE_S)))
+    pieces = []
+    counts = list(request.count_per_head)
+    done, left = 0, sum(counts)
+    while left:
+        count = min(most, left)
+        taken = _take(counts, count)
+        ids = Region(request.ids.offset + done * ID_BYTES, count * ID_BYTES)
+        rows = Region(request.rows.offset + done * row_bytes, count * row_bytes)
+        pieces.append(replace(request, count_per_head=taken, ids=ids, rows=rows))
+        done, left = done + count, left - count
+    return pieces
+
+
+def of_range(request: messages.FetchRange, shape: Shape) -> list[messages.FetchRange]:
+    """Cut a fetch of a run of tokens: each piece has some tokens of every head."""
+    most = max(1, int(PIECE_S / _BYTE_S) // (shape.kv_heads * shape.row_bytes))
+    return [
+        replace(
+            request,
+            first_token=request.first_token + skipped,
+            count=min(most, request.count - skipped),
+            room=request.count,
+            skipped=skipped,
+        )
+        for skipped in range(0, request.count, most)
+    ]
+
+
+def _take(counts: list[int], count: int) -> list[int]:
+    """Take ``count`` from the front of ``counts``; return how many from each."""
+    taken = []
+    for head, here in enumerate(counts):
+        taken.append(min(here, count))
+        counts[head] -= taken[-1]
+        count -= taken[-1]
+    return taken

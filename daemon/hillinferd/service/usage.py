@@ -1,0 +1,55 @@
+"""What a session or a drive has had done, counted as work leaves the queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ..worker.messages import Traffic
+from .work_queue import Piece
+
+
+@dataclass
+class Usage:
+    """Pieces of work, seconds in the queue and on the device, bytes; everything since the beginning.
+
+    ``winners`` are the tokens that evaluations ranked best, for all KV heads; of those, ``missing`` were not
+    held by the client.
+    """
+
+    pieces: int = 0
+    queue_s: float = 0.0
+    device_s: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
+    winners: int = 0
+    missing: int = 0
+
+    def add(self, piece: Piece, moved: Traffic) -> None:
+        """Count a piece of work, and the bytes that it moved."""
+        self.pieces += 1
+        self.queue_s += piece.queue_s
+        self.device_s += piece.service_s
+        self.traffic.add(moved)
+
+    def rank(self, winners: int, missing: int) -> None:
+        """Count an evaluation's winners."""
+        self.winners += winners
+        self.missing += missing
+
+
+class Meter:
+    """Says what was moved since the last question, by totals that only grow."""
+
+    def __init__(self) -> None:
+        self._before = Traffic()
+
+    def moved(self, total: Traffic) -> Traffic:
+        """Return ``total`` less what it was at the last call."""
+        before, self._before = self._before, replace(total)
+        return Traffic(
+            total.written - before.written,
+            total.read - before.read,
+            total.evaluated - before.evaluated,
+            total.streamed - before.streamed,
+            total.reads - before.reads,
+            total.writes - before.writes,
+        )

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import re
+import socket
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from raw_client import RawClient, Refused, running_daemon, wait_for
+from test_limits import ROWS, SHAPE
+
+from hillinfer_core.protocol import metrics_socket
+
+DASHBOARD = Path(__file__).parents[2] / "monitoring" / "grafana-dashboard.json"
+
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def ask(runtime_dir: Path, request: bytes) -> tuple[int, bytes]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(str(metrics_socket(runtime_dir)))
+        connection.sendall(request)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    if not answer:
+        return 0, b""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert int(re.search(rb"Content-Length: (\d+)", head)[1]) == len(body) or not body  # type: ignore[index]
+    return int(head.split()[1]), body
+
+
+def samples(text: str) -> Samples:
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
+def metrics(runtime_dir: Path) -> Samples:
+    status, body = ask(runtime_dir, b"GET /metrics HTTP/1.1\r\nHost: daemon\r\n\r\n")
+    assert status == 200
+    return samples(body.decode())
+
+
+def total(found: Samples, name: str, **labels: str) -> float:
+    return sum(value for given, value in found.get(name, []) if labels.items() <= given.items())
+
+
+@pytest.fixture
+def file(runtime_dir: Path) -> Path:
+    return runtime_dir / "hillinferd.prom"
+
+
+def test_metrics_tell_what_was_done_and_the_file_says_the_same(runtime_dir: Path, file: Path) -> None:
+    with running_daemon(runtime_dir, "--metrics-file", str(file)):
+        wait_for(file.exists, 20)
+        with RawClient(runtime_dir) as client:
+            context = client.open(SHAPE)
+            client.append(context, 0, 0, ROWS)
+            for _ in range(3):
+                client.evaluate(context, SHAPE, 0, np.ones((2, 64), np.float32), 4, 0, 64)
+            with pytest.raises(Refused):
+                client.append(context, 0, 0, ROWS)
+            found = metrics(runtime_dir)
+            evaluated = {"drive": "drive0", "driver": "host", "operation": "evaluate", "class": "decode"}
+            appended = {**evaluated, "operation": "append", "class": "bulk"}
+            for name in ("hillinferd_queue_seconds", "hillinferd_service_seconds"):
+                assert total(found, f"{name}_count", **evaluated) == 3
+                assert total(found, f"{name}_count", **appended) == 2
+                assert total(found, f"{name}_bucket", le="+Inf", **evaluated) == 3
+            assert total(found, "hillinferd_moved_bytes_total", kind="written", **appended) >= ROWS.nbytes
+            assert total(found, "hillinferd_io_requests_total", kind="write", **appended) >= 1
+            assert total(found, "hillinferd_moved_bytes_total", kind="evaluated", **evaluated) > 0
+            assert total(found, "hillinferd_work_errors_total", error="OutOfOrder", **appended) == 1
+            assert total(found, "hillinferd_refused_total", error="OutOfOrder") == 1
+            assert total(found, "hillinferd_winners_total") == 3 * 4 * SHAPE.kv_heads
+            assert total(found, "hillinferd_pool_used_bytes") > 0
+            assert total(found, "hillinferd_sessions") == total(found, "hillinferd_contexts") == 1
+            assert total(found, "hillinferd_drive_up", drive="drive0") == 1
+        _only_known_metrics_are_shown(found)
+        assert stat.S_IMODE(metrics_socket(runtime_dir).stat().st_mode) == 0o660
+        written = samples(file.read_text())
+        assert written["hillinferd_pool_capacity_bytes"] == found["hillinferd_pool_capacity_bytes"]
+        # Whatever is sent there, the daemon goes on.
+        assert ask(runtime_dir, b"POST /metrics HTTP/1.1\r\n\r\n")[0] == 405
+        assert ask(runtime_dir, b"GET /etc/passwd HTTP/1.1\r\n\r\n")[0] == 404
+        assert ask(runtime_dir, b"\x00\xff\r\n\r\n")[0] == 405
+        assert ask(runtime_dir, b"HEAD /metrics HTTP/1.1\r\n\r\n") == (200, b"")
+        assert ask(runtime_dir, b"G" * 100_000)[0] == 0
+        assert metrics(runtime_dir)
+    assert not file.exists()
+    assert not metrics_socket(runtime_dir).exists()
+
+
+def _only_known_metrics_are_shown(found: Samples) -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    expressions += [item["query"] for item in dashboard["templating"]["list"]]
+    shown = set(re.findall(r"\bhillinferd_\w+", " ".join(expressions)))
+    assert len(shown) > 20
+    assert shown <= set(found)
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    for metric, labels in (
+        (name, set(re.findall(r"(\w+)=~?\"", text)))
+        for text in expressions
+        for name, text in re.findall(r"(hillinferd_\w+)\{([^}]*)\}", text)
+    ):
+        # Prometheus itself adds the instance.
+        assert labels - {"instance"} <= set(found[metric][0][0]), metric
