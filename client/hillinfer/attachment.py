@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.pipeline.hooks import PredictionHooks
+from hillinfer.pipeline.timeline import Span
 from hillinfer.report import MassReport
 from hillinfer.session import Session
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
@@ -33,6 +35,8 @@ class Report:
     resident lists by kind what was held at the moment of the peak.
     hot_hit_rate: share of the selected tokens found in slots or hot pool, or
     None before anything was selected. mass: of guarantee mode, None without.
+    predictors: how many layers use which predictor now. hidden_share: of the time of
+    evaluation and fetch (`hidden_share`), 0 to 1, None before any.
     """
 
     full_bytes: int
@@ -43,6 +47,8 @@ class Report:
     evaluated_bytes: int
     hot_hit_rate: float | None
     mass: MassReport | None = None
+    predictors: dict[str, int] = field(default_factory=dict)
+    hidden_share: float | None = None
 
 
 class Attachment:
@@ -56,6 +62,7 @@ class Attachment:
         policy: SelectionPolicy | None,
         owns_session: bool,
         hooks: PredictionHooks | None = None,
+        trace: bool = False,
     ) -> None:
         register()
         self.session = session
@@ -70,6 +77,7 @@ class Attachment:
         model.set_attn_implementation(ATTENTION_NAME)
         self._hook = model.register_forward_pre_hook(self._swap_cache, with_kwargs=True)
         self._predictions = hooks
+        self._trace = trace
 
     def new_cache(
         self, *, durable: str | None = None, base: str | None = None, labels: Mapping[str, str] | None = None
@@ -93,8 +101,19 @@ class Attachment:
         self._last = HierarchicalCache(
             self.session, text, self._config, self._policy, durable=durable, base=base, labels=labels
         )
+        if self._trace:
+            self._last.pipeline.timeline.spans = []
         self._caches.add(self._last)
         return self._last
+
+    @property
+    def last_cache(self) -> HierarchicalCache | None:
+        """The latest cache; None before any, and once detached."""
+        return self._last
+
+    def trace(self) -> list[Span]:
+        """Return the spans of the latest cache's decode steps so far; empty without `trace`."""
+        return list(self._last.pipeline.timeline.spans or ()) if self._last else []
 
     def report(self) -> Report:
         """Report on the latest cache and the session's traffic."""
@@ -109,6 +128,8 @@ class Attachment:
             evaluated_bytes=counters.evaluated_bytes,
             hot_hit_rate=1 - tally.brought / tally.selected if tally and tally.selected else None,
             mass=cache.guarantee.report() if cache and cache.guarantee else None,
+            predictors=dict(Counter(s.predictor.value for s in cache.pipeline.layers)) if cache else {},
+            hidden_share=cache.pipeline.timeline.hidden if cache else None,
         )
 
     def detach(self) -> None:
@@ -165,6 +186,7 @@ def attach(
     recent: int = 32,
     policy: SelectionPolicy | None = None,
     predictor: str = "auto",
+    trace: bool = False,
 ) -> Attachment:
     """Keep the model's KV cache in the cold pool; `model.generate` then works unchanged.
 
@@ -178,6 +200,7 @@ def attach(
     "int4" (the default, but for min_mass).
     predictor: the query that ranks the tokens of a step, see `Predictor`;
     "auto" chooses for each layer, and means "exact" for models whose layers it does not know.
+    trace: keep the spans of decode steps for `Attachment.trace`.
     session: an open Session; else one is made on `socket` (default: the
     system's daemon) and closed by `detach`.
 
@@ -218,7 +241,7 @@ def attach(
         config = replace(config, predictor=Predictor.exact if chosen is Predictor.auto else chosen)
     owns = session is None
     try:
-        return Attachment(model, session or Session.connect(socket), config, policy, owns, hooks)
+        return Attachment(model, session or Session.connect(socket), config, policy, owns, hooks, trace)
     except BaseException:
         if hooks is not None:
             hooks.close()
