@@ -109,7 +109,6 @@ class HierarchicalCache(Cache):
     ) -> None:
         self.session = session
         self.config = config
-        self.policy = policy or ColdPoolRanking()
         self.predictor = predictor or ExactQuery()
         self.contexts: list[Context] = []
         self.tally = Tally()
@@ -118,7 +117,9 @@ class HierarchicalCache(Cache):
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
         super().__init__(layers=[self._layer(layer) for layer in kept_layers(model_config)])
-        self.pipeline = Pipeline(session, self.policy, config.predictor, len(self.full_layers))
+        self.pipeline = Pipeline(
+            session, policy or ColdPoolRanking(), config.predictor, len(self.full_layers)
+        )
         self.guarantee = None if config.min_mass is None else Guarantee(self, config.min_mass)
         self._named = durable is not None or base is not None
         self._durable = durable
@@ -133,6 +134,16 @@ class HierarchicalCache(Cache):
         self._finalizer = weakref.finalize(self, _close_all, self.pipeline, self.contexts)
         if base is not None:
             self._begin_with(base)
+
+    @property
+    def policy(self) -> SelectionPolicy:
+        """Which tokens are selected; may be set between steps."""
+        return self.pipeline.policy
+
+    @policy.setter
+    def policy(self, policy: SelectionPolicy) -> None:
+        self.pipeline.drop()
+        self.pipeline.policy = policy
 
     def _begin_with(self, name: str) -> None:
         saved = self.session.find_context(name)

@@ -52,7 +52,7 @@ class Pipeline:
         self.nbytes = 0
         """Bytes of rows that wait for their layer, at most."""
         self._session = session
-        self._policy = policy
+        self.policy = policy
         self._policy_lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
         self._side = device.SideStream()
@@ -61,7 +61,7 @@ class Pipeline:
     def select(self, layer: int, items: Sequence[EvaluateItem]) -> list[Brought] | None:
         """Ask the policy, one thread at a time. Blocks."""
         with self._policy_lock:
-            return self._policy.select(self._session, layer, items)
+            return self.policy.select(self._session, layer, items)
 
     def before(self, layer: HierarchicalLayer, query: Callable[[], torch.Tensor]) -> None:
         """Begin on `layer` with a query that `query` predicts, [B, H, 1, D], if it is to be ranked by one."""
