@@ -1,6 +1,6 @@
 # HillInfer. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-vm lint format proto clean
+.PHONY: help setup run test test-long test-vm lint format proto man clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -53,6 +53,9 @@ proto: setup ## generate core/hillinfer_core/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -Ihillinfer_core/v1=proto/hillinfer/v1 \
 		--python_out=core --pyi_out=core --grpc_python_out=core \
 		hillinfer_core/v1/admin.proto hillinfer_core/v1/attach.proto hillinfer_core/v1/cold_pool.proto
+
+man: setup ## write man pages and shell completion to build/man and build/completions
+	$(BIN)/python tools/manual.py build
 
 clean: ## remove .venv, build output and caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -109,14 +109,15 @@ check_keys:
     checksum.write(crc_of(sums));
 }
 
-// Puts the query into block RAM, a slice for each beat, and derives the range of its scores.
+// Puts the query into block RAM, a slice for each beat, its offsets into registers, and derives the range of scores.
 template <typename F, int QUERY_BITS>
 void read_query(const Word *queries, const Job job, uint32_t head,
-                typename F::Slice query[MAX_VECTORS * F::MAX_BEATS], hls::stream<Range> &range_of_tally,
-                hls::stream<Range> &range_of_choose, hls::stream<Range> &range_of_summary) {
+                typename F::Slice query[MAX_VECTORS * F::MAX_BEATS], Score offsets[MAX_VECTORS],
+                hls::stream<Range> &range_of_tally, hls::stream<Range> &range_of_choose, hls::stream<Range> &range_of_summary) {
     const uint32_t beats = job.dim / F::STEP;
     Score low = 0, high = 0;
-    uint64_t next = uint64_t(head) * job.vectors * ((beats + F::SLICES - 1) / F::SLICES);
+    uint64_t next = uint64_t(head) * (1 + job.vectors * ((beats + F::SLICES - 1) / F::SLICES));
+    const Word first = queries[next++];
     for (uint32_t vector = 0; vector < job.vectors; ++vector) {
         Word word = 0;
         Score least = 0, greatest = 0;
@@ -134,11 +135,15 @@ void read_query(const Word *queries, const Job job, uint32_t head,
                 (element < 0 ? least : greatest) += element;
             }
         }
+        const Score offset = score_of(first, vector);
+        offsets[vector] = offset;
+        least = F::LEVELS * least + offset;
+        greatest = F::LEVELS * greatest + offset;
         if (vector == 0 || least > low) low = least;
         if (vector == 0 || greatest > high) high = greatest;
     }
-    const ap_uint<32> span = F::LEVELS * ap_uint<32>(high - low);
-    Range range = {F::LEVELS * low, 0};
+    const ap_uint<32> span = high - low;
+    Range range = {low, 0};
     for (int shift = 1; shift <= 32 - BIN_BITS; ++shift) {
 #pragma HLS UNROLL
         if ((span >> (BIN_BITS - 1 + shift)) != 0) range.shift = shift;
@@ -151,7 +156,7 @@ void read_query(const Word *queries, const Job job, uint32_t head,
 // 16 lanes of STEP multipliers: a beat meets each query vector in turn, one a cycle.
 template <typename F, int KEY_BITS, int QUERY_BITS>
 void score_tiles(const Job job, const typename F::Slice query[MAX_VECTORS * F::MAX_BEATS],
-                 hls::stream<Word> &keys, hls::stream<Word> &scores) {
+                 const Score offsets[MAX_VECTORS], hls::stream<Word> &keys, hls::stream<Word> &scores) {
     const uint32_t beats = job.dim / F::STEP;
     Score sums[MAX_VECTORS][TILE_TOKENS];
 #pragma HLS ARRAY_PARTITION variable = sums complete
@@ -177,7 +182,7 @@ score_tiles:
                     ap_int<QUERY_BITS>(slice.range(QUERY_BITS * i + QUERY_BITS - 1, QUERY_BITS * i));
                 dot += key * element;
             }
-            const Score sum = beat == 0 ? dot : Score(sums[vector][lane] + dot);
+            const Score sum = (beat == 0 ? offsets[vector] : sums[vector][lane]) + dot;
             sums[vector][lane] = sum;
             // Of the vectors before this one, sums[0] holds the greatest once the last beat has come.
             const Score best = vector == 0 || sum > sums[0][lane] ? sum : sums[0][lane];
@@ -430,8 +435,10 @@ heads:
 #pragma HLS STREAM variable = counts_out depth = 32
 #pragma HLS STREAM variable = candidates depth = 32
         typename F::Slice query[MAX_VECTORS * F::MAX_BEATS];
+        Score offsets[MAX_VECTORS];
         uint32_t counts[BINS];
 #pragma HLS BIND_STORAGE variable = query type = ram_s2p impl = bram
+#pragma HLS ARRAY_PARTITION variable = offsets complete
         // Static in simulation alone: 512 KiB is much for a stack.
 #ifndef __SYNTHESIS__
         static
@@ -441,9 +448,9 @@ heads:
 
         read_keys(keys, job, head, beats, read);
         check_keys(job, beats, read, checked, checksum);
-        read_query<F, QUERY_BITS>(queries, job, head, query, range_of_tally, range_of_choose,
+        read_query<F, QUERY_BITS>(queries, job, head, query, offsets, range_of_tally, range_of_choose,
                                   range_of_summary);
-        score_tiles<F, KEY_BITS, QUERY_BITS>(job, query, checked, scores);
+        score_tiles<F, KEY_BITS, QUERY_BITS>(job, query, offsets, checked, scores);
         tally_scores(job, scores, range_of_tally, kept, counts, counts_out);
         write_histogram(head, counts_out, histograms);
         choose(job, kept, counts, range_of_choose, threshold, candidates);

@@ -4,8 +4,9 @@
 //
 //   keys       head h begins at word h * key_stride: tiles as in docs/evaluation.md. A stride of 0 gives every
 //              head the same keys: one "head" for each query head, as guarantee mode wants.
-//   queries    head h, vector r begins at word (h * vectors + r) * ceil(dim * query bits / 512): dim elements,
-//              int8 or int16, in order; the rest of the last word is ignored.
+//   queries    head h begins at word h * (1 + vectors * n), n = ceil(dim * query bits / 512): one word with the
+//              offsets, of vector r in bits 32r..32r+31, then n words for each vector: dim elements, int8 or
+//              int16, in order. The rest of the first word, and of a vector's last one, is ignored.
 //   blocks     head h begins at word h * ceil(min(k, end - begin) / 8): (id, score) pairs, 8 to a word, ids
 //              ascending; pair p has its id in bits 64p..64p+31 and its score in the next 32. The last word is
 //              filled up with id 0xffffffff, score -2^31.
@@ -15,7 +16,7 @@
 //
 // Scalars: heads >= 1; tiles of a head, at most MAX_TOKENS / 16, all of which are read, so that the checksum covers
 // them; of these, tokens begin to end (excluded) are scanned, counted from the first token of the keys; dim a
-// multiple of 8 up to 256; vectors 1 to 8, of which a token gets the greatest score; k >= 1; first_id is the id of
+// multiple of 8 up to 256; vectors 1 to 8, of which a token gets the greatest score with its offset; k >= 1; first_id is the id of
 // the first token of the keys. If one of them is out of its range, summary word 0 gets STATUS_BAD_ARGUMENT, no
 // other word is written and nothing is read.
 #pragma once

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Long-context inference with the KV cache in a daemon's cold pool.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

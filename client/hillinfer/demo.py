@@ -28,14 +28,14 @@ class Demo:
         return [task.question for task in self.tasks]
 
 
-def make_demo(tokenizer: Tokenizer, context_tokens: int, seed: int = 0) -> Demo:
+def make_demo(tokenizer: Tokenizer, context_tokens: int, seed: int = 0, *, notes: int = NOTES) -> Demo:
     """Return a text of at least `context_tokens` tokens (the notes come on top) and four tasks of all forms.
 
     The same interpreter, tokeniser and seed give the same demo. Raises InvalidInput
     where the interpreter's sources cannot fill it.
     """
-    tasks = make_tasks(NOTES, seed)
+    tasks = make_tasks(notes, seed)
     context = hide([task.note for task in tasks], filler_lines(tokenizer, context_tokens, seed), seed)
     # Every second note, the last first: the questions jump about in the text.
-    asked = tasks[::-2][:QUESTIONS]
+    asked = tasks[::-2][: QUESTIONS if notes == NOTES else notes // 2]
     return Demo(context, tuple(asked))

@@ -20,7 +20,19 @@ from . import _native
 from ._native import Cancel
 from .errors import Cancelled, ConfigError, InvalidInput
 from .layout import MAX_HEAD_DIM, PAGE, TILE_TOKENS, Precision, tile_bytes
-from .reference import F32, HISTOGRAM_BINS, I32, U8, U32, Q, Ranges, Ranked, fit_ranges, quantise_query
+from .reference import (
+    F32,
+    HISTOGRAM_BINS,
+    I32,
+    LEAST_OFFSET,
+    U8,
+    U32,
+    Q,
+    Ranges,
+    Ranked,
+    fit_ranges,
+    quantise_query,
+)
 
 __all__ = [
     "Cancel",
@@ -109,7 +121,7 @@ def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) 
     return tiles, clipped, nonfinite
 
 
-def scores(tiles: U8, q: Q, precision: Precision, out: I32) -> None:
+def scores(tiles: U8, q: Q, precision: Precision, out: I32, *, offsets: I32 | None = None) -> None:
     """Score tokens as :func:`hillinfer_core.reference.scores` defines.
 
     ``tiles`` and ``out`` may be slices of larger arrays, as long as only the first axis is strided.
@@ -125,7 +137,14 @@ def scores(tiles: U8, q: Q, precision: Precision, out: I32) -> None:
     if heads == 0 or count == 0:
         return
     _require(tiles[0].flags.c_contiguous and out[0].flags.c_contiguous, "only the first axis may be strided")
-    _native.scores(_variant(), tiles, q if q.flags.c_contiguous else q.copy(), precision.bits, out)
+    _native.scores(
+        _variant(),
+        tiles,
+        q if q.flags.c_contiguous else q.copy(),
+        _checked_offsets(q, offsets),
+        precision.bits,
+        out,
+    )
 
 
 def top_k(scores: I32, k: int, first_id: int) -> tuple[U32, I32]:
@@ -150,6 +169,7 @@ def rank(
     end: int,
     k: int,
     *,
+    offsets: I32 | None = None,
     origin: int = 0,
     histogram: bool = False,
     checksums: bool = False,
@@ -186,8 +206,8 @@ def rank(
     counts = np.zeros((rows, HISTOGRAM_BINS), np.uint32) if histogram else None
     sums = np.empty((len(parts), heads), np.uint32) if checksums else None
     done = _native.rank(
-        _variant(), threads(), parts, heads, q if q.flags.c_contiguous else q.copy(), precision.bits,
-        origin, first, end, ids, best, counts, sums, cancel,
+        _variant(), threads(), parts, heads, q if q.flags.c_contiguous else q.copy(),
+        _checked_offsets(q, offsets), precision.bits, origin, first, end, ids, best, counts, sums, cancel,
     )  # fmt: skip
     if not done:
         raise Cancelled("ranking was cancelled")
@@ -202,6 +222,7 @@ def rank_blocks(
     end: int,
     k: int,
     *,
+    offsets: I32 | None = None,
     origin: int = 0,
     histogram: bool = False,
     checksums: bool = False,
@@ -217,7 +238,7 @@ def rank_blocks(
     def ranked() -> Ranked:
         return rank(
             block, q, precision, min(max(first, start), at), min(max(end, start), at), k,
-            origin=start, histogram=histogram, checksums=checksums, cancel=cancel,
+            offsets=offsets, origin=start, histogram=histogram, checksums=checksums, cancel=cancel,
         )  # fmt: skip
 
     block: list[U8] = []
@@ -401,6 +422,15 @@ def _check_query(q: npt.NDArray[Any], precision: Precision) -> int:
     dim = q.shape[2]
     _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
     return tile_bytes(dim, precision)
+
+
+def _checked_offsets(q: Q, offsets: I32 | None) -> I32:
+    if offsets is None:
+        return np.zeros(q.shape[:2], np.int32)
+    _require(offsets.dtype == np.int32 and offsets.shape == q.shape[:2], "offsets must be int32 [H, R]")
+    _require(q.dtype == np.int8 or not offsets.any(), "offsets are for 8-bit queries: others may overflow")
+    _require(bool(((offsets >= LEAST_OFFSET) & (offsets <= 0)).all()), f"offsets must be {LEAST_OFFSET} to 0")
+    return np.ascontiguousarray(offsets)
 
 
 def _flat_bytes(array: npt.NDArray[Any]) -> U8:

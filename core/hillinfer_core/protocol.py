@@ -8,7 +8,7 @@ from pathlib import Path
 PROTOCOL_VERSION = 3
 """Version of proto/hillinfer/v1 and of the attach exchange; checked at attach."""
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Version of rows and evaluation keys as :mod:`hillinfer_core.layout` lays them out; checked at attach."""
 
 TOKEN_KEY = "hillinfer-token"

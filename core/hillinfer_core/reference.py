@@ -29,6 +29,10 @@ U64 = npt.NDArray[np.uint64]
 HISTOGRAM_BINS = 2048
 """Bins of a histogram of scores: 8 KiB of counters, well inside a first-level cache and two block RAMs."""
 
+LEAST_OFFSET = -(1 << 24)
+"""Least offset of a query vector. Products of 8-bit queries are within 2**23, so a vector that is farther
+behind another never has the greater score: being cut off there is of no account."""
+
 _TINY = np.finfo(np.float32).tiny
 _CRC_32C = 0x82F63B78  # Castagnoli polynomial, bits reflected: RFC 3720, appendix B.4
 
@@ -101,13 +105,15 @@ def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) 
     return _to_tiles(padded.reshape(heads, tiles, TILE_TOKENS, dim), precision), clipped, nonfinite
 
 
-def quantise_query(query: F32, ranges: Ranges, reduction: Reduction) -> tuple[I8, F32]:
+def quantise_query(query: F32, ranges: Ranges, reduction: Reduction) -> tuple[I8, I32, F32]:
     """Quantise ``query``, float32 [Hq, D] where Hq is a multiple of H.
 
-    Returns (q int8 [H, R, D], sigma float32 [H]), with ``q * sigma ~ query * scale``: R is 1 for the sum over
-    the query heads of a KV head, added in ascending order, and Hq / H for their maximum. sigma is one for
-    each KV head, so that scores of its query heads compare. Raises :class:`InvalidInput` for a wrong shape,
-    or a query that is not finite once scaled, and for ``Reduction.none``, which is ``mass.wide_query``'s.
+    Returns (q int8 [H, R, D], offsets int32 [H, R], sigma float32 [H]), with ``q * sigma ~ query * scale``: R
+    is 1 for the sum over the query heads of a KV head, added in ascending order, and Hq / H for their
+    maximum. sigma is one for each KV head, and ``offsets * sigma`` by how much ``query . zero`` of a query
+    head is less than the greatest of them, so that scores of its query heads compare. Raises
+    :class:`InvalidInput` for a wrong shape, or a query that is not finite once scaled, and for
+    ``Reduction.none``, which is ``mass.wide_query``'s.
     """
     if reduction is Reduction.none:
         raise InvalidInput("query heads with scores of their own have 16-bit queries: mass.wide_query")
@@ -128,18 +134,28 @@ def quantise_query(query: F32, ranges: Ranges, reduction: Reduction) -> tuple[I8
     sigma = largest / np.float32(127)
     sigma = np.where(sigma > 0, sigma, np.float32(1))
     levels = np.rint(scaled / sigma[:, None, None])
-    return np.clip(levels, -127, 127).astype(np.int8), sigma
+    offsets = np.zeros(scaled.shape[:2], np.int32)
+    if scaled.shape[1] > 1:
+        products = query.reshape(heads, group, dim).astype(np.float64) * ranges.zero[:, None, :]
+        # Not sum(), which adds in an order of its own.
+        shared = np.add.accumulate(products, axis=2)[:, :, -1]
+        behind = (shared - shared.max(axis=1, keepdims=True)) / sigma[:, None].astype(np.float64)
+        offsets = np.clip(np.rint(behind), LEAST_OFFSET, 0).astype(np.int32)
+    return np.clip(levels, -127, 127).astype(np.int8), offsets, sigma
 
 
-def scores(tiles: U8, q: Q, precision: Precision, out: I32) -> None:
+def scores(tiles: U8, q: Q, precision: Precision, out: I32, *, offsets: I32 | None = None) -> None:
     """Write the scores of ``tiles`` uint8 [H, T, tile bytes] for ``q`` [H, R, D], int8 or int16, to ``out``.
 
     ``out`` is int32 [H, at least T * 16]; columns from T * 16 on are left alone. A score is the dot product
-    of levels, exact, and the greatest of R when R > 1. Tokens that only fill a tile score 0.
+    of levels plus the vector's offset, exact, and the greatest of R when R > 1. ``offsets`` int32 [H, R] are
+    0 where there are none. Tokens that only fill a tile score as levels of 0 do.
     """
     levels = from_tiles(tiles, precision).astype(np.int32)
     heads, tokens, _ = levels.shape
     products = np.einsum("htd,hrd->htr", levels, q.astype(np.int32))
+    if offsets is not None:
+        products += offsets[:, None, :]
     out[:, :tokens] = products.max(axis=2).reshape(heads, tokens)
 
 
@@ -161,6 +177,7 @@ def rank(
     end: int,
     k: int,
     *,
+    offsets: I32 | None = None,
     origin: int = 0,
     histogram: bool = False,
     checksums: bool = False,
@@ -170,13 +187,14 @@ def rank(
     ``parts`` are evaluation keys, uint8 [H, T_i, tile bytes], of consecutive tokens; the first of them is
     token ``origin``, a multiple of 16. ``q`` [rows, R, D] is int8 or int16; rows is a multiple of H, and a KV
     head serves rows / H of them, which follow one another: 1 for the reductions sum and max, and the query
-    heads of a KV head for none. Ids are token numbers. A checksum is of all of a part.
+    heads of a KV head for none. ``offsets`` are int32 [rows, R], or None for zeros. Ids are token numbers. A
+    checksum is of all of a part.
     """
     heads = parts[0].shape[0] if parts else q.shape[0]
     rows = [np.repeat(part, q.shape[0] // heads, axis=0) for part in parts]
     found = [np.empty((q.shape[0], part.shape[1] * TILE_TOKENS), np.int32) for part in parts]
     for part, out in zip(rows, found, strict=True):
-        scores(part, q, precision, out)
+        scores(part, q, precision, out, offsets=offsets)
     wanted = np.concatenate([np.empty((q.shape[0], 0), np.int32), *found], axis=1)[
         :, first - origin : end - origin
     ]
@@ -184,34 +202,36 @@ def rank(
     return Ranked(
         ids,
         best,
-        _histogram(wanted, q, precision) if histogram else None,
+        _histogram(wanted, q, precision, offsets=offsets) if histogram else None,
         np.array([data_checksum(part) for part in parts], np.uint32).reshape(-1, heads)
         if checksums
         else None,
     )
 
 
-def score_range(q: npt.NDArray[Any], precision: Precision) -> tuple[I32, U8]:
+def score_range(q: npt.NDArray[Any], precision: Precision, *, offsets: I32 | None = None) -> tuple[I32, U8]:
     """Return (low int32 [H], shift uint8 [H]): where the bins of a histogram lie for ``q`` [H, R, D].
 
-    ``q`` is int8, or int16 for guarantee mode. low is the least score possible for it, and shift the smallest
-    that brings the greatest possible into the last bin or below. Both follow from ``q`` alone, so that one
-    pass over the keys suffices and the bins of several scans by one query coincide.
+    ``q`` is int8, or int16 for guarantee mode; ``offsets`` int32 [H, R], or None for zeros. low is the least
+    score possible for it, and shift the smallest that brings the greatest possible into the last bin or
+    below. Both follow from the query alone, so that one pass over the keys suffices and the bins of several
+    scans by one query coincide.
     """
     wide = q.astype(np.int64)
-    low = precision.levels * np.minimum(wide, 0).sum(axis=2).max(axis=1)
-    high = precision.levels * np.maximum(wide, 0).sum(axis=2).max(axis=1)
+    base = np.zeros(q.shape[:2], np.int64) if offsets is None else offsets.astype(np.int64)
+    low = (precision.levels * np.minimum(wide, 0).sum(axis=2) + base).max(axis=1)
+    high = (precision.levels * np.maximum(wide, 0).sum(axis=2) + base).max(axis=1)
     shifts = [max(0, int(span).bit_length() - HISTOGRAM_BINS.bit_length() + 1) for span in high - low]
     return low.astype(np.int32), np.array(shifts, np.uint8)
 
 
-def histogram(scores: I32, q: npt.NDArray[Any], precision: Precision) -> U32:
-    """Count ``scores`` int32 [H, n], which ``q`` [H, R, D] gave, in bins: uint32 [H, 2048].
+def histogram(scores: I32, q: npt.NDArray[Any], precision: Precision, *, offsets: I32 | None = None) -> U32:
+    """Count ``scores`` int32 [H, n], which ``q`` [H, R, D] with ``offsets`` gave, in bins: uint32 [H, 2048].
 
     Bin b of a head counts the scores with ``(score - low) >> shift == b``; see :func:`score_range`.
     Tokens that only fill a tile must not be among ``scores``.
     """
-    low, shift = score_range(q, precision)
+    low, shift = score_range(q, precision, offsets=offsets)
     bins = (scores.astype(np.int64) - low[:, None]) >> shift[:, None].astype(np.int64)
     return np.stack([np.bincount(row, minlength=HISTOGRAM_BINS) for row in bins]).astype(np.uint32)
 

@@ -37,12 +37,16 @@ __attribute__((target("avx2"))) size_t avx2(Ids from, const int32_t *scores, siz
                                             uint32_t *ids, int32_t *chosen) {
     const __m256i least = _mm256_set1_epi32(threshold);
     size_t count = 0, i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(scores + i));
-        const __m256i below = _mm256_cmpgt_epi32(least, s);
-        unsigned mask = 0xff & ~unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(below)));
-        for (; mask; mask &= mask - 1) {
-            const size_t at = i + size_t(__builtin_ctz(mask));
+    for (; i + 64 <= n; i += 64) {
+        uint64_t below = 0;
+        for (size_t v = 0; v < 8; ++v) {
+            const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(scores + i + 8 * v));
+            const __m256i less = _mm256_cmpgt_epi32(least, s);
+            below |= uint64_t(unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(less)))) << (8 * v);
+        }
+        // One loop for 64 scores: each ends with a branch that is mispredicted.
+        for (uint64_t mask = ~below; mask; mask &= mask - 1) {
+            const size_t at = i + size_t(__builtin_ctzll(mask));
             ids[count] = from[at];
             chosen[count++] = scores[at];
         }

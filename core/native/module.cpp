@@ -63,13 +63,14 @@ std::pair<uint64_t, uint64_t> py_quantise_keys(Bytes1 rows, int format, size_t t
 
 // Only the head axis of `tiles` and `out` may be strided.
 template <class Query>
-void py_scores(int variant, Strided<const uint8_t, 3> tiles, Array<const Query, 3> q, int bits,
-               Strided<int32_t, 2> out) {
+void py_scores(int variant, Strided<const uint8_t, 3> tiles, Array<const Query, 3> q,
+               Array<const int32_t, 2> offsets, int bits, Strided<int32_t, 2> out) {
     const size_t heads = q.shape(0), queries = q.shape(1), dim = q.shape(2);
     nb::gil_scoped_release released;
     for (size_t head = 0; head < heads; ++head)
         scores(Variant(variant), tiles.data() + int64_t(head) * tiles.stride(0), tiles.shape(1),
-               q.data() + head * queries * dim, queries, dim, bits, out.data() + int64_t(head) * out.stride(0));
+               q.data() + head * queries * dim, offsets.data() + head * queries, queries, dim, bits,
+               out.data() + int64_t(head) * out.stride(0));
 }
 
 void py_top_k(Strided<const int32_t, 2> scores, uint32_t first_id, Array<uint32_t, 2> ids,
@@ -88,14 +89,15 @@ struct Cancel {
 // Only the head axis of a part may be strided.
 template <class Query>
 bool py_rank(int variant, size_t threads, const std::vector<Strided<const uint8_t, 3>> &parts, size_t heads,
-             Array<const Query, 3> q, int bits, size_t origin, size_t first, size_t end, Array<uint32_t, 2> ids,
-             Array<int32_t, 2> scores, std::optional<Array<uint32_t, 2>> histogram,
+             Array<const Query, 3> q, Array<const int32_t, 2> offsets, int bits, size_t origin, size_t first,
+             size_t end, Array<uint32_t, 2> ids, Array<int32_t, 2> scores, std::optional<Array<uint32_t, 2>> histogram,
              std::optional<Array<uint32_t, 2>> checksums, const Cancel *cancel) {
     RankRequest<Query> request{};
     request.variant = Variant(variant);
     request.threads = threads;
     for (const auto &part : parts) request.parts.push_back({part.data(), part.stride(0), part.shape(1)});
     request.q = q.data();
+    request.offsets = offsets.data();
     request.heads = heads;
     request.rows = q.shape(0);
     request.queries = q.shape(1);
@@ -199,8 +201,8 @@ void py_punch_hole(int fd, int64_t offset, int64_t length) {
 template <class Query>
 void define_rank(nb::module_ &module) {
     module.def("rank", &py_rank<Query>, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg(),
-               nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert(),
-               nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg().noconvert().none(),
+               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg().noconvert().none(),
                nb::arg().none());
 }
 
@@ -212,10 +214,10 @@ NB_MODULE(_native, module) {
                nb::arg().noconvert());
     module.def("quantise_keys", &py_quantise_keys, nb::arg().noconvert(), nb::arg(), nb::arg(),
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
-    module.def("scores", &py_scores<int8_t>, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
-               nb::arg().noconvert());
-    module.def("scores", &py_scores<int16_t>, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
-               nb::arg().noconvert());
+    module.def("scores", &py_scores<int8_t>, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
+    module.def("scores", &py_scores<int16_t>, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
     nb::class_<Cancel>(module, "Cancel")
         .def(nb::init<>())
         .def("set", [](Cancel &cancel) { cancel.set = true; })

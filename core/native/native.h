@@ -33,11 +33,11 @@ struct QuantiseCounts {
 QuantiseCounts quantise_keys(const void *rows, Format format, size_t tokens, size_t dim, const float *zero,
                              const float *inverse_scale, int bits, uint8_t *tiles);
 
-// Scores tiles of one head against `queries` vectors [queries][dim] of int8_t or int16_t; the best of them goes
-// to out [tiles * 16].
+// Scores tiles of one head against `queries` vectors [queries][dim] of int8_t or int16_t, each with its offset;
+// the best of them goes to out [tiles * 16].
 template <class Query>
-void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries,
-            size_t dim, int bits, int32_t *out);
+void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, const int32_t *offsets,
+            size_t queries, size_t dim, int bits, int32_t *out);
 
 struct Threshold {
     int32_t score;  // the least that is chosen
@@ -73,6 +73,7 @@ struct RankRequest {
     size_t threads;
     std::vector<Part> parts;
     const Query *q;  // [rows][queries][dim]; rows is a multiple of heads, and row r reads head r * heads / rows
+    const int32_t *offsets;  // [rows][queries]
     size_t heads, rows, queries, dim;
     int bits;
     size_t origin, first, end, k;  // k <= end - first

@@ -34,14 +34,14 @@ struct Bins {
 };
 
 template <class Query>
-Bins bins_for(const Query *q, size_t queries, size_t dim, int bits) {
+Bins bins_for(const Query *q, const int32_t *offsets, size_t queries, size_t dim, int bits) {
     const int64_t levels = (int64_t(1) << bits) - 1;
     int64_t low = std::numeric_limits<int64_t>::min(), high = low;
     for (size_t r = 0; r < queries; ++r, q += dim) {
         int64_t negative = 0, positive = 0;
         for (size_t d = 0; d < dim; ++d) (q[d] < 0 ? negative : positive) += q[d];
-        low = std::max(low, levels * negative);
-        high = std::max(high, levels * positive);
+        low = std::max(low, levels * negative + offsets[r]);
+        high = std::max(high, levels * positive + offsets[r]);
     }
     Bins bins;
     bins.low = uint32_t(low);
@@ -234,7 +234,8 @@ class Scan {
         if (r_.checksums) sums_.resize(pieces_.size() * r_.heads);
         for (auto &count : unfinished_) count = jobs();
         for (size_t row = 0; row < r_.rows; ++row)
-            rows_[row].bins = bins_for(r_.q + row * r_.queries * r_.dim, r_.queries, r_.dim, r_.bits);
+            rows_[row].bins = bins_for(r_.q + row * r_.queries * r_.dim, r_.offsets + row * r_.queries, r_.queries,
+                                       r_.dim, r_.bits);
     }
 
     bool run() {
@@ -325,7 +326,8 @@ class Scan {
         alignas(64) int32_t block[kBlockTokens];
         for (size_t g = 0; g < group_ && !stopped(); ++g) {
             const size_t row = head * group_ + g;
-            scores(r_.variant, keys, tiles, r_.q + row * r_.queries * r_.dim, r_.queries, r_.dim, r_.bits, block);
+            scores(r_.variant, keys, tiles, r_.q + row * r_.queries * r_.dim, r_.offsets + row * r_.queries,
+                   r_.queries, r_.dim, r_.bits, block);
             tallies[g].add(block + (first - token), end - first, uint32_t(first));
         }
     }

@@ -14,8 +14,9 @@ namespace {
 constexpr size_t kMaxQueries = 4;
 
 template <class Query>
-void portable(const uint8_t *tile, const Query *q, size_t beats, int bits, int32_t *out) {
-    int32_t sums[kTileTokens] = {};
+void portable(const uint8_t *tile, const Query *q, int32_t offset, size_t beats, int bits, int32_t *out) {
+    int32_t sums[kTileTokens];
+    std::fill(sums, sums + kTileTokens, offset);
     for (size_t j = 0; j < beats; ++j) {
         const uint8_t *beat = tile + j * kBeatBytes;
         for (size_t t = 0; t < kTileTokens; ++t) {
@@ -29,14 +30,14 @@ void portable(const uint8_t *tile, const Query *q, size_t beats, int bits, int32
 }
 
 template <class Query>
-void scores_portable(const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries, size_t dim,
-                     int bits, int32_t *out) {
+void scores_portable(const uint8_t *tiles, size_t tile_count, const Query *q, const int32_t *offsets,
+                     size_t queries, size_t dim, int bits, int32_t *out) {
     const size_t beats = dim * bits / 32;
     for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
-        portable(tiles, q, beats, bits, out);
+        portable(tiles, q, offsets[0], beats, bits, out);
         for (size_t r = 1; r < queries; ++r) {
             int32_t other[kTileTokens];
-            portable(tiles, q + r * dim, beats, bits, other);
+            portable(tiles, q + r * dim, offsets[r], beats, bits, other);
             for (size_t t = 0; t < kTileTokens; ++t) out[t] = std::max(out[t], other[t]);
         }
     }
@@ -118,8 +119,8 @@ HILLINFER_AVX2 inline void avx2_half(const uint8_t *half, const uint32_t *words,
 
 // `merge`: an earlier pass left the best of other query heads in `out`.
 template <class Query, size_t kQueries, int kBits>
-HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
-                              int32_t *out) {
+HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Query *q, const int32_t *offsets,
+                              size_t dim, bool merge, int32_t *out) {
     constexpr bool kAsBytes = kBytes<Query, kBits, false>;
     constexpr size_t kWords = kOperands<kBits, kAsBytes> * kQueries;  // for each beat
     const size_t beats = dim * kBits / 32;
@@ -127,7 +128,7 @@ HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Que
     broadcast_words<Query, kBits, kAsBytes, kQueries>(q, dim, words);
     for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
         __m256i first[kQueries], second[kQueries];  // of tokens 0 to 7, and 8 to 15
-        for (size_t r = 0; r < kQueries; ++r) first[r] = second[r] = _mm256_setzero_si256();
+        for (size_t r = 0; r < kQueries; ++r) first[r] = second[r] = _mm256_set1_epi32(offsets[r]);
         for (size_t j = 0; j < beats; ++j) {
             avx2_half<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes, words + j * kWords, first);
             avx2_half<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes + 32, words + j * kWords, second);
@@ -171,8 +172,8 @@ HILLINFER_VNNI inline void vnni_beat(const uint8_t *beat, const uint32_t *words,
 }
 
 template <class Query, size_t kQueries, int kBits>
-HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
-                              int32_t *out) {
+HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const Query *q, const int32_t *offsets,
+                              size_t dim, bool merge, int32_t *out) {
     constexpr bool kAsBytes = kBytes<Query, kBits, true>;
     constexpr size_t kWords = kOperands<kBits, kAsBytes> * kQueries;  // for each beat
     // Sums that do not wait for one another hide the latency of vpdpbusd. They are of beats of one tile, not
@@ -183,8 +184,8 @@ HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const Que
     broadcast_words<Query, kBits, kAsBytes, kQueries>(q, dim, words);
     for (size_t tile = 0; tile < tile_count; ++tile, tiles += beats * kBeatBytes, out += kTileTokens) {
         __m512i sums[kChains][kQueries];
-        for (auto &chain : sums)
-            for (auto &sum : chain) sum = _mm512_setzero_si512();
+        for (size_t c = 0; c < kChains; ++c)
+            for (size_t r = 0; r < kQueries; ++r) sums[c][r] = _mm512_set1_epi32(c == 0 ? offsets[r] : 0);
         size_t j = 0;
         for (; j + kChains <= beats; j += kChains)
             for (size_t c = 0; c < kChains; ++c)
@@ -202,26 +203,28 @@ HILLINFER_VNNI void vnni_pass(const uint8_t *tiles, size_t tile_count, const Que
 }
 
 template <class Query, size_t kQueries, int kBits>
-void pass(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t dim, bool merge,
-          int32_t *out) {
+void pass(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, const int32_t *offsets,
+          size_t dim, bool merge, int32_t *out) {
     if (variant == Variant::avx512vnni) {
-        vnni_pass<Query, kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
+        vnni_pass<Query, kQueries, kBits>(tiles, tile_count, q, offsets, dim, merge, out);
     } else {
-        avx2_pass<Query, kQueries, kBits>(tiles, tile_count, q, dim, merge, out);
+        avx2_pass<Query, kQueries, kBits>(tiles, tile_count, q, offsets, dim, merge, out);
     }
 }
 
 template <class Query, int kBits>
-void passes(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries,
-            size_t dim, int32_t *out) {
+void passes(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, const int32_t *offsets,
+            size_t queries, size_t dim, int32_t *out) {
     for (size_t done = 0; done < queries;) {
         const size_t now = std::min(queries - done, kMaxQueries);
         const Query *first = q + done * dim;
+        const int32_t *base = offsets + done;
+        const bool merge = done > 0;
         switch (now) {
-            case 1: pass<Query, 1, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            case 2: pass<Query, 2, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            case 3: pass<Query, 3, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
-            default: pass<Query, 4, kBits>(variant, tiles, tile_count, first, dim, done > 0, out); break;
+            case 1: pass<Query, 1, kBits>(variant, tiles, tile_count, first, base, dim, merge, out); break;
+            case 2: pass<Query, 2, kBits>(variant, tiles, tile_count, first, base, dim, merge, out); break;
+            case 3: pass<Query, 3, kBits>(variant, tiles, tile_count, first, base, dim, merge, out); break;
+            default: pass<Query, 4, kBits>(variant, tiles, tile_count, first, base, dim, merge, out); break;
         }
         done += now;
     }
@@ -245,19 +248,21 @@ bool supported(Variant variant) {
 }
 
 template <class Query>
-void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, size_t queries,
-            size_t dim, int bits, int32_t *out) {
+void scores(Variant variant, const uint8_t *tiles, size_t tile_count, const Query *q, const int32_t *offsets,
+            size_t queries, size_t dim, int bits, int32_t *out) {
 #if defined(__x86_64__)
     if (variant != Variant::portable) {
-        if (bits == 8) return passes<Query, 8>(variant, tiles, tile_count, q, queries, dim, out);
-        return passes<Query, 4>(variant, tiles, tile_count, q, queries, dim, out);
+        if (bits == 8) return passes<Query, 8>(variant, tiles, tile_count, q, offsets, queries, dim, out);
+        return passes<Query, 4>(variant, tiles, tile_count, q, offsets, queries, dim, out);
     }
 #endif
     (void)variant;
-    scores_portable(tiles, tile_count, q, queries, dim, bits, out);
+    scores_portable(tiles, tile_count, q, offsets, queries, dim, bits, out);
 }
 
-template void scores<int8_t>(Variant, const uint8_t *, size_t, const int8_t *, size_t, size_t, int, int32_t *);
-template void scores<int16_t>(Variant, const uint8_t *, size_t, const int16_t *, size_t, size_t, int, int32_t *);
+template void scores<int8_t>(Variant, const uint8_t *, size_t, const int8_t *, const int32_t *, size_t, size_t, int,
+                             int32_t *);
+template void scores<int16_t>(Variant, const uint8_t *, size_t, const int16_t *, const int32_t *, size_t, size_t, int,
+                              int32_t *);
 
 }  // namespace hillinfer

@@ -12,7 +12,6 @@ from .commands import administer, cec, contexts, devices, pool, sessions
 from .commands.status import status
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     help="Ask a running hillinferd, look after its drives and cards, or plan for a card.",
 )

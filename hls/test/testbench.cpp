@@ -62,7 +62,7 @@ void launch(const Header &h, const Words &keys, const Words &queries, Outputs &o
 
 bool run_case(std::ifstream &file, const Header &h) {
     const Words keys = read_words(file, h.key_words);
-    const Words queries = read_words(file, size_t(h.heads) * h.vectors * ((h.dim * h.query_bits + 511) / 512));
+    const Words queries = read_words(file, size_t(h.heads) * (1 + h.vectors * ((h.dim * h.query_bits + 511) / 512)));
     const size_t chosen = std::min(h.k, h.end - h.begin);
     const Words blocks = read_words(file, h.heads * ((chosen + hillinfer::PAIRS - 1) / hillinfer::PAIRS));
     const Words histograms = read_words(file, size_t(h.heads) * hillinfer::BINS / 16);

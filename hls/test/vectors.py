@@ -39,7 +39,12 @@ def write_case(file: BinaryIO, case: Case) -> None:
     in_word = 64 // case.q.itemsize
     padded = np.full((heads, vectors, -(-dim // in_word) * in_word), 77, case.q.dtype)
     padded[:, :, :dim] = case.q
-    file.write(padded.astype(padded.dtype.newbyteorder("<")).tobytes())
+    padded = padded.astype(padded.dtype.newbyteorder("<"))
+    first = np.full((heads, 16), 77, "<i4")
+    first[:, :vectors] = 0 if case.offsets is None else case.offsets
+    for head in range(heads):
+        file.write(first[head].tobytes())
+        file.write(padded[head].tobytes())
 
     expected = case.expected()
     assert expected.histogram is not None
@@ -51,7 +56,7 @@ def write_case(file: BinaryIO, case: Case) -> None:
     file.write(blocks.tobytes())
     file.write(expected.histogram.astype("<u4").tobytes())
 
-    low, shift = reference.score_range(case.q, case.precision)
+    low, shift = reference.score_range(case.q, case.precision, offsets=case.offsets)
     summaries = np.zeros((heads, 16), "<u4")
     summaries[:, 1] = ids.shape[1]
     summaries[:, 2] = expected.checksums[0]

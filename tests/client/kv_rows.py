@@ -43,8 +43,8 @@ def expected_selection(
     ranges = reference.fit_ranges(as_float32(shape, keys), shape.precision)
     rows = np.stack([keys, keys], axis=2)
     tiles = reference.quantise_keys(rows, ranges, shape.precision)[0]
-    quantised = reference.quantise_query(query, ranges, reduction)[0]
+    quantised, offsets, _ = reference.quantise_query(query, ranges, reduction)
     scores = np.empty((shape.kv_heads, keys.shape[1]), np.int32)
-    reference.scores(tiles, quantised, shape.precision, scores)
+    reference.scores(tiles, quantised, shape.precision, scores, offsets=offsets)
     ids, best = reference.top_k(np.ascontiguousarray(scores[:, first:end]), k, first)
     return ids, best

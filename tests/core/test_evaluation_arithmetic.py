@@ -108,12 +108,14 @@ def test_ranges_of_constant_tiny_and_huge_channels_are_usable():
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=seeds, dim=st.sampled_from(DIMS), group=st.integers(1, 8), reduction=st.sampled_from(Reduction))
+@given(seed=seeds, dim=st.sampled_from(DIMS), group=st.integers(1, 8),
+       reduction=st.sampled_from([Reduction.sum, Reduction.max]))  # fmt: skip
 def test_quantised_query_follows_its_definition(seed, dim, group, reduction):
     rng = np.random.default_rng(seed)
     scale = np.exp(rng.normal(size=(3, dim))).astype(np.float32)
     query = rng.normal(size=(3 * group, dim)).astype(np.float32)
-    q, sigma = kernel.quantise_query(query, Ranges(scale, np.zeros_like(scale)), reduction)
+    zero = rng.normal(size=(3, dim)).astype(np.float32)
+    q, offsets, sigma = kernel.quantise_query(query, Ranges(scale, zero), reduction)
     scaled = query.reshape(3, group, dim) * scale[:, None]
     if reduction is Reduction.sum:
         scaled = scaled.astype(np.float64).sum(axis=1, keepdims=True)
@@ -121,12 +123,61 @@ def test_quantised_query_follows_its_definition(seed, dim, group, reduction):
     assert sigma.dtype == np.float32
     assert (np.abs(q).max(axis=(1, 2)) == 127).all()
     assert (np.abs(q * sigma[:, None, None] - scaled) <= sigma[:, None, None] * 0.51).all()
+    assert offsets.dtype == np.int32
+    assert offsets.max(axis=1).tolist() == [0, 0, 0]
+    if reduction is Reduction.max:
+        shared = np.einsum("hgd,hd->hg", query.reshape(3, group, dim).astype(np.float64), zero)
+        behind = shared - shared.max(axis=1, keepdims=True)
+        assert (np.abs(offsets * sigma[:, None] - behind) <= sigma[:, None] * 0.51).all()
+
+
+def test_an_offset_adds_in_ascending_order_and_is_cut_off_where_it_no_longer_counts():
+    zero = np.zeros((1, 8), np.float32)
+    zero[0, :3] = 2.0**60, 1.0, -(2.0**60)
+    query = np.ones((2, 8), np.float32)
+    query[1, :3] = 0
+    ranges = Ranges(np.full((1, 8), 127, np.float32), zero)  # sigma is 1
+    # 2**60 + 1 is 2**60 in float64: in this order the sum is 0, and 1 in others.
+    assert kernel.quantise_query(query, ranges, Reduction.max)[1].tolist() == [[0, 0]]
+    zero[0, 2] = 0
+    assert kernel.quantise_query(query, ranges, Reduction.max)[1].tolist() == [[0, reference.LEAST_OFFSET]]
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_the_maximum_is_that_of_the_true_products(precision):
+    rng = np.random.default_rng(11)
+    keys = (rng.normal(size=(2, 320, 64)) + 4 * rng.normal(size=(2, 1, 64))).astype(np.float32)
+    ranges = kernel.fit_ranges(keys, precision)
+    rows = np.stack((keys, keys), axis=2)
+    tiles, _, _ = kernel.quantise_keys(rows, ranges, precision)
+    query = rng.normal(size=(8, 64)).astype(np.float32)
+    q, offsets, sigma = kernel.quantise_query(query, ranges, Reduction.max)
+    found = np.empty((2, 320), np.int32)
+    kernel.scores(tiles, q, precision, found, offsets=offsets)
+    levels = reference.from_tiles(tiles, precision)
+    held = levels.astype(np.float64) * ranges.scale[:, None] + ranges.zero[:, None]
+    products = np.einsum("hgd,hnd->hng", query.reshape(2, 4, 64).astype(np.float64), held)
+    shared = np.einsum("hgd,hd->hg", query.reshape(2, 4, 64).astype(np.float64), ranges.zero)
+    true = products.max(axis=2) - shared.max(axis=1)[:, None]
+    # The query's rounding makes at most half a level for each dimension, the offset's half a score.
+    assert (np.abs(found * sigma[:, None] - true) <= sigma[:, None] * (0.5 * 64 * precision.levels + 1)).all()
+    # A maximum without them is another one.
+    bare = np.empty_like(found)
+    kernel.scores(tiles, q, precision, bare)
+    k = 16
+    best = [set(np.argsort(-each)[:k]) for each in true]
+    right, wrong = (
+        np.mean([len(best[head] & set(np.argsort(-each[head])[:k])) / k for head in range(2)])
+        for each in (found, bare)
+    )
+    assert right > 0.8 > wrong
 
 
 def test_queries_of_zeros_and_of_nothing_finite():
     ranges = Ranges(np.ones((2, 8), np.float32), np.zeros((2, 8), np.float32))
-    q, sigma = kernel.quantise_query(np.zeros((4, 8), np.float32), ranges, Reduction.max)
+    q, offsets, sigma = kernel.quantise_query(np.zeros((4, 8), np.float32), ranges, Reduction.max)
     assert not q.any()
+    assert not offsets.any()
     assert sigma.tolist() == [1.0, 1.0]
     for bad in (np.nan, np.inf):
         with pytest.raises(InvalidInput, match="query"):
@@ -146,8 +197,9 @@ def test_scores_are_bit_exact(variant, precision, dim, group):
         q = rng.integers(-127, 128, (2, group, dim)).astype(np.int8)
         expected = np.full((2, count * 16 + 5), -1, np.int32)
         found = expected.copy()
-        reference.scores(tiles, q, precision, expected)
-        kernel.scores(tiles, q, precision, found)
+        offsets = rng.integers(-100_000, 1, (2, group)).astype(np.int32)
+        reference.scores(tiles, q, precision, expected, offsets=offsets)
+        kernel.scores(tiles, q, precision, found, offsets=offsets)
         np.testing.assert_array_equal(found, expected)
         assert (found[:, count * 16 :] == -1).all()
 
@@ -168,12 +220,12 @@ def test_scores_equal_the_dot_product_of_levels(variant):
     rows = random_rows(rng, 2, 48, 64, np.float16)
     ranges = kernel.fit_ranges(kernel.widen_keys(rows), Precision.int8)
     tiles, _, _ = kernel.quantise_keys(rows, ranges, Precision.int8)
-    q, _ = kernel.quantise_query(rng.normal(size=(8, 64)).astype(np.float32), ranges, Reduction.max)
+    q, offsets, _ = kernel.quantise_query(rng.normal(size=(8, 64)).astype(np.float32), ranges, Reduction.max)
     out = np.empty((2, 48), np.int32)
-    kernel.scores(tiles, q, Precision.int8, out)
+    kernel.scores(tiles, q, Precision.int8, out, offsets=offsets)
     levels = reference.from_tiles(tiles, Precision.int8).astype(np.int64)
     for head in range(2):
-        assert (out[head] == (levels[head] @ q[head].T.astype(np.int64)).max(axis=1)).all()
+        assert (out[head] == (levels[head] @ q[head].T.astype(np.int64) + offsets[head]).max(axis=1)).all()
 
 
 def test_scores_accept_slices_of_larger_arrays(variant):

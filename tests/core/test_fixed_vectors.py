@@ -11,10 +11,10 @@ from hillinfer_core.layout import Precision, Reduction
 
 HEADS, TOKENS, DIM, GROUP = 2, 48, 80, 3
 
-# CRC-32C, of little-endian bytes: tiles, q (sum), scores (sum), scores (max), ids of the 7 best (sum).
+# CRC-32C, of little-endian bytes: tiles, q (sum), offsets (max), scores (sum, max), ids of the 7 best (sum).
 EXPECTED = {
-    Precision.int8: (0x136822B3, 0x23C4A833, 0x5319F112, 0x58E3D6C7, 0x891E495C),
-    Precision.int4: (0x8FB66635, 0x23C4A833, 0xB1A82359, 0x4740C418, 0xBCE7F6C0),
+    Precision.int8: (0x136822B3, 0x23C4A833, 0x14D9108C, 0x5319F112, 0x6E0D0493, 0x891E495C),
+    Precision.int4: (0x8FB66635, 0x23C4A833, 0xE9899C73, 0xB1A82359, 0x4378CC67, 0xBCE7F6C0),
 }
 
 
@@ -40,10 +40,10 @@ def test_fixed_vectors(implementation, precision):
     found = [crc(tiles)]
     scored = {}
     for reduction in (Reduction.sum, Reduction.max):
-        q, _ = implementation.quantise_query(query, ranges, reduction)
+        q, offsets, _ = implementation.quantise_query(query, ranges, reduction)
         scored[reduction] = np.empty((HEADS, TOKENS), np.int32)
-        implementation.scores(tiles, q, precision, scored[reduction])
-        found += [crc(q)] if reduction is Reduction.sum else []
+        implementation.scores(tiles, q, precision, scored[reduction], offsets=offsets)
+        found += [crc(q) if reduction is Reduction.sum else crc(offsets)]
     ids, _ = implementation.top_k(scored[Reduction.sum], 7, 0)
     found += [crc(scored[Reduction.sum]), crc(scored[Reduction.max]), crc(ids)]
     assert tuple(found) == EXPECTED[precision]

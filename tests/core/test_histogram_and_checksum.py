@@ -21,10 +21,11 @@ def random_tiles(seed, heads, tiles, dim, precision):
 def test_every_score_has_a_bin_and_bins_are_ordered(precision, vectors, dim):
     tiles = random_tiles(1, 2, 5, dim, precision)
     q = np.random.default_rng(2).integers(-127, 128, (2, vectors, dim)).astype(np.int8)
+    offsets = np.random.default_rng(3).integers(-50_000, 1, (2, vectors)).astype(np.int32)
     scores = np.empty((2, 80), np.int32)
-    reference.scores(tiles, q, precision, scores)
-    counts = reference.histogram(scores, q, precision)
-    low, shift = reference.score_range(q, precision)
+    reference.scores(tiles, q, precision, scores, offsets=offsets)
+    counts = reference.histogram(scores, q, precision, offsets=offsets)
+    low, shift = reference.score_range(q, precision, offsets=offsets)
     assert counts.shape == (2, BINS)
     assert counts.sum(axis=1).tolist() == [80, 80]
     for head in range(2):

@@ -31,7 +31,7 @@ def assert_same(found: reference.Ranked, expected: reference.Ranked) -> None:
 
 
 def ranked(case: Case, parts=None, **more) -> reference.Ranked:
-    more = {"histogram": True, "checksums": True, **more}
+    more = {"histogram": True, "checksums": True, "offsets": case.offsets, **more}
     first, end = case.first_id + case.begin, case.first_id + case.end
     return kernel.rank(
         parts or [case.tiles], case.q, case.precision, first, end, case.k, origin=case.first_id, **more
@@ -89,7 +89,16 @@ def test_what_hypothesis_makes_agrees(data, seed, precision, dim, dtype, heads, 
     first = data.draw(st.integers(origin, stop))
     end = data.draw(st.integers(first, stop))
     k = data.draw(st.integers(0, end - first + 2))
-    asked = {"origin": origin, "histogram": data.draw(st.booleans()), "checksums": data.draw(st.booleans())}
+    offsets = None
+    if dtype is np.int8 and data.draw(st.booleans()):
+        least = data.draw(st.sampled_from([-3, -30_000, reference.LEAST_OFFSET]))
+        offsets = rng.integers(least, 1, q.shape[:2]).astype(np.int32)
+    asked = {
+        "offsets": offsets,
+        "origin": origin,
+        "histogram": data.draw(st.booleans()),
+        "checksums": data.draw(st.booleans()),
+    }
     expected = reference.rank(parts, q, precision, first, end, k, **asked)
     for name in kernel.variants():
         with pytest.MonkeyPatch.context() as patch:
@@ -105,13 +114,16 @@ def test_blocks_merge_to_the_whole(monkeypatch):
     taken = []
     blocks = kernel.rank_blocks(
         (taken.append(at) or part for at, part in enumerate(parts)), case.q, case.precision, 197, 2191, 200,
-        origin=160, histogram=True, checksums=True,
+        offsets=case.offsets, origin=160, histogram=True, checksums=True,
     )  # fmt: skip
     first = next(blocks)
     assert len(taken) == 3  # the next part is not asked for before it is needed
     merged = kernel.merge([first, *blocks], case.k)
-    assert_same(merged, reference.rank(parts, case.q, case.precision, 197, 2191, case.k, origin=160,
-                                       histogram=True, checksums=True))  # fmt: skip
+    whole = reference.rank(
+        parts, case.q, case.precision, 197, 2191, case.k,
+        offsets=case.offsets, origin=160, histogram=True, checksums=True,
+    )  # fmt: skip
+    assert_same(merged, whole)
     with pytest.raises(InvalidInput, match="not among"):
         list(kernel.rank_blocks(parts, case.q, case.precision, 0, 9999, 5, origin=160))
 
@@ -179,8 +191,8 @@ def test_idle_threads_use_no_processor_time(monkeypatch):
 def test_rank_refuses_what_does_not_fit():
     tiles, q = np.zeros((2, 3, 128), np.uint8), np.zeros((4, 1, 8), np.int8)
 
-    def rank(parts=(tiles,), q=q, first=0, end=48, k=1, origin=0):
-        return kernel.rank(parts, q, Precision.int8, first, end, k, origin=origin)
+    def rank(parts=(tiles,), q=q, first=0, end=48, k=1, **more):
+        return kernel.rank(parts, q, Precision.int8, first, end, k, **more)
 
     assert rank().ids.shape == (4, 1)
     assert rank(parts=[], end=0).ids.shape == (4, 0)
@@ -202,6 +214,11 @@ def test_rank_refuses_what_does_not_fit():
         {"origin": 8, "first": 8},
         {"origin": 2**32 - 16, "first": 2**32 - 16, "end": 2**32},
         {"k": -1},
+        {"offsets": np.zeros((4, 2), np.int32)},
+        {"offsets": np.zeros((4, 1), np.int64)},
+        {"offsets": np.ones((4, 1), np.int32)},
+        {"offsets": np.full((4, 1), reference.LEAST_OFFSET - 1, np.int32)},
+        {"q": q.astype(np.int16), "offsets": np.full((4, 1), -1, np.int32)},
     ):
         with pytest.raises(InvalidInput):
             rank(**bad)

@@ -68,6 +68,7 @@ class RawClient:
         self.channel = grpc.insecure_channel(self.accepted.grpc_address)
         self.stub = ColdPoolStub(self.channel)
         self._next = 0
+        self._append_limits: dict[int, int] = {}
 
     def __enter__(self) -> RawClient:
         return self
@@ -113,7 +114,9 @@ class RawClient:
             precision=shape.precision.to_proto(),
             **kind,
         )
-        return self.call("OpenContext", request)
+        opened = self.call("OpenContext", request)
+        self._append_limits[opened.context_id] = opened.append_limit
+        return opened
 
     def save(self, context: int) -> None:
         self.call("SaveContext", pb.SaveContextRequest(context_id=context))
@@ -129,8 +132,20 @@ class RawClient:
         return self.call("DeleteContext", request).freed_bytes
 
     def append(
-        self, context: int, layer: int, first: int, rows: np.ndarray, *, tail: bool = False
+        self,
+        context: int,
+        layer: int,
+        first: int,
+        rows: np.ndarray,
+        *,
+        tail: bool = False,
+        whole: bool = False,
     ) -> pb.AppendResponse:
+        """In as many appends as the daemon's limit asks for, unless `whole`; returns the last answer."""
+        limit = self._append_limits.get(context, 0)
+        while limit and not whole and rows.shape[1] > limit:
+            self.append(context, layer, first, rows[:, :limit], tail=tail)
+            first, rows = first + limit, rows[:, limit:]
         self.reset()
         region, view = self.take(rows.shape, rows.dtype, PAGE)
         view[...] = rows

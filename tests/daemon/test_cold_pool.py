@@ -22,9 +22,9 @@ def expected(
     rows: np.ndarray, ranges: reference.Ranges, shape: Shape, query: np.ndarray, reduction: Reduction
 ) -> np.ndarray:
     tiles, _, _ = reference.quantise_keys(rows, ranges, shape.precision)
-    q, _ = reference.quantise_query(query, ranges, reduction)
+    q, offsets, _ = reference.quantise_query(query, ranges, reduction)
     out = np.zeros((shape.kv_heads, tiles.shape[1] * 16), np.int32)
-    reference.scores(tiles, q, shape.precision, out)
+    reference.scores(tiles, q, shape.precision, out, offsets=offsets)
     return out[:, : rows.shape[1]]
 
 

@@ -133,7 +133,7 @@ def test_status_as_json_has_every_key_and_numbers(daemon: Path) -> None:
         done = run("hillinferd.ctl", "status", "--json", "--socket", str(daemon / "attach.sock"))
         assert done.returncode == 0
         status = json.loads(done.stdout)
-        assert set(status) == {"version", "uptime_s", "device", "pool", "sessions", "drives"}
+        assert set(status) == {"version", "uptime_s", "device", "pool", "sessions", "drives", "draining"}
         assert status["device"]["driver"] == "host"
         assert status["pool"]["used_bytes"] == 0
         mine = [
@@ -163,4 +163,4 @@ def test_health_and_reflection_need_no_token(daemon: Path) -> None:
             iter([request]), timeout=10
         )
         names = {service.name for service in next(answers).list_services_response.service}
-        assert "hillinfer.v1.ColdPool" in names
+        assert {"hillinfer.v1.ColdPool", "hillinfer.v1.Admin", "grpc.health.v1.Health"} <= names

@@ -321,6 +321,7 @@ def test_an_append_as_large_as_allowed_has_an_answer_of_any_size(durable: Path) 
                 0,
                 opened.append_limit,
                 np.repeat(rows, 2, axis=1)[:, : opened.append_limit + shape.append_unit],
+                whole=True,
             )
 
 

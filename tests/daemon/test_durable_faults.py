@@ -15,6 +15,7 @@ from raw_client import RawClient, Refused, log_of, random_rows, running_daemon, 
 
 from hillinfer_core.errors import DamagedCatalogue, PoolFull, VersionMismatch
 from hillinfer_core.layout import DType, Precision, Shape
+from hillinfer_core.protocol import LAYOUT_VERSION
 from hillinferd.domain.durable import Durable
 from hillinferd.records.database import Database, Key
 from hillinferd.records.durable import DurableRecords
@@ -140,6 +141,17 @@ def test_a_newer_format_is_not_damage(tmp_path: Path, monkeypatch: pytest.Monkey
     for salvage in (False, True):
         with pytest.raises(VersionMismatch, match="format 99"):
             Database(tmp_path / "catalogue", salvage=salvage)
+
+
+def test_a_context_of_another_layout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = Database(tmp_path / "catalogue")
+    records = DurableRecords(database)
+    with monkeypatch.context() as patch:
+        patch.setattr("hillinferd.records.durable.LAYOUT_VERSION", 1)
+        records.create(durable("book"))
+    with pytest.raises(VersionMismatch, match=f"'book' has layout 1, this daemon {LAYOUT_VERSION}; use"):
+        records.load()
+    database.close()
 
 
 def test_a_tail_does_not_outlive_the_append_that_follows_it(runtime_dir: Path) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_client import RawClient, Refused, random_rows
+from raw_client import RawClient, Refused, random_rows, wait_for
 from service_thread import Served, drive_settings, served
 
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinferd.domain.contexts import MAX_APPEND_BYTES
+from hillinferd.domain.extents import GRANULE, Extent
 from hillinferd.domain.regions import Region
 from hillinferd.service import pieces, requests
 from hillinferd.service.work_queue import Piece, Priority
@@ -75,6 +76,45 @@ def test_what_is_small_goes_with_decode() -> None:
     assert pieces.priority_of(by_ids(10_000)) is pieces.priority_of(run(16384)) is Priority.bulk
 
 
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=5))
+def test_pieces_of_extents_are_all_of_them(granules: list[int]) -> None:
+    extents, at = [], 0
+    for count in granules:
+        extents.append(Extent(at * GRANULE, count * GRANULE))
+        at += count + 1
+    cut = pieces.of_extents(extents)
+    assert all(0 < piece.length <= pieces.DISCARD_BYTES for piece in cut)
+    covered = [place for piece in cut for place in range(piece.offset, piece.end, GRANULE)]
+    assert covered == [place for each in extents for place in range(each.offset, each.end, GRANULE)]
+
+
+@pytest.mark.parametrize("how", ["closed", "left"])
+def test_a_large_context_is_freed_in_pieces(runtime_dir: Path, how: str) -> None:
+    told: list[Piece] = []
+    with served(runtime_dir, drive_settings("one", runtime_dir / "pool")) as service:
+        service.run(lambda: service.service.observe(lambda _, piece, __: told.append(piece)))
+        with RawClient(runtime_dir, 16 << 20) as watcher:
+            with RawClient(runtime_dir, 16 << 20) as client:
+                context, small = client.open(SHAPE), client.open(SHAPE)
+                rows = random_rows(np.random.default_rng(0), SHAPE, 256)
+                for first in range(0, 8192, 256):
+                    client.append(context, 0, first, rows)
+                client.append(small, 0, 0, rows)
+                assert client.status().pool.used_bytes > 32 << 20
+                told.clear()
+                if how == "closed":
+                    client.close_context(context)
+                    assert client.status().pool.used_bytes < 8 << 20
+                    with pytest.raises(Refused, match="not an open context"):
+                        client.close_context(context)
+                    np.testing.assert_array_equal(client.fetch_range(small, SHAPE, 0, 0, 256), rows)
+            wait_for(lambda: watcher.status().pool.used_bytes == 0, 20)
+    closing = [piece for piece in told if piece.operation == "close"]
+    assert len(closing) >= 4
+    assert {piece.priority for piece in closing} == {Priority.bulk}
+    assert {piece.error for piece in closing if piece.error} == set()
+
+
 def operations(service: Served, told: list[Piece]) -> list[tuple[str, Priority | None]]:
     heard = service.run(lambda: [(piece.operation, piece.priority) for piece in told])
     told.clear()
@@ -93,10 +133,10 @@ def test_large_work_is_cut_and_gives_the_same(runtime_dir: Path) -> None:
         for first in range(0, TOKENS, limit):
             client.append(context, 0, first, rows[:, first : first + limit])
         with pytest.raises(Refused, match=f"at most {limit} tokens"):
-            client.append(context, 0, TOKENS, rows[:, : limit + SHAPE.append_unit])
+            client.append(context, 0, TOKENS, rows[:, : limit + SHAPE.append_unit], whole=True)
 
         told: list[Piece] = []
-        service.run(lambda: service.service.observe(lambda _, piece: told.append(piece)))
+        service.run(lambda: service.service.observe(lambda _, piece, __: told.append(piece)))
         np.testing.assert_array_equal(client.fetch_range(context, SHAPE, 0, 0, TOKENS), rows)
         assert operations(service, told) == [("fetch", Priority.bulk)] * 2
 

@@ -399,10 +399,13 @@ def evaluate(
     held = held.reshape(heads, tiles, tile_bytes(dim, precision))
     in_word = WORD // np.dtype(dtype).itemsize
     padded = -(-dim // in_word) * in_word
-    q = queries[: heads * vectors * padded * np.dtype(dtype).itemsize].view(dtype)
-    q = q.reshape(heads, vectors, padded)[:, :, :dim]
+    head_bytes = WORD + vectors * padded * np.dtype(dtype).itemsize
+    words = queries[: heads * head_bytes].reshape(heads, head_bytes)
+    offsets = words[:, : vectors * 4].copy().view("<i4")
+    q = words[:, WORD:].copy().view(dtype).reshape(heads, vectors, padded)[:, :, :dim]
     levels = reference.from_tiles(held, precision).astype(np.int64)
-    scores = np.einsum("htd,hrd->htr", levels, q.astype(np.int64)).max(axis=2).astype(np.int32)
+    products = np.einsum("htd,hrd->htr", levels, q.astype(np.int64)) + offsets[:, None, :]
+    scores = products.max(axis=2).astype(np.int32)
     scores = np.ascontiguousarray(scores[:, begin:end])
     if card.loaded in card.miscomputing:
         scores[0, 0] += 1
@@ -410,12 +413,12 @@ def evaluate(
     pairs = np.empty((heads, -(-ids.shape[1] // 8) * 8, 2), "<u4")
     pairs[:] = (0xFFFFFFFF, 0x80000000)
     pairs[:, : ids.shape[1]] = np.stack((ids, best.view(np.uint32)), axis=2)
-    low, shift = reference.score_range(q, precision)
+    low, shift = reference.score_range(q, precision, offsets=offsets)
     words = np.zeros((heads, 16), "<u4")
     words[:, 1] = ids.shape[1]
     words[:, 2] = reference.data_checksum(held)
     words[:, 3], words[:, 4], words[:, 5] = low.view(np.uint32), shift, best.min(axis=1).view(np.uint32)
-    counts = reference.histogram(scores, q, precision).astype("<u4")
+    counts = reference.histogram(scores, q, precision, offsets=offsets).astype("<u4")
     half = pairs.nbytes // 2 if card.torn == "blocks" else pairs.nbytes
     blocks[:half] = pairs.reshape(-1).view(np.uint8)[:half]
     histograms[: counts.nbytes] = counts.reshape(-1).view(np.uint8)

@@ -248,11 +248,13 @@ class Keys:
         self.first, self.end = first, token
         self.precision = precision
 
-    def winners(self, q: np.ndarray, first: int, end: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def winners(
+        self, q: np.ndarray, first: int, end: int, k: int, offsets: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What the reference selects."""
         tiles = np.concatenate(self.tiles, axis=1)
         scores = np.zeros((tiles.shape[0], tiles.shape[1] * 16), np.int32)
-        reference.scores(tiles, q, self.precision, scores)
+        reference.scores(tiles, q, self.precision, scores, offsets=offsets)
         return reference.top_k(scores[:, first - self.first : end - self.first], k, first)
 
 
@@ -275,10 +277,11 @@ def test_evaluate_agrees_with_the_reference(
     for index in loaded:
         driver.load_keys(keys.segments[index], keys.tiles[index].copy())
     q = query(seed, vectors=vectors)
-    found = driver.evaluate(Scan(keys.segments, q, first, end, k))
+    offsets = np.random.default_rng(seed).integers(-20_000, 1, (2, vectors)).astype(np.int32)
+    found = driver.evaluate(Scan(keys.segments, q, first, end, k, offsets=offsets))
     for segment in keys.segments:
         driver.unload_keys(segment.offset)
-    ids, scores = keys.winners(q, first, end, k)
+    ids, scores = keys.winners(q, first, end, k, offsets)
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_array_equal(found.scores, scores)
     assert found.ids.dtype == np.uint32

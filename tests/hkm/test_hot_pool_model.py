@@ -10,19 +10,21 @@ from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.slots import EMPTY
 
 TOKENS = 24
-MOST, AGE_EVERY = 5, 7
+MOST, AGE_EVERY, HIT = 9, 7, 2
 
 
 @pytest.fixture
 def short_lives(monkeypatch):
     """Counters that saturate and age within a few steps."""
     monkeypatch.setattr(hot_pool, "_MAX_HITS", MOST)
+    monkeypatch.setattr(hot_pool, "_HIT", HIT)
     monkeypatch.setattr(hot_pool, "_AGE_EVERY", AGE_EVERY)
 
 
 OPERATIONS = st.one_of(
     st.tuples(st.just("select"), st.sets(st.integers(0, TOKENS - 1), min_size=1, max_size=8)),
     st.tuples(st.just("select"), st.sets(st.integers(0, 5), min_size=1, max_size=4)),
+    st.tuples(st.just("release"), st.sets(st.integers(0, TOKENS - 1), min_size=1, max_size=8)),
     st.tuples(st.just("resize"), st.integers(1, 12)),
     st.tuples(st.just("crop"), st.integers(0, TOKENS)),
 )
@@ -37,7 +39,7 @@ class Model:
         self.selections = 0
 
     def select(self, wanted):
-        self.hits[wanted] = np.minimum(self.hits[wanted] + 1, MOST)
+        self.hits[wanted] = np.minimum(self.hits[wanted] + HIT, MOST)
         self.selections += 1
         if self.selections % AGE_EVERY == 0:
             self.hits //= 2
@@ -65,6 +67,9 @@ def test_hot_pool_against_a_model(short_lives, capacity, operations):
             pool.crop(0, what)
             model.crop(what)
             assert held(pool) == {token for token in before if token < what}
+        elif kind == "release":
+            pool.release(0, 0, pool.find(0, 0, np.array(sorted(what), np.uint32))[1])
+            assert held(pool) == before - what
         else:
             wanted = np.array(sorted(what), np.uint32)
             found, places = pool.find(0, 0, wanted)

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hillinfer.hkm.hot_pool import HotPool
+from hillinfer.hkm.pools import Pools
 from hillinfer.hkm.resident import divide
 from hillinfer.hkm.slots import EMPTY, Slots
+from hillinfer.hkm.tensors import to_rows, to_storage
 from hillinfer_core.errors import ResidentTooSmall
 
 SINKS, RECENT = 2, 5
@@ -70,6 +72,49 @@ def test_hot_pool_returns_only_what_it_was_given(capacity, seeds):
         pool.offer(0, 0, missing, rows)
         held = pool.ids[0, 0][pool.ids[0, 0] != EMPTY]
         assert len(set(held)) == len(held) <= capacity
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 12),
+    st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2**32 - 1)), min_size=1, max_size=25),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_selected_row_is_in_slots_or_in_the_hot_pool_and_never_in_both(capacity, steps, dtype):
+    slots = Slots(1, 1, 4, SINKS, RECENT, torch.zeros(1, dtype=dtype))
+    pools = Pools(slots, HotPool(1, 1, 4, to_storage(torch.zeros(1, dtype=dtype)).dtype))
+    slots.lengths[0] = 40
+    for count, seed in steps:
+        wanted = np.sort(np.random.default_rng(seed).choice(40, count, replace=False).astype(np.uint32))
+        slots.resize(max(count, slots.selected))
+        pools.hot.resize(capacity)
+        held = in_slots(slots) | set(hot_tokens(pools.hot))
+        missing, places = pools.admit(0, 0, wanted)
+        assert set(missing) == set(wanted) - held
+        rows = torch.from_numpy(missing.astype(np.float32)).to(dtype)[:, None, None].expand(-1, 2, 4)
+        pools.fill(0, 0, places, to_storage(rows.contiguous()))
+        pools.settle()
+        assert in_slots(slots) == set(wanted)
+        hot = hot_tokens(pools.hot)
+        assert len(hot) == len(set(hot)) <= capacity
+        assert not set(hot) & set(wanted)
+        # Nobody who was held is forgotten while there is room.
+        assert set(hot) | set(wanted) >= held or len(hot) == capacity
+        for at, token in enumerate(slots.ids[0, 0]):
+            if token != EMPTY:
+                assert (slots.keys[0, 0, slots.pinned + at] == float(token)).all()
+        for at, token in enumerate(pools.hot.ids[0, 0]):
+            if token != EMPTY:
+                row = to_rows(pools.hot.rows[0, 0, at], torch.zeros(1, dtype=dtype))
+                assert (row == float(token)).all()
+
+
+def in_slots(slots):
+    return set(slots.ids[0, 0][slots.ids[0, 0] != EMPTY])
+
+
+def hot_tokens(hot):
+    return list(hot.ids[0, 0][hot.ids[0, 0] != EMPTY])
 
 
 def test_hot_pool_does_not_thrash():

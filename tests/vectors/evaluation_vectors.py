@@ -21,6 +21,7 @@ from hillinfer_core.layout import TILE_TOKENS, Precision, tile_bytes
 class Case:
     """One request: ``tiles`` uint8 [key heads, T, tile bytes] and ``q`` [rows, R, D] int8, or int16.
 
+    ``offsets`` are int32 [rows, R], or None for zeros.
     The tokens ``begin`` to ``end`` - 1 of ``tiles`` are ranked; the id of its first token is ``first_id``, a
     multiple of 16.
     """
@@ -33,13 +34,14 @@ class Case:
     end: int
     k: int
     first_id: int = 0
+    offsets: npt.NDArray[np.int32] | None = None
 
     def expected(self) -> reference.Ranked:
         """Return what the definition gives, with histogram and checksums [1, key heads]."""
         first, end = self.first_id + self.begin, self.first_id + self.end
         return reference.rank(
             [self.tiles], self.q, self.precision, first, end, self.k,
-            origin=self.first_id, histogram=True, checksums=True,
+            offsets=self.offsets, origin=self.first_id, histogram=True, checksums=True,
         )  # fmt: skip
 
 
@@ -53,12 +55,19 @@ class Maker:
         self, name: str, precision: Precision, rows: int, vectors: int, dim: int, begin: int, end: int,
         k: int, *, key_heads: int | None = None, dtype: Any = np.int8, first_id: int = 0, tiles: int = 0,
     ) -> Case:  # fmt: skip
-        """Return a case of ``tiles`` tiles, or as many as ``end`` tokens need."""
+        """Return a case of ``tiles`` tiles, or as many as ``end`` tokens need.
+
+        Several 8-bit vectors have offsets of the size of their scores, so that each of them wins some.
+        """
         limit = np.iinfo(dtype).max
         q = self._rng.integers(-limit, limit + 1, (rows, vectors, dim)).astype(dtype)
         size = (key_heads or rows, tiles or -(-end // TILE_TOKENS), tile_bytes(dim, precision))
         keys = self._rng.integers(0, 256, size, np.uint8)
-        return Case(f"{name}-{precision.value}", precision, keys, q, begin, end, k, first_id)
+        offsets = None
+        if vectors > 1 and q.dtype == np.int8:
+            spread = limit * precision.levels * int(dim**0.5)
+            offsets = self._rng.integers(-spread, 1, (rows, vectors)).astype(np.int32)
+        return Case(f"{name}-{precision.value}", precision, keys, q, begin, end, k, first_id, offsets)
 
 
 DIMS = (32, 64, 80, 96, 128, 256)
@@ -106,6 +115,18 @@ def extremes(precision: Precision) -> Iterator[Case]:
             keys = np.full((1, 3, size), key, np.uint8)
             query = np.full((1, 2, 256), 127 * sign, np.int8)
             yield Case(f"equal-{name}{sign}-{precision.value}", precision, keys, query, 2, 45, 20)
+    # The greatest scores with the least offsets: the second vector never wins, the third ties with the first.
+    keys = np.full((1, 3, size), 255, np.uint8)
+    query = np.full((1, 3, 256), -127, np.int8)
+    query[0, 1] = 127
+    offsets = np.array([[0, reference.LEAST_OFFSET, 0]], np.int32)
+    yield Case(f"offset-least-{precision.value}", precision, keys, query, 0, 48, 9, 0, offsets)
+    every = np.full((1, 3), reference.LEAST_OFFSET, np.int32)
+    yield Case(f"offset-every-{precision.value}", precision, keys, query, 0, 48, 9, 0, every)
+    # Keys of zeros: the offsets alone decide.
+    keys = np.zeros((1, 3, size), np.uint8)
+    offsets = np.array([[-7, -3, -5]], np.int32)
+    yield Case(f"offset-alone-{precision.value}", precision, keys, query, 0, 48, 9, 0, offsets)
     # Few different scores, so that the threshold is shared by many.
     keys = np.zeros((1, 8, tile_bytes(8, precision)), np.uint8)
     keys[:, :, ::3] = 1

@@ -73,6 +73,38 @@ def _print_kernel(result: dict[str, Any]) -> None:
     console.print(peers)
 
 
+@app.command("placement")
+def placement_command(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+    ] = None,
+    context_tokens: Annotated[int, typer.Option(min=512, help="Least length of the text.")] = 16384,
+    budget: Annotated[str, typer.Option(help="Tokens attended: a per cent of the past, or a count.")] = "2%",
+    questions: Annotated[int, typer.Option(min=1, help="Asked in turn; they jump about in the text.")] = 8,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Generated after each question.")] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what is read from the cold pool with placing the tokens of the highest last scores in memory.
+
+    The model answers questions about the demo's text; what its steps select is replayed against both.
+    """
+    parsed = parse_budget(budget)
+
+    from hillinfer.bench.placement import SHARES, as_markdown, as_object, compare
+    from hillinfer.bench.selections import record
+    from hillinfer.model_directory import ModelDirectory, bundled_model
+    from hillinfer.progress import progress_for_stderr
+
+    directory = ModelDirectory(model or bundled_model())
+    depth = round(max(SHARES) * context_tokens * 1.25)
+    recording = record(
+        directory, context_tokens, str(parsed), depth, questions, answer_tokens, progress_for_stderr()
+    )
+    told = as_object(recording, str(parsed), compare(recording))
+    print(json.dumps(told, indent=2) if as_json else as_markdown(told))
+
+
 @app.command("recall")
 def recall_command(
     model: Annotated[

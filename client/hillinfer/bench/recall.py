@@ -144,8 +144,9 @@ def _ranked(
     tiles, _, _ = kernel.quantise_keys(np.stack((keys, keys), axis=2), ranges, precision)
     ids = []
     for number in range(queries.shape[1]):
-        q, _ = kernel.quantise_query(np.ascontiguousarray(queries[:, number]), ranges, reduction)
-        ids.append(kernel.rank([tiles], q, precision, 0, keys.shape[1], k).ids.astype(np.int64))
+        q, offsets, _ = kernel.quantise_query(np.ascontiguousarray(queries[:, number]), ranges, reduction)
+        ranked = kernel.rank([tiles], q, precision, 0, keys.shape[1], k, offsets=offsets)
+        ids.append(ranked.ids.astype(np.int64))
     return np.stack(ids, axis=1)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +15,9 @@ from hillinfer.pipeline.choice import Predictor
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget
+
+if TYPE_CHECKING:
+    from hillinfer.eval.findings import Findings
 
 DTYPES = ("float32", "bfloat16", "float16")
 PERPLEXITY_TOKENS = 64
@@ -105,7 +110,7 @@ def eval_command(
         raise InvalidInput(f"no such dtype: {dtype}; there are {', '.join(DTYPES)}")
 
     from hillinfer.eval.evaluate import evaluate
-    from hillinfer.eval.findings import write_answers
+    from hillinfer.eval.findings import AnswersFile
     from hillinfer.eval.job import EvalJob
     from hillinfer.eval.report import as_markdown
     from hillinfer.eval.runner import Setting
@@ -134,9 +139,13 @@ def eval_command(
     directory = ModelDirectory(model or bundled_model())
     named = dtype or ("float32" if model is None else None)
     setting = Setting(directory, dtype_named(named) if named else directory.dtype, device_named(device))
-    result, found = evaluate(job, setting, progress_for_stderr(), processes)
-    if answers is not None:
-        write_answers(answers, found)
+    with ExitStack() as stack:
+        note: Callable[[Findings], None] = _nothing
+        if answers is not None:
+            file = AnswersFile(answers)
+            stack.callback(file.close)
+            note = file.write
+        result = evaluate(job, setting, progress_for_stderr(), processes, note)
     if plot is not None:
         from hillinfer.eval.plot import draw
 
@@ -150,6 +159,10 @@ def eval_command(
         from rich.markdown import Markdown
 
         Console().print(Markdown(as_markdown(result)))
+
+
+def _nothing(_: Findings) -> None:
+    pass
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -21,13 +21,18 @@ Prompts = list[tuple[int, int]]
 
 
 def evaluate(
-    job: EvalJob, setting: Setting, progress: Progress = silent, processes: int = 1
-) -> tuple[Result, list[Findings]]:
+    job: EvalJob,
+    setting: Setting,
+    progress: Progress = silent,
+    processes: int = 1,
+    note: Callable[[Findings], None] = lambda found: None,
+) -> Result:
     """Ask every policy the same questions about the same contexts; the same job gives the same figures.
 
     Reading is exact and done once for each context, which is saved in the cold
     pool of a private daemon; every policy and budget goes on from it. Each of `processes`
-    has a model and a daemon of its own, and its share of the processors. Blocks. Raises
+    has a model and a daemon of its own, and its share of the processors. `note` is called with
+    what each prompt found, in order. Blocks. Raises
     InvalidInput, BudgetTooSmall, UnreadableModel, DaemonUnavailable and what `attach` raises.
     """
     job.check(setting.directory)
@@ -43,9 +48,10 @@ def evaluate(
     with finder as find, progress("evaluating", len(prompts)) as advance:
         for each in find(prompts):
             found.append(each)
+            note(each)
             advance(len(found))
     collect(result, found)
-    return result, found
+    return result
 
 
 Finder = Callable[[Prompts], Iterable[Findings]]

@@ -110,17 +110,29 @@ def _cell(key: tuple[str, str, int, str, int], answers: Sequence[Answer]) -> Cel
     )
 
 
-def write_answers(path: Path, found: Iterable[Findings]) -> None:
-    """Write every answer as a line of JSON. Raises InvalidInput for a file that cannot be written."""
-    try:
-        with path.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(asdict(answer)) + "\n" for each in found for answer in each.answers)
-    except OSError as error:
-        raise InvalidInput(f"cannot write {path}: {error.strerror}") from None
+class AnswersFile:
+    """Every answer as a line of JSON, written as its prompt is done: an interrupted run leaves the others.
+
+    Raises InvalidInput for a file that cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._stream = path.open("w", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise InvalidInput(f"cannot write {path}: {error.strerror}") from None
+
+    def write(self, found: Findings) -> None:
+        """Add the answers to one prompt."""
+        self._stream.writelines(json.dumps(asdict(answer)) + "\n" for answer in found.answers)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Read what `write_answers` wrote. Raises InvalidInput for anything else."""
+    """Read what `AnswersFile` wrote. Raises InvalidInput for anything else."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [Answer(**json.loads(line)) for line in lines]

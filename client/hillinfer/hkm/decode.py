@@ -40,6 +40,7 @@ def decode(
         candidates = sum(max(int(n) - slots.pinned, 0) for n in slots.lengths)
         return layer.everything(query, scaling, candidates)
     output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), layer.softcap)
+    layer.pools.settle()
     if not keep:
         layer.cache.account()
         slots.resize(0)
@@ -112,20 +113,12 @@ def _place(
     final: bool = True,
 ) -> None:
     """Put a selection into slots. uploaded: its rows on the device; final: the step attends to it."""
-    slots, hot = layer.slots, layer.hot
-    rows = to_rows(brought.rows, slots.keys) if uploaded is None else uploaded.ready()
-    used = 0
+    pools, used = layer.pools, 0
+    rows = to_rows(brought.rows, layer.slots.keys) if uploaded is None else uploaded.ready()
     for head, ids in enumerate(brought.ids):
-        absent = slots.absent(row, head, ids)
-        places = slots.place(row, head, ids)
-        found, at = hot.find(row, head, absent)
-        count = int(len(absent) - found.sum())
-        if count != brought.missing_per_head[head]:
+        absent, places = pools.admit(row, head, ids)
+        if len(absent) != brought.missing_per_head[head]:
             raise CorruptData("the daemon's view of the held tokens differs from the client's")
-        layer.fill(row, head, places[found], hot.rows[row, head, at])
-        layer.put(row, head, places[~found], rows[used : used + count])
-        if final:
-            hot.count(row, head, ids, int(slots.lengths[row]))
-            hot.offer(row, head, absent[~found], brought.rows[used : used + count])
-        used += count
-        layer.cache.count_selected(len(ids) if final else 0, count)
+        pools.fill(row, head, places, rows[used : used + len(absent)])
+        used += len(absent)
+        layer.cache.count_selected(len(ids) if final else 0, len(absent))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -97,7 +97,8 @@ class Guarantee:
                 return False
             taken = max(len(ids) for heads in step.wanted for ids in heads)
             self._guess[layer.index] = max(_FIRST_CANDIDATES, -(-taken * 3 // 2 // 32) * 32)
-        step.finish()
+        wanted = sum(len(ids) for heads in step.wanted for ids in heads)
+        layer.cache.count_selected(wanted, step.brought)
         self._count(layer, step)
         return True
 
@@ -157,7 +158,7 @@ class _Step:
         ]
         self.share: F64 = np.ones((batch, heads))
         self._shares: dict[int, Shares] = {}
-        self._cold: list[tuple[int, int, Ids, npt.NDArray[Any]]] = []
+        self.brought = 0
         if self.rows:
             self._weight = self._weigh(slots.pinned)
 
@@ -213,34 +214,15 @@ class _Step:
             self.share[row] = self._shares[row].held(self._weight[row], self._has(row))
         return True
 
-    def finish(self) -> None:
-        """Count what was selected, once the last fetch is done; `offer` keeps what is worth it."""
-        slots, hot, cache = self._layer.slots, self._layer.hot, self._layer.cache
-        for row in self.rows:
-            for head, ids in enumerate(self.wanted[row]):
-                hot.count(row, head, ids, int(slots.lengths[row]))
-        for row, head, ids, rows in self._cold:
-            hot.offer(row, head, ids, rows)
-        brought = sum(len(ids) for _, _, ids, _ in self._cold)
-        cache.count_selected(sum(len(ids) for heads in self.wanted for ids in heads), brought)
-
     def _place(self, row: int) -> None:
-        layer, slots, hot = self._layer, self._layer.slots, self._layer.hot
-        missing, fill = [], []
-        for head, ids in enumerate(self.wanted[row]):
-            absent = slots.absent(row, head, ids)
-            places = slots.place(row, head, ids)
-            found, at = hot.find(row, head, absent)
-            layer.fill(row, head, places[found], hot.rows[row, head, at])
-            missing.append(absent[~found])
-            fill.append(places[~found])
-        rows = layer.cache.contexts[row].fetch_rows(layer.index, missing)
+        layer, pools = self._layer, self._layer.pools
+        brought = [pools.admit(row, head, ids) for head, ids in enumerate(self.wanted[row])]
+        rows = layer.cache.contexts[row].fetch_rows(layer.index, [ids for ids, _ in brought])
         used = 0
-        for head, (ids, places) in enumerate(zip(missing, fill, strict=True)):
-            part = rows[used : used + len(ids)]
+        for head, (ids, places) in enumerate(brought):
+            pools.fill(row, head, places, rows[used : used + len(ids)])
             used += len(ids)
-            layer.fill(row, head, places, part)
-            self._cold.append((row, head, ids, part))
+        self.brought += used
 
     def _has(self, row: int) -> npt.NDArray[np.bool_]:
         """Which candidates the slots hold."""

@@ -1,8 +1,8 @@
 """Hot pool: rows of often selected tokens in DRAM, a cache of the cold pool.
 
 The cold pool holds every token, so demotion costs nothing and promotion is a
-copy of a row that was fetched anyway. A 16-bit hit counter for each token and
-KV head (paper: 2N bytes for N tokens) decides who stays.
+copy of a row that is in memory anyway, as it leaves the slots. A 16-bit hit counter for each
+token and KV head (paper: 2N bytes for N tokens) decides who stays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import numpy.typing as npt
 
 from hillinfer.hkm.slots import EMPTY
 
-_AGE_EVERY = 256  # selections of a KV head after which its hit counts are halved
+_AGE_EVERY = 16
+"""Selections of a KV head after which its hit counts are halved. Measured: docs/placement.md."""
+_HIT = 256
+"""What a selection adds to a count, so that halves of it still tell tokens apart."""
 _MAX_HITS = np.iinfo(np.uint16).max
 
 
@@ -58,7 +61,7 @@ class HotPool:
             grown[..., : self._hits.shape[-1]] = self._hits
             self._hits = grown
         hits = self._hits[row, head]
-        hits[selected] += hits[selected] < _MAX_HITS
+        hits[selected] += np.minimum(_MAX_HITS - hits[selected], _HIT).astype(np.uint16)
         self._selections[row, head] += 1
         if self._selections[row, head] % _AGE_EVERY == 0:
             hits >>= 1
@@ -80,8 +83,12 @@ class HotPool:
         found = ids[order[spot]] == wanted
         return found, order[spot[found]]
 
+    def release(self, row: int, head: int, places: npt.NDArray[np.int64]) -> None:
+        """Forget the rows at `places`, as `find` gave them: they are in slots now."""
+        self.ids[row, head, places] = EMPTY
+
     def offer(self, row: int, head: int, ids: npt.NDArray[np.uint32], rows: npt.NDArray[np.generic]) -> None:
-        """Keep those of the fetched `rows` [n, 2, D] that were selected more often than what they replace."""
+        """Keep those of `rows` [n, 2, D] that were selected more often lately than what they replace."""
         if not self.capacity or not len(ids):
             return
         mine = self.ids[row, head]

@@ -13,6 +13,7 @@ from hillinfer.hkm.attention import Part, attend_part, merge
 from hillinfer.hkm.decode import decode
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.padding import Padding
+from hillinfer.hkm.pools import Pools
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
@@ -39,7 +40,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, cache: HierarchicalCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index  # among the layers kept in the cold pool
-        self._pools: tuple[Slots, HotPool] | None = None
+        self._pools: Pools | None = None
         # Not a cycle: a cache that nobody refers to must free its contexts at once.
         self._cache: HierarchicalCache = weakref.proxy(cache)
         self._seen = 0  # columns so far, padding included
@@ -59,7 +60,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         config = self._cache.config
         contexts = self._cache.open_contexts(batch, kv_heads, head_dim, key_states.dtype)
         recent = max(config.recent, contexts[0].append_unit)
-        self._pools = (
+        self._pools = Pools(
             Slots(batch, kv_heads, head_dim, config.sinks, recent, key_states),
             HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype),
         )
@@ -92,16 +93,20 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._cache
 
     @property
+    def pools(self) -> Pools:
+        """Slots and hot pool together; only once the layer has seen tokens."""
+        assert self._pools is not None
+        return self._pools
+
+    @property
     def slots(self) -> Slots:
         """The attended KV; only once the layer has seen tokens."""
-        assert self._pools is not None
-        return self._pools[0]
+        return self.pools.slots
 
     @property
     def hot(self) -> HotPool:
         """The hot pool; only once the layer has seen tokens."""
-        assert self._pools is not None
-        return self._pools[1]
+        return self.pools.hot
 
     def release(self) -> None:
         """Drop what the pools hold; the layer cannot be used again."""
@@ -319,15 +324,3 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         read = tokens * self.slots.keys.shape[1]
         self._cache.count_selected(read, read)
         return torch.stack(rows).to(query.dtype)
-
-    def fill(self, row: int, head: int, places: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
-        """Put `rows` [n, 2, D] of the storage dtype into the slots `places` [n]."""
-        if len(places):
-            self.put(row, head, places, to_rows(rows, self.slots.keys))
-
-    def put(self, row: int, head: int, places: np.ndarray[Any, Any], rows: torch.Tensor) -> None:
-        """Put `rows` [n, 2, D], on the device, into the slots `places` [n]."""
-        if len(places):
-            target = torch.from_numpy(places).to(rows.device)
-            self.slots.keys[row, head].index_copy_(0, target, rows[:, 0])
-            self.slots.values[row, head].index_copy_(0, target, rows[:, 1])

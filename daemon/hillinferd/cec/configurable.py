@@ -18,12 +18,14 @@ from hillinfer_core.reference import I32, U8, U32
 class Vector:
     """One run of the kernel: tokens ``begin .. end - 1`` of ``tiles`` uint8 [H, T, tile bytes].
 
-    ``q`` is int8 or int16 [H, R, D]; ``first_id`` is the id of the first token of the tiles.
+    ``q`` is int8 or int16 [H, R, D], with ``offsets`` int32 [H, R]; ``first_id`` is the id of the first token
+    of the tiles.
     """
 
     precision: Precision
     tiles: U8
     q: npt.NDArray[Any]
+    offsets: I32
     begin: int
     end: int
     k: int

@@ -19,8 +19,8 @@ LARGEST_CONTEXT = 1 << 30
 EQUAL_TIME = 1.02
 """INT8 is preferred where INT4 would gain less than this factor. Our choice."""
 
-PAIRS_A_WORD, HISTOGRAM_BYTES = 8, 8192
-# (id, score) pairs of 8 bytes in a beat; 2,048 counts of 4 bytes. As in hls/evaluate.hpp.
+PAIRS_A_WORD, HISTOGRAM_BYTES, OFFSET_BYTES = 8, 8192, BEAT_BYTES
+# (id, score) pairs of 8 bytes in a beat; 2,048 counts of 4 bytes; a beat of offsets. As in hls/evaluate.hpp.
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _layers(
     heads = shape.kv_heads * scans
     chosen = request.budget.of(request.context)
     results = heads * ((-(-chosen // PAIRS_A_WORD) + 1) * BEAT_BYTES + HISTOGRAM_BYTES)
-    query = heads * vectors * shape.head_dim * query_bits // 8
+    query = heads * (OFFSET_BYTES + vectors * shape.head_dim * query_bits // 8)
     cycles = (
         heads * tiles * beats_of_tile(shape.head_dim, precision) * vectors * beat_lanes(precision) / lanes
     )

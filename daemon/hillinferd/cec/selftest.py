@@ -37,18 +37,23 @@ def vectors(kernel: Configuration, head_dims: tuple[int, ...]) -> Iterator[Vecto
         tiles = rng.integers(0, 256, shape, np.uint8)
         for count, first_id in ((1, 0), (3, 1 << 20)):
             q = rng.integers(-limit, limit + 1, (2, count, dim)).astype(dtype)
-            yield Vector(kernel.precision, tiles, q, 21, TOKENS, 100, first_id)
+            # Only 8-bit queries have offsets: of the size of the scores, so that each vector wins some.
+            spread = limit * kernel.precision.levels * (count > 1 and kernel.query_bits == 8)
+            offsets = rng.integers(-spread, 1, (2, count)).astype(np.int32)
+            yield Vector(kernel.precision, tiles, q, offsets, 21, TOKENS, 100, first_id)
         q = np.zeros((2, 1, dim), dtype)
         q[:, :, 0] = 1
-        yield Vector(kernel.precision, tiles & np.uint8(0x11), q, 0, TOKENS - 30, 333, 0)
+        none = np.zeros((2, 1), np.int32)
+        yield Vector(kernel.precision, tiles & np.uint8(0x11), q, none, 0, TOKENS - 30, 333, 0)
 
 
 def expected(vector: Vector) -> Outcome:
     """Return what the reference gives for ``vector``."""
     levels = reference.from_tiles(vector.tiles, vector.precision).astype(np.int64)
     # Wide, as the reference's own scores take no INT16 query; none of them leaves INT32 (docs/evaluation.md).
-    scores = np.einsum("htd,hrd->htr", levels, vector.q.astype(np.int64)).max(axis=2).astype(np.int32)
+    products = np.einsum("htd,hrd->htr", levels, vector.q.astype(np.int64)) + vector.offsets[:, None, :]
+    scores = products.max(axis=2).astype(np.int32)
     scanned = np.ascontiguousarray(scores[:, vector.begin : vector.end])
     ids, best = reference.top_k(scanned, vector.k, vector.first_id + vector.begin)
-    counts = reference.histogram(scanned, vector.q, vector.precision)
+    counts = reference.histogram(scanned, vector.q, vector.precision, offsets=vector.offsets)
     return Outcome(ids, best, counts, reference.data_checksum(vector.tiles))

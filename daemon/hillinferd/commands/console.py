@@ -6,7 +6,7 @@ import os
 
 from rich.console import Console
 
-WIDTH = 120
+WIDTH = 140
 """Columns of a table that goes to a file or a pipe, where none is too narrow. Our choice."""
 
 

@@ -48,7 +48,8 @@ class Context:
     """An open context of one session.
 
     ``durable`` is what it writes, ``base`` what it began with; a context with neither is volatile and began
-    empty. ``lost`` says why once the worker that held its keys is gone, unless it can be restored.
+    empty. ``lost`` says why once the worker that held its keys is gone, unless it can be restored. Of one
+    that is ``discarded`` only the books are left, to be closed.
     """
 
     context_id: int
@@ -59,6 +60,7 @@ class Context:
     durable: Durable | None = None
     base: Durable | None = None
     lost: str = ""
+    discarded: bool = False
     evaluation_key_bytes: int = 0
 
     @property

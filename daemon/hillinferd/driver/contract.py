@@ -77,7 +77,8 @@ class Scan:
     """Rank tokens ``first .. end - 1`` for ``q`` int8 [kv_heads, R, head_dim], and find the best ``k``.
 
     ``segments`` ascend and follow one another without a gap; those that hold none of the tokens are passed
-    over. Of R vectors a token gets the greatest score (docs/evaluation.md). For guarantee mode ``q`` is int16
+    over. Of R vectors a token gets the greatest score (docs/evaluation.md); ``offsets`` are theirs, int32
+    [kv_heads, R], or None for zeros. For guarantee mode ``q`` is int16
     [query_heads, 1, head_dim], and a ``histogram`` of all scores is wanted.
     """
 
@@ -87,6 +88,7 @@ class Scan:
     end: int
     k: int
     histogram: bool = False
+    offsets: I32 | None = None
 
 
 @dataclass(frozen=True)

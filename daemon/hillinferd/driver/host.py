@@ -188,6 +188,7 @@ def _rank(scan: Scan, run: list[tuple[KeySegment, U8]], *, verify: bool = False)
         max(scan.first, origin),
         min(scan.end, end),
         scan.k,
+        offsets=scan.offsets,
         origin=origin,
         histogram=scan.histogram,
         checksums=verify,

@@ -136,7 +136,7 @@ class DurableRecords:
         if fields["layout"] != LAYOUT_VERSION:
             raise VersionMismatch(
                 f"context {fields['name']!r} has layout {fields['layout']}, this daemon {LAYOUT_VERSION}; "
-                "use the hillinfer that wrote it"
+                "use the hillinfer that wrote it, or delete the pool and its catalogue and fill new contexts"
             )
         shape = Shape(
             fields["layers"],

@@ -14,7 +14,7 @@ from ..domain.extents import Extent
 from ..domain.placement import Placed
 from ..logs import get_logger
 from ..worker import messages
-from . import admission, requests
+from . import admission, pieces, requests
 from .durable_store import DurableStore
 from .sessions import Session
 
@@ -182,9 +182,23 @@ class ContextWork:
         self.catalogue.delete(durable)
         return freed
 
+    async def give_up(self, context: Context) -> list[Extent]:
+        """Make a volatile context unusable; return its own extents, cut, to be :meth:`discard`-ed before
+        it is closed.
+        """
+        if context.durable is not None:
+            return []
+        context.lost = context.lost or "when it began to be closed"
+        await self._drop(context.context_id)
+        return pieces.of_extents(context.own_extents)
+
+    async def discard(self, extent: Extent) -> None:
+        """Discard space of a context that was given up."""
+        await self._discard([extent])
+
     async def close(self, context: Context) -> None:
         """Close a context, also a lost one, and free what is its own."""
-        if context.durable is None:
+        if context.durable is None and not context.discarded:
             await self._drop(context.context_id)
             await self._discard(context.own_extents)
         self.catalogue.close(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -142,6 +143,10 @@ class Drive:
 
     async def detach(self, session: Session) -> None:
         """Free what a session holds on this drive; work of it that is already running ends first."""
+        for context in self.catalogue.of_session(session.session_id):
+            # What fails here, with the worker, is freed after it.
+            with suppress(HillInferError):
+                await self._discard_in_pieces(session, context, None)
         await self.queue.submit_urgent(lambda: self._contexts.free(session), operation="detach")
 
     async def open_context(
@@ -155,12 +160,30 @@ class Drive:
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""
         context = self.catalogue.find(session.session_id, context_id)
+        await self._discard_in_pieces(session, context, deadline)
 
         async def work() -> None:
             if self.catalogue.find(session.session_id, context_id) is context:
                 await self._contexts.close(context)
 
         await self._bulk("close", session, work, deadline)
+
+    async def _discard_in_pieces(self, session: Session, context: Context, deadline: float | None) -> None:
+        """Discard what a large context has before it is closed, so that others need not wait for all of it.
+
+        Whatever ends this before its end, closing discards everything.
+        """
+        if context.durable or sum(each.length for each in context.own_extents) <= pieces.DISCARD_BYTES:
+            return
+        for extent in await self._bulk("close", session, lambda: self._contexts.give_up(context), deadline):
+
+            async def work(extent: Extent = extent) -> None:
+                # Once it is closed, its extents may be another's.
+                if self.catalogue.find(session.session_id, context.context_id) is context:
+                    await self._contexts.discard(extent)
+
+            await self._bulk("close", session, work, deadline)
+        context.discarded = True
 
     async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Make a durable context complete and read-only."""

@@ -12,7 +12,10 @@ from typing import Any, Protocol, TypeVar
 
 from hillinfer_core.errors import DeadlineExceeded, HillInferError
 
+from ..logs import get_logger
 from .fair_share import FairShare
+
+log = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -56,7 +59,7 @@ class Piece:
 
 
 Observer = Callable[[Piece], None]
-"""Called on the event loop when a piece is done; must neither block nor raise."""
+"""Called on the event loop when a piece is done; must not block. What it raises is logged."""
 
 
 @dataclass(eq=False)
@@ -243,7 +246,12 @@ class WorkQueue:
     def _tell(self, entry: _Entry, started: float, seconds: float, error: BaseException | None) -> None:
         if self.observe is not None:
             queue_s = started - entry.since
-            self.observe(Piece(entry.operation, entry.flow, entry.priority, queue_s, seconds, error))
+            piece = Piece(entry.operation, entry.flow, entry.priority, queue_s, seconds, error)
+            try:
+                self.observe(piece)
+            except Exception:
+                # Whoever only looks on must not stop the work.
+                log.exception("an observer of the queue failed", operation=entry.operation)
 
 
 def _is_late(entry: _Entry, now: float) -> bool:

@@ -39,9 +39,10 @@ def evaluate(
         return evaluate_apart(driver, keys, arena, store, item, query, traffic)
     held = _held(arena, item, shape.kv_heads)
 
-    q, _ = kernel.quantise_query(query, store.quantisation.ranges, ask.reduction)
+    q, offsets, _ = kernel.quantise_query(query, store.quantisation.ranges, ask.reduction)
     streamed = traffic.streamed
-    won = keys.rank(store, Ranking(q, item.first_token, item.end_token, item.k), traffic)
+    ranking = Ranking(q, item.first_token, item.end_token, item.k, offsets=offsets)
+    won = keys.rank(store, ranking, traffic)
     ids, best = won.ids, won.scores
 
     arena.view(item.ids.offset, ids.shape, np.uint32)[:] = ids

@@ -10,7 +10,7 @@ import numpy as np
 from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData, MemoryLimit
 from hillinfer_core.layout import PAGE, TILE_TOKENS
-from hillinfer_core.reference import U8, U32, Q
+from hillinfer_core.reference import I32, U8, U32, Q
 from hillinfer_core.units import format_bytes
 
 from ..domain.contexts import key_bytes
@@ -35,6 +35,7 @@ class Ranking:
     end: int
     k: int
     histogram: bool = False
+    offsets: I32 | None = None
 
 
 class KeyKeeper:
@@ -163,7 +164,9 @@ class KeyKeeper:
             try:
                 for segment in inside:
                     self._bring_in(segment, traffic)
-                return self._driver.evaluate(Scan(inside, ask.q, ask.first, end, ask.k, ask.histogram))
+                return self._driver.evaluate(
+                    Scan(inside, ask.q, ask.first, end, ask.k, ask.histogram, ask.offsets)
+                )
             except DamagedKeys as damage:
                 if damage.segment.offset in mended:
                     raise CorruptData(
@@ -255,6 +258,7 @@ def _rank_unsealed(store: LayerStore, ask: Ranking, first: int) -> Winners:
         first,
         ask.end,
         ask.k,
+        offsets=ask.offsets,
         origin=segments[0].placed.first_token,
         histogram=ask.histogram,
     )

@@ -92,13 +92,19 @@ class Found:
     checksums: U32
 
 
-def query_words(q: npt.NDArray[Any]) -> bytes:
-    """Return ``q`` [heads, vectors, dim], int8 or int16, each vector filled up to whole words."""
+def query_words(q: npt.NDArray[Any], offsets: I32 | None) -> bytes:
+    """Return each head's offsets, int32 [heads, vectors] or None for zeros, then its vectors of ``q``.
+
+    ``q`` is int8 or int16 [heads, vectors, dim]; the offsets, and each vector, are filled up to whole words.
+    """
     heads, vectors, dim = q.shape
+    first = np.zeros((heads, WORD // 4), "<i4")
+    if offsets is not None:
+        first[:, :vectors] = offsets
     in_word = WORD // q.itemsize
-    words = np.zeros((heads, vectors, -(-dim // in_word) * in_word), q.dtype.newbyteorder("<"))
-    words[:, :, :dim] = q
-    return words.tobytes()
+    rest = np.zeros((heads, vectors, -(-dim // in_word) * in_word), q.dtype.newbyteorder("<"))
+    rest[:, :, :dim] = q
+    return np.concatenate((first.view(np.uint8), rest.reshape(heads, -1).view(np.uint8)), axis=1).tobytes()
 
 
 def wait(run: Any, card: str) -> None:

@@ -94,7 +94,7 @@ class Scanner:
             return Winners(np.empty((heads, 0), np.uint32), np.empty((heads, 0), np.int32), 0, 0)
         jobs = [(segment, _launch(scan, segment)) for segment in segments]
         self._fit(jobs)
-        words = query_words(scan.q)
+        words = query_words(scan.q, scan.offsets)
         _put(self._queries.fit(len(words)), words)
         found, read = self._run_all(jobs)
         ids = np.concatenate([part.ids for part in found], axis=1)
@@ -115,7 +115,7 @@ class Scanner:
         _check(launch)
         keys, lane = self._streams[0].fit(vector.tiles.nbytes), self._lanes[0]
         _put(keys, vector.tiles.tobytes())
-        words = query_words(vector.q)
+        words = query_words(vector.q, vector.offsets)
         _put(self._queries.fit(len(words)), words)
         run = self._start(name, launch, keys, lane)
         found = self._result(launch, run, lane)

@@ -1,0 +1,80 @@
+"""Slots and hot pool of one layer together: a selected token's row is in one of them, never in both."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hillinfer.hkm.hot_pool import HotPool
+from hillinfer.hkm.slots import EMPTY, Slots
+from hillinfer.hkm.tensors import to_rows, to_storage
+
+Ids = npt.NDArray[np.uint32]
+
+
+class Pools:
+    """Moves rows between the slots and the hot pool of a layer. Not thread-safe.
+
+    `admit` and `fill` bring a step's selection into slots. What leaves them is kept
+    aside, and offered to the hot pool by `settle` when the step's attention is on
+    its way: promotion and demotion cost no step any time before its attention.
+    """
+
+    def __init__(self, slots: Slots, hot: HotPool) -> None:
+        self.slots = slots
+        self.hot = hot
+        self._chosen: dict[tuple[int, int], Ids] = {}
+        self._left: list[tuple[int, int, Ids, torch.Tensor]] = []
+
+    def admit(self, row: int, head: int, ids: Ids) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """Give the selected `ids`, ascending and at most as many as there are slots, a slot each.
+
+        Rows that the hot pool has are moved. Returns the ids whose rows are in
+        neither, and the slots to `fill` with them.
+        """
+        slots, hot = self.slots, self.hot
+        self._keep_aside(row, head, ids)
+        absent = slots.absent(row, head, ids)
+        places = slots.place(row, head, ids)
+        found, at = hot.find(row, head, absent)
+        self.fill(row, head, places[found], hot.rows[row, head, at])
+        hot.release(row, head, at)
+        self._chosen[row, head] = ids
+        return absent[~found], places[~found]
+
+    def fill(
+        self,
+        row: int,
+        head: int,
+        places: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.generic] | torch.Tensor,
+    ) -> None:
+        """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n]."""
+        if not len(places):
+            return
+        kv = rows if isinstance(rows, torch.Tensor) else to_rows(rows, self.slots.keys)
+        target = torch.from_numpy(places).to(kv.device)
+        self.slots.keys[row, head].index_copy_(0, target, kv[:, 0])
+        self.slots.values[row, head].index_copy_(0, target, kv[:, 1])
+
+    def settle(self) -> None:
+        """Count the step's selection, and keep of the rows that left the slots those worth keeping."""
+        for (row, head), ids in self._chosen.items():
+            self.hot.count(row, head, ids, int(self.slots.lengths[row]))
+        for row, head, ids, kv in self._left:
+            # A second round of the same step may have brought some back.
+            away = ~np.isin(ids, self.slots.ids[row, head])
+            self.hot.offer(row, head, ids[away], to_storage(kv)[away])
+        self._chosen.clear()
+        self._left.clear()
+
+    def _keep_aside(self, row: int, head: int, staying: Ids) -> None:
+        held = self.slots.ids[row, head]
+        leaving = np.flatnonzero((held != EMPTY) & ~np.isin(held, staying))
+        if not self.hot.capacity or not len(leaving):
+            return
+        places = torch.from_numpy(leaving + self.slots.pinned).to(self.slots.keys.device)
+        keys = self.slots.keys[row, head].index_select(0, places)
+        values = self.slots.values[row, head].index_select(0, places)
+        self._left.append((row, head, held[leaving], torch.stack((keys, values), 1)))
