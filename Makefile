@@ -1,6 +1,6 @@
 # HillInfer. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-vm lint format proto man clean
+.PHONY: help setup run test test-long test-vm deb test-systemd lint format proto man clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install everything into it (quick when nothing changed)
 
@@ -38,6 +38,12 @@ test-long: setup ## run the tests of hundreds of repetitions
 
 test-vm: setup ## run the tests of failing and unplugged drives in a virtual machine (docs/testing-vm.md)
 	$(BIN)/python tests/vm/run.py $(ARGS)
+
+deb: man ## build the Debian package of the system service in dist/ (docs/systemd.md)
+	packaging/build-deb $(BIN)/python
+
+test-systemd: deb ## install the package and run the service under a real systemd; needs root (docs/systemd.md)
+	HILLINFER_SYSTEMD=1 $(BIN)/python -m pytest tests/systemd $(ARGS)
 
 lint: setup ## style, types and import rules; what CI checks before the tests
 	$(BIN)/ruff check

@@ -12,14 +12,17 @@ import numpy.typing as npt
 
 from hillinfer.evaluation import check_query
 from hillinfer.wire import number
+from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData, HillInferError, InvalidInput
-from hillinfer_core.layout import PAGE, DType, Reduction, Shape
+from hillinfer_core.layout import PAGE, TILE_TOKENS, DType, Reduction, Shape
 from hillinfer_core.v1 import cold_pool_pb2
 
 if TYPE_CHECKING:
     from hillinfer.session import Session
 
 Array = npt.NDArray[Any]
+
+_KEY_PIECE = 8 << 20  # bytes of evaluation keys that the daemon brings at once
 
 # IEEE exponent bits of a bfloat16: all ones is an infinity or a NaN.
 _BF16_EXPONENT = 0x7F80
@@ -35,6 +38,18 @@ class Selection:
     """int32 [kv_heads, k], of the same order; they compare within a head and generation only."""
     evaluated_bytes: int
     """Evaluation keys scanned."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirroredKeys:
+    """A copy of evaluation keys."""
+
+    tiles: npt.NDArray[np.uint8]
+    """uint8 [kv_heads, tokens / 16, tile bytes] (`hillinfer_core.layout`)."""
+    scale: npt.NDArray[np.float32]
+    """float32 [kv_heads, head_dim]: of the ranges they were made with; queries are quantised with it."""
+    generation: int
+    """Of the layer's evaluation keys; as in `Brought`."""
 
 
 class Context:
@@ -346,9 +361,50 @@ class Context:
                 out[:, cold:] = self._tails[layer, :, in_tail : in_tail + count - cold]
             return out
 
-    def _fetch(self, layer: int, rows: cold_pool_pb2.Region, **which: Any) -> None:
+    def fetch_keys(self, layer: int, first: int, end: int) -> MirroredKeys:
+        """Evaluation keys of the flushed tokens first .. end-1, both multiples of 16: a copy.
+
+        Blocks; in pieces as large as the arena, all of one generation. Raises
+        `InvalidInput` for another range, `CorruptData` for keys that are not as
+        the daemon sent them: those that lie in the cold pool it holds to the
+        checksum of their sealing, and the client what arrives to the daemon's.
+        """
+        flushed = self.flushed(layer)
+        if not 0 <= first < end <= flushed or first % TILE_TOKENS or end % TILE_TOKENS:
+            raise InvalidInput(
+                f"cannot fetch keys of tokens {first} to {end}: give whole tiles of {TILE_TOKENS} tokens of "
+                f"the {flushed} flushed"
+            )
+        shape = self.shape
+        tiles = np.empty((shape.kv_heads, (end - first) // TILE_TOKENS, shape.key_tile_bytes), np.uint8)
+        with self.session.lock:
+            # One writer, and it holds the lock: no append changes the ranges between the pieces.
+            staging = self.session.staging()
+            room = min(_KEY_PIECE, staging.nbytes - PAGE - 4 * shape.kv_heads * shape.head_dim)
+            piece = max(1, room // (shape.kv_heads * shape.key_tile_bytes))
+            for at in range(0, tiles.shape[1], piece):
+                part = tiles[:, at : at + piece]
+                staging.reset()
+                region, arrived = staging.take(part.shape, np.uint8)
+                scales_region, scales = staging.take((shape.kv_heads, shape.head_dim), np.float32)
+                start = first + at * TILE_TOKENS
+                which = cold_pool_pb2.KeyRange(
+                    first_token=start, end_token=start + part.shape[1] * TILE_TOKENS, scales=scales_region
+                )
+                answer = self._fetch(layer, region, keys=which)
+                part[...] = arrived
+                if kernel.data_checksums(part).tolist() != list(answer.key_checksums):
+                    raise CorruptData(
+                        "evaluation keys are not as the daemon sent them; connect a new session"
+                    )
+                scale = scales.copy()
+        return MirroredKeys(tiles, scale, answer.generation)
+
+    def _fetch(self, layer: int, rows: cold_pool_pb2.Region, **which: Any) -> cold_pool_pb2.FetchResponse:
         request = cold_pool_pb2.FetchRequest(context_id=self.context_id, layer=layer, rows=rows, **which)
-        self.session.counters.read_bytes += self.session.call("Fetch", request).read_bytes
+        response: cold_pool_pb2.FetchResponse = self.session.call("Fetch", request)
+        self.session.counters.read_bytes += response.read_bytes
+        return response
 
     def close(self) -> None:
         """Frees the context in the daemon. Raises `UnknownContext` when called again."""

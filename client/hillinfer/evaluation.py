@@ -53,12 +53,15 @@ class Brought:
     """Evaluation keys scanned."""
     read_bytes: int
     """Read from the cold pool."""
+    scores: npt.NDArray[np.int32] | None = None
+    """int32 [kv_heads, k], of the same order as `ids`, from `Session.rank` only."""
 
 
 class _Buffers(NamedTuple):
     query: npt.NDArray[Any]
     held: npt.NDArray[Any]
     ids: npt.NDArray[Any]
+    scores: npt.NDArray[Any]
     rows: npt.NDArray[Any]
 
 
@@ -70,9 +73,15 @@ class Plan:
     """
 
     def __init__(
-        self, staging: Staging, items: Sequence[EvaluateItem], reduction: Reduction, shapes: tuple[Any, ...]
+        self,
+        staging: Staging,
+        items: Sequence[EvaluateItem],
+        reduction: Reduction,
+        shapes: tuple[Any, ...],
+        bring: bool = True,
     ) -> None:
         self.shapes = shapes
+        self._bring = bring
         self.request = cold_pool_pb2.EvaluateRequest(
             query_heads=items[0].query.shape[0], reduction=number(reduction)
         )
@@ -80,13 +89,18 @@ class Plan:
         fixed = [self._add(staging, item) for item in items]
         self.buffers: list[_Buffers] = []
         share = staging.free // len(items)
-        for item, evaluation, (query, held, ids) in zip(items, self.request.evaluations, fixed, strict=True):
+        for item, evaluation, (query, held, ids, scores) in zip(
+            items, self.request.evaluations, fixed, strict=True
+        ):
             shape = item.context.shape
+            if not bring:
+                self.buffers.append(_Buffers(query, held, ids, scores, np.empty(0, shape.dtype.storage)))
+                continue
             room = min(shape.kv_heads * item.k, (share - ALIGNMENT) // shape.row_bytes)
             # At least one, so that an arena without room says so.
             region, rows = staging.take((max(1, room), 2, shape.head_dim), shape.dtype.storage)
             evaluation.rows.CopyFrom(region)
-            self.buffers.append(_Buffers(query, held, ids, rows))
+            self.buffers.append(_Buffers(query, held, ids, scores, rows))
 
     def _add(self, staging: Staging, item: EvaluateItem) -> tuple[npt.NDArray[Any], ...]:
         shape = item.context.shape
@@ -100,10 +114,16 @@ class Plan:
         query_region, query = staging.take(item.query.shape, np.float32)
         held_region, held = staging.take(item.held.shape, np.uint32)
         ids_region, ids = staging.take((shape.kv_heads, item.k), np.uint32)
+        scores_region, scores = staging.take((0 if self._bring else shape.kv_heads, item.k), np.int32)
         self.request.evaluations.add(
-            context_id=item.context.context_id, k=item.k, query=query_region, held=held_region, ids=ids_region
+            context_id=item.context.context_id,
+            k=item.k,
+            query=query_region,
+            held=held_region,
+            ids=ids_region,
+            scores=scores_region,
         )
-        return query, held, ids
+        return query, held, ids, scores
 
     def fill(self, layer: int, items: Sequence[EvaluateItem]) -> cold_pool_pb2.EvaluateRequest:
         """Puts this call's contents into the regions and returns the request."""
@@ -116,10 +136,11 @@ class Plan:
         return self.request
 
 
-def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction) -> tuple[Any, ...]:
+def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction, bring: bool = True) -> tuple[Any, ...]:
     """What a `Plan` depends on."""
     return (
         reduction,
+        bring,
         *((item.context, item.query.shape, item.query.dtype, item.k, item.held.shape) for item in items),
     )
 

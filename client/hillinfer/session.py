@@ -212,24 +212,43 @@ class Session:
         for wrong shapes or a query that is not finite, `CorruptData` for a row
         that does not match its checksum.
         """
+        brought = self._evaluate(layer, items, reduction, bring=True)
+        with self.lock:
+            for item, answer in zip(items, brought, strict=True):
+                if len(answer.rows) < sum(answer.missing_per_head):
+                    self._complete(layer, item, answer)
+        return brought
+
+    def rank(
+        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction = Reduction.sum
+    ) -> list[Brought]:
+        """As `evaluate_and_bring`, but with the winners' `Brought.scores` and without rows.
+
+        All winners are counted as missing that are not held.
+        """
+        return self._evaluate(layer, items, reduction, bring=False)
+
+    def _evaluate(
+        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction, bring: bool
+    ) -> list[Brought]:
         if not items:
             return []
         with self.lock:
-            staging, shapes = self.staging(), evaluation.shapes_of(items, reduction)
+            staging, shapes = self.staging(), evaluation.shapes_of(items, reduction, bring)
             plan = self._plan
             if plan is None or plan.shapes != shapes:
                 try:
-                    plan = evaluation.Plan(staging, items, reduction, shapes)
+                    plan = evaluation.Plan(staging, items, reduction, shapes, bring)
                 except wire.ArenaTooSmall:
                     if len(items) == 1:
                         raise
                     half = len(items) // 2
-                    return self.evaluate_and_bring(layer, items[:half], reduction) + self.evaluate_and_bring(
-                        layer, items[half:], reduction
+                    return self._evaluate(layer, items[:half], reduction, bring) + self._evaluate(
+                        layer, items[half:], reduction, bring
                     )
                 self._plan = plan
             results = self.ask(plan.fill(layer, items)).results
-            brought = [
+            return [
                 Brought(
                     buffers.ids.copy(),
                     list(result.missing_per_head),
@@ -237,13 +256,10 @@ class Session:
                     result.generation,
                     result.evaluated_bytes,
                     result.read_bytes,
+                    None if bring else buffers.scores.copy(),
                 )
                 for buffers, result in zip(plan.buffers, results, strict=True)
             ]
-            for item, answer in zip(items, brought, strict=True):
-                if len(answer.rows) < sum(answer.missing_per_head):
-                    self._complete(layer, item, answer)
-            return brought
 
     def rank_apart(self, layer: int, items: Sequence[ApartItem]) -> list[Apart]:
         """Ranks tokens of one layer for each query head apart: what bounds the mass of tokens not fetched.

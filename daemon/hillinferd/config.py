@@ -61,12 +61,27 @@ class Config:
 
 
 def load(file: Path | None, overrides: Mapping[str, Any]) -> Config:
-    """Return the configuration; ``overrides`` maps keys to values from the command line, None for not given.
+    """Return the configuration; see :func:`read` and :func:`build`."""
+    return build(read(file, overrides))
 
-    Raises :class:`ConfigError` that names the key, the value and what is allowed.
+
+def read(file: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that are given and their values as they were written.
+
+    ``overrides`` maps keys to values from the command line, None for not given. Raises :class:`ConfigError`
+    for a file that cannot be read or is not TOML.
     """
     given = _read(file) if file else {}
     given.update({name: value for name, value in overrides.items() if value is not None})
+    return given
+
+
+def build(given: Mapping[str, Any]) -> Config:
+    """Return the configuration that ``given`` and the defaults make.
+
+    Raises :class:`ConfigError` that names the key, the value and what is allowed.
+    """
+    given = dict(given)
     tables = given.pop("drive", None)
     if tables is None:
         values = _values((*KEYS, *DRIVE_KEYS), given, {})

@@ -1,10 +1,12 @@
-"""Log lines on standard error: time, level, message, then facts as key=value."""
+"""Log lines, on standard error or in the journal: time, level, message, then facts as key=value."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+
+from . import journal
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -17,23 +19,23 @@ class Logger:
 
     def debug(self, message: str, **facts: object) -> None:
         """Log what only a developer wants to see."""
-        self._logger.debug(message, extra={"facts": facts})
+        self._logger.debug(message, extra={"facts": facts}, stacklevel=2)
 
     def info(self, message: str, **facts: object) -> None:
         """Log an ordinary event."""
-        self._logger.info(message, extra={"facts": facts})
+        self._logger.info(message, extra={"facts": facts}, stacklevel=2)
 
     def warning(self, message: str, **facts: object) -> None:
         """Log what works, but not as well as it should."""
-        self._logger.warning(message, extra={"facts": facts})
+        self._logger.warning(message, extra={"facts": facts}, stacklevel=2)
 
     def error(self, message: str, **facts: object) -> None:
         """Log what failed."""
-        self._logger.error(message, extra={"facts": facts})
+        self._logger.error(message, extra={"facts": facts}, stacklevel=2)
 
     def exception(self, message: str, **facts: object) -> None:
         """Log a failure that should not happen, with the traceback of the error being handled."""
-        self._logger.exception(message, extra={"facts": facts})
+        self._logger.exception(message, extra={"facts": facts}, stacklevel=2)
 
 
 def get_logger(name: str) -> Logger:
@@ -42,24 +44,45 @@ def get_logger(name: str) -> Logger:
 
 
 def set_up(level: str) -> None:
-    """Send the lines of this process to standard error from ``level``, one of :data:`LEVELS`, upwards."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    """Send the lines of this process to standard error from ``level``, one of :data:`LEVELS`, upwards.
+
+    Where standard error is the journal, each becomes an entry with fields; see :mod:`hillinferd.journal`.
+    """
+    handler: logging.Handler
+    if journal.connected():
+        handler = journal.JournalHandler()
+        handler.setFormatter(_Text())
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Line())
+    logging.basicConfig(handlers=[handler], force=True)
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """Log from ``level`` upwards from now on."""
+    logging.getLogger().setLevel(level.upper())
     # It logs every event-loop start; nothing there is about this daemon.
     logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLogger().level))
 
 
-class _Formatter(logging.Formatter):
+class _Text(logging.Formatter):
+    """Message and facts: the journal keeps time and level itself."""
+
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, object] = getattr(record, "facts", {})
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
-        line = f"{moment}.{int(record.msecs):03d} {record.levelname.lower():7} {record.getMessage()}"
+        line = record.getMessage()
         for key, value in facts.items():
             line += f" {key}={_quoted(str(value))}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+class _Line(_Text):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
+        return f"{moment}.{int(record.msecs):03d} {record.levelname.lower():7} {super().format(record)}"
 
 
 def _quoted(text: str) -> str:

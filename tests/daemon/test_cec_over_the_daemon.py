@@ -32,7 +32,8 @@ from hillinferd.cec.configurations import SHIPPED
 from hillinferd.domain.contexts import UNLIMITED
 from hillinferd.domain.regions import ArenaSpace
 from hillinferd.service.administration import Administration
-from hillinferd.service.sessions import Peer, Session
+from hillinferd.service.limits import Limits
+from hillinferd.service.sessions import Peer, Session, Sessions
 
 TESTS = Path(__file__).parents[1]
 BDF = "0000:65:00.1"
@@ -300,7 +301,7 @@ def test_others_may_not_ask() -> None:
     try:
         peer = Peer(os.getpid(), os.getuid() + 1)
         stranger = Session(1, "token", "stranger", peer, ArenaSpace(4096, 1), fd)
-        administration = Administration([])
+        administration = Administration([], Sessions(Limits()))
         for ask in (
             administration.status(stranger, "", None),
             administration.load(stranger, "", "evaluate_int8", None),

@@ -23,6 +23,7 @@ from hillinfer.hkm.tensors import row_dtype
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.pipeline.prefetch import Pipeline
 from hillinfer.session import Session
+from hillinfer.split.ranking import SplitRanking
 from hillinfer_core.errors import (
     BudgetTooSmall,
     ContextMismatch,
@@ -314,6 +315,9 @@ class HierarchicalCache(Cache):
         streams = len(self.full_layers) * len(self.contexts) * shape.kv_heads
         pinned = slots.pinned * shape.row_bytes * streams
         fixed = kinds["evaluation_keys"] + kinds["checksums"] + kinds["buffers"] + pinned
+        if isinstance(self.policy, SplitRanking):
+            # All of its limit: the mirror grows between two divisions.
+            fixed += self.policy.limit_bytes
         tokens = int(slots.lengths.max())
         hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
@@ -328,7 +332,7 @@ class HierarchicalCache(Cache):
         """Bytes held now, by kind, client and daemon together, those of the contexts `also` included."""
         contexts = [*self.contexts, *also]
         layers = [layer for layer in self.full_layers if layer.is_initialized]
-        return {
+        kinds = {
             "slots": sum(layer.slots.nbytes for layer in layers),
             "hot_pool": sum(layer.hot.nbytes for layer in layers),
             "evaluation_keys": sum(context.evaluation_key_bytes for context in contexts),
@@ -337,6 +341,9 @@ class HierarchicalCache(Cache):
             + self.pipeline.nbytes
             + sum(context.tail_bytes for context in contexts),
         }
+        if isinstance(self.policy, SplitRanking):
+            kinds["mirrored_keys"] = self.policy.mirrored_bytes
+        return kinds
 
     def full_bytes(self) -> int:
         """Bytes of the whole KV of the cold layers, had it been kept in memory."""

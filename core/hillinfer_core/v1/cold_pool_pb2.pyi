@@ -188,20 +188,22 @@ class EvaluationResult(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., missing_per_head: _Optional[_Iterable[int]] = ..., rows_brought: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("context_id", "layer", "by_ids", "range", "tail", "rows")
+    __slots__ = ("context_id", "layer", "by_ids", "range", "tail", "keys", "rows")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     BY_IDS_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
     TAIL_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     context_id: int
     layer: int
     by_ids: Ids
     range: TokenRange
     tail: Tail
+    keys: KeyRange
     rows: Region
-    def __init__(self, context_id: _Optional[int] = ..., layer: _Optional[int] = ..., by_ids: _Optional[_Union[Ids, _Mapping]] = ..., range: _Optional[_Union[TokenRange, _Mapping]] = ..., tail: _Optional[_Union[Tail, _Mapping]] = ..., rows: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
+    def __init__(self, context_id: _Optional[int] = ..., layer: _Optional[int] = ..., by_ids: _Optional[_Union[Ids, _Mapping]] = ..., range: _Optional[_Union[TokenRange, _Mapping]] = ..., tail: _Optional[_Union[Tail, _Mapping]] = ..., keys: _Optional[_Union[KeyRange, _Mapping]] = ..., rows: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
 
 class Ids(_message.Message):
     __slots__ = ("count_per_head", "ids")
@@ -223,11 +225,25 @@ class Tail(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class KeyRange(_message.Message):
+    __slots__ = ("first_token", "end_token", "scales")
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
+    first_token: int
+    end_token: int
+    scales: Region
+    def __init__(self, first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., scales: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
+
 class FetchResponse(_message.Message):
-    __slots__ = ("read_bytes",)
+    __slots__ = ("read_bytes", "generation", "key_checksums")
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    KEY_CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     read_bytes: int
-    def __init__(self, read_bytes: _Optional[int] = ...) -> None: ...
+    generation: int
+    key_checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, read_bytes: _Optional[int] = ..., generation: _Optional[int] = ..., key_checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SaveContextRequest(_message.Message):
     __slots__ = ("context_id",)

@@ -32,10 +32,19 @@ _UCRED = struct.Struct("iII")  # struct ucred in socket(7): pid, uid, gid
 
 
 class AttachServer:
-    """Serves the attach socket at ``path``, which must not be in use. One event loop."""
+    """Serves the attach socket at ``path``, which must not be in use. One event loop.
+
+    ``listening`` is a socket that listens there already and that somebody else holds too: it is taken as it
+    is, and who connects while nobody accepts waits there.
+    """
 
     def __init__(
-        self, service: ColdPoolService, servicer: ColdPoolServicer, path: Path, grpc_address: str
+        self,
+        service: ColdPoolService,
+        servicer: ColdPoolServicer,
+        path: Path,
+        grpc_address: str,
+        listening: socket.socket | None = None,
     ) -> None:
         self._service = service
         self._servicer = servicer
@@ -43,25 +52,25 @@ class AttachServer:
         self._connections: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._unattached = asyncio.Semaphore(_BACKLOG)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        try:
-            self._sock.bind(str(path))
-            self._sock.listen(_BACKLOG)
-        except BaseException:
-            self._sock.close()
-            raise
+        self._sock = listening or _listen(path)
 
     def start(self) -> None:
         """Begin to accept."""
         self._accepting = asyncio.create_task(self._accept())
 
+    async def close(self) -> None:
+        """Stop accepting; sessions go on."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.gather(self._accepting, return_exceptions=True)
+        self._sock.close()
+
     async def stop(self) -> None:
         """Stop accepting, end every session and wait until all are freed."""
-        tasks = [*self._connections, *([self._accepting] if self._accepting else [])]
-        for task in tasks:
+        await self.close()
+        for task in self._connections:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._sock.close()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -163,6 +172,17 @@ class AttachServer:
         except OSError:
             log.debug("client left while attaching", session=session.session_id)
         return session
+
+
+def _listen(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        sock.bind(str(path))
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _parse(packet: bytes) -> pb.AttachRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ log = get_logger(__name__)
 STOP_GRACE_S = 0.5
 """How long calls in flight may go on after a stop was asked for; streams never end by themselves."""
 
+DRAIN_S = 5.0
+"""How long requests in flight may go on after a stop was asked for; new ones are refused. Our choice."""
+
 _SERVICES = (
     cold_pool_pb2.DESCRIPTOR.services_by_name["ColdPool"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
@@ -38,14 +42,21 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Transports:
-    """The attach socket and the gRPC server in ``runtime_dir``, which the caller has locked."""
+    """The attach socket and the gRPC server in ``runtime_dir``, which the caller has locked.
 
-    def __init__(self, service: ColdPoolService, runtime_dir: Path) -> None:
+    ``listening`` is the attach socket if it is there already and is to outlive this process.
+    """
+
+    def __init__(
+        self, service: ColdPoolService, runtime_dir: Path, listening: socket.socket | None = None
+    ) -> None:
+        self._sessions = service.sessions
         self._drain = service.sessions.drain
         self._workers = [drive.worker for drive in service.drives]
         self._followers: list[asyncio.Task[None]] = []
         self._attach_path = attach_socket(runtime_dir)
         self._grpc_path = grpc_socket(runtime_dir)
+        self._ours = [self._grpc_path] if listening else [self._attach_path, self._grpc_path]
         # The lock is ours: what lies there was left by a daemon that was killed.
         self._unlink()
         address = f"unix:{self._grpc_path}"
@@ -59,7 +70,7 @@ class Transports:
         reflection.enable_server_reflection(names, self._server)
         with _owner_and_group_only():
             self._server.add_insecure_port(address)
-            self._attach = AttachServer(service, servicer, self._attach_path, address)
+            self._attach = AttachServer(service, servicer, self._attach_path, address, listening)
 
     async def start(self) -> None:
         """Begin to serve: gRPC first, as a client is sent there by the attach socket."""
@@ -70,10 +81,13 @@ class Transports:
         self._attach.start()
 
     async def stop(self) -> None:
-        """Say NOT_SERVING, end calls and sessions, and remove the sockets."""
+        """Say NOT_SERVING, refuse what is new, let requests in flight finish, end calls and sessions."""
         for follower in self._followers:
             follower.cancel()
         await self._health.enter_graceful_shutdown()
+        await self._attach.close()
+        if not await self._sessions.finish(DRAIN_S):
+            log.warning("requests in flight were given up", after_s=DRAIN_S)
         await self._server.stop(STOP_GRACE_S)
         await self._attach.stop()
         self._unlink()
@@ -88,7 +102,7 @@ class Transports:
             await self._health.set(name, _SERVING if up else _NOT_SERVING)
 
     def _unlink(self) -> None:
-        for path in (self._attach_path, self._grpc_path):
+        for path in self._ours:
             path.unlink(missing_ok=True)
 
 

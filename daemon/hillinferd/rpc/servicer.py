@@ -137,8 +137,21 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             )
         elif which == "tail":
             ask = requests.FetchTail(request.context_id, request.layer, _region(request.rows))
+        elif which == "keys":
+            keys = requests.FetchKeys(
+                request.context_id,
+                request.layer,
+                request.keys.first_token,
+                request.keys.end_token,
+                _region(request.rows),
+                _region(request.keys.scales),
+            )
+            brought, read = await self._service.fetch_keys(session, keys, deadline)
+            return pb.FetchResponse(
+                read_bytes=read, generation=brought.generation, key_checksums=brought.checksums
+            )
         else:
-            raise InvalidInput("fetch needs by_ids, range or tail")
+            raise InvalidInput("fetch needs by_ids, range, tail or keys")
         read = await self._service.fetch(session, ask, deadline)
         return pb.FetchResponse(read_bytes=read)
 

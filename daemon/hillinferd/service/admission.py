@@ -34,6 +34,12 @@ MAX_SCANNED = 32 << 30
 MAX_EVALUATIONS = 256
 """Evaluations in one request: keeps the message to the worker within one packet."""
 
+MAX_FETCHED_KEYS = 8 << 20
+"""Bytes of evaluation keys brought by one request: well below ``pieces.PIECE_S``; protocol limit."""
+
+SCALE_ITEM_BYTES = 4
+"""Bytes of a float32 of the ranges' scale."""
+
 NOT_WANTED = Region(0, 0)
 
 
@@ -124,6 +130,26 @@ def fetch_range(session: Session, context: Context, ask: requests.FetchRange) ->
     return messages.FetchRange(
         session.session_id, ask.context_id, ask.layer, ask.first_token, ask.count, rows, ask.count
     )
+
+
+def fetch_keys(session: Session, context: Context, ask: requests.FetchKeys) -> messages.FetchKeys:
+    """Check a fetch of evaluation keys; raises :class:`InvalidInput`."""
+    layer, shape = context.layer(ask.layer), context.shape
+    first, end = ask.first_token, ask.end_token
+    if not first < end <= layer.tokens or first % TILE_TOKENS or end % TILE_TOKENS:
+        raise InvalidInput(
+            f"tokens {first} to {end} are not whole tiles of {TILE_TOKENS} of the {layer.tokens} tokens "
+            f"held by layer {ask.layer}"
+        )
+    nbytes = key_bytes(shape, end - first)
+    if nbytes > MAX_FETCHED_KEYS:
+        raise InvalidInput(
+            f"{nbytes} bytes of evaluation keys in one request; at most {MAX_FETCHED_KEYS} are brought"
+        )
+    tiles = _check(session, "rows", ask.tiles, align=1, at_least=nbytes)
+    scale_bytes = shape.kv_heads * shape.head_dim * SCALE_ITEM_BYTES
+    scales = _check(session, "scales", ask.scales, align=SCALE_ITEM_BYTES, at_least=scale_bytes)
+    return messages.FetchKeys(session.session_id, ask.context_id, ask.layer, first, end, tiles, scales)
 
 
 def scan_bytes(shape: Shape, item: messages.Evaluation) -> int:

@@ -76,6 +76,11 @@ class ColdPoolService:
         for drive in self.drives:
             drive.apply(limits.quotas)
 
+    def set_log_level(self, level: str) -> None:
+        """Have workers that start from now on log from ``level``."""
+        for drive in self.drives:
+            drive.worker.set_log_level(level)
+
     def observe(self, observer: Callable[[Drive, Piece, messages.Traffic], None]) -> None:
         """Have ``observer`` called with each piece of work that a drive is done with, and the bytes moved.
 
@@ -212,6 +217,13 @@ class ColdPoolService:
     ) -> int:
         """Bring rows; return the bytes read from the drive."""
         return await self._drive_of(ask.context_id).fetch(session, ask, deadline)
+
+    @_counted
+    async def fetch_keys(
+        self, session: Session, ask: requests.FetchKeys, deadline: float | None
+    ) -> tuple[messages.BroughtKeys, int]:
+        """Bring evaluation keys; return what says which they are, and the bytes read from the drive."""
+        return await self._drive_of(ask.context_id).fetch_keys(session, ask, deadline)
 
     async def _attach_arena(self, session: Session) -> None:
         waiting = {asyncio.create_task(drive.attach(session)) for drive in self.drives}

@@ -125,6 +125,11 @@ class Drive:
         self._quotas = quotas
         self.catalogue.quotas = quotas
 
+    @property
+    def supervised(self) -> bool:
+        """Whether everything that :meth:`serve` began still goes on."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+
     def gone(self, reason: str) -> None:
         """Put the worker down: the drive was removed. What waits fails, volatile contexts are lost."""
         log.error("drive is gone", drive=self.name, reason=reason)
@@ -238,6 +243,20 @@ class Drive:
 
         done = await self._in_pieces("fetch", session, prepare, pieces.priority_of(ask), deadline)
         return sum(piece.traffic.read for piece in done)
+
+    async def fetch_keys(
+        self, session: Session, ask: requests.FetchKeys, deadline: float | None
+    ) -> tuple[messages.BroughtKeys, int]:
+        """Bring evaluation keys; return what says which they are, and the bytes read from the drive."""
+
+        async def prepare() -> Sequence[messages.FetchKeys]:
+            context = self.catalogue.get(session.session_id, ask.context_id)
+            await self._contexts.ensure_loaded(context)
+            return [admission.fetch_keys(session, context, ask)]
+
+        [done] = await self._in_pieces("fetch", session, prepare, Priority.bulk, deadline)
+        assert done.keys is not None
+        return done.keys, done.traffic.read
 
     def _check_known(self) -> None:
         if not self.known:

@@ -98,6 +98,18 @@ class FetchRange:
 
 
 @dataclass(frozen=True)
+class FetchKeys:
+    """See ``FetchRequest.keys`` in cold_pool.proto."""
+
+    context_id: int
+    layer: int
+    first_token: int
+    end_token: int
+    tiles: RawRegion
+    scales: RawRegion
+
+
+@dataclass(frozen=True)
 class FetchTail:
     """See ``FetchRequest.tail`` in cold_pool.proto."""
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hillinfer_core.arena import create_arena
-from hillinfer_core.errors import ForeignToken, InvalidInput, QuotaExceeded
+from hillinfer_core.errors import DaemonUnavailable, ForeignToken, InvalidInput, QuotaExceeded
 from hillinfer_core.layout import PAGE
 from hillinfer_core.ring import RingFds
 from hillinfer_core.units import format_bytes
@@ -78,6 +78,7 @@ class Sessions:
         self._limits = limits
         self._by_token: dict[str, Session] = {}
         self._ids = itertools.count(1)
+        self._finished: asyncio.Event | None = None
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._by_token.values()))
@@ -100,6 +101,7 @@ class Sessions:
             )
         if ring and not arena_bytes:
             raise InvalidInput("a ring is of no use without an arena; ask for both or for none")
+        self._check_going_on()
         if arena_bytes:
             self.drain.check()
         limits = self._limits
@@ -134,7 +136,11 @@ class Sessions:
 
     @contextmanager
     def request(self, session: Session) -> Iterator[None]:
-        """Count what happens inside as a request in flight; raises :class:`QuotaExceeded` above a limit."""
+        """Count what happens inside as a request in flight.
+
+        Raises :class:`QuotaExceeded` above a limit, and :class:`DaemonUnavailable` after :meth:`finish`.
+        """
+        self._check_going_on()
         users = sum(each.requests for each in self._of_user(session.peer.uid))
         for what, count, limit in (
             ("session", session.requests, self._limits.session_request_limit),
@@ -150,6 +156,18 @@ class Sessions:
             yield
         finally:
             session.requests -= 1
+            self._look_whether_finished()
+
+    async def finish(self, timeout_s: float) -> bool:
+        """Refuse sessions and requests from now on; return whether those in flight ended in ``timeout_s``."""
+        self._finished = asyncio.Event()
+        self._look_whether_finished()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._finished.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def by_token(self, token: str | None) -> Session:
         """Return the session with ``token``; raises :class:`ForeignToken`."""
@@ -165,6 +183,14 @@ class Sessions:
     def remove(self, session: Session) -> None:
         """Forget the session: its token is foreign from now on."""
         self._by_token.pop(session.token, None)
+
+    def _check_going_on(self) -> None:
+        if self._finished is not None:
+            raise DaemonUnavailable("the daemon is stopping; connect anew when it is back")
+
+    def _look_whether_finished(self) -> None:
+        if self._finished is not None and not any(session.requests for session in self):
+            self._finished.set()
 
     def _of_user(self, uid: int) -> Iterator[Session]:
         return (session for session in self._by_token.values() if session.peer.uid == uid)

@@ -66,6 +66,8 @@ class Supervisor:
         self.reason = ""
         """Why the drive was taken away or could not be opened; empty once a worker serves."""
         self.restarts = 0
+        self.exchanges = 0
+        """Requests that a worker answered or let go unanswered."""
         self.traffic = messages.Traffic()
 
     @property
@@ -169,6 +171,10 @@ class Supervisor:
         self._there.clear()
         self.replace()
 
+    def set_log_level(self, level: str) -> None:
+        """Have the next worker log from ``level``; one that runs keeps its own."""
+        self._log_level = level
+
     def new_pool_id(self, pool_id: str) -> None:
         """Say what UUID the pool is to have if a worker makes it."""
         self._settings = replace(self._settings, new_id=pool_id)
@@ -235,6 +241,7 @@ class Supervisor:
             async with asyncio.timeout(timeout_s):
                 reply = await self._replies.get()
         except TimeoutError:
+            self.exchanges += 1
             what = type(request).__name__
             log.error("device worker hangs, killing it", drive=self._name, request=what, pid=self.pid)
             if sock is self._sock:
@@ -245,6 +252,7 @@ class Supervisor:
         except OSError:
             self.replace()
             raise self._died() from None
+        self.exchanges += 1
         if isinstance(reply, messages.Done | messages.Failed):
             self.traffic.add(reply.traffic)
         if not isinstance(reply, messages.Done):

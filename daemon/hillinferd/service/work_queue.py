@@ -87,13 +87,20 @@ class WorkQueue:
 
     def __init__(self, observe: Observer | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.observe = observe
+        self.done = 0
+        """Pieces carried out so far."""
+        self._running = False
         self._clock = clock
         self._waiting: dict[int, deque[_Entry]] = {}
         self._urgent: deque[_Entry] = deque()
         self._some = asyncio.Event()
         self._shares = {priority: FairShare() for priority in Priority}
         self._bulk_due = 0.0
-        self._last: Priority | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a piece runs or waits."""
+        return self._running or bool(self._urgent) or any(self._waiting.values())
 
     @property
     def waiting(self) -> int:
@@ -145,7 +152,12 @@ class WorkQueue:
         entry = self._next()
         if entry is None:
             return False
-        await self._carry_out(entry)
+        self._running = True
+        try:
+            await self._carry_out(entry)
+        finally:
+            self._running = False
+            self.done += 1
         # Who has another piece ready at once is heard before the next one is chosen.
         await asyncio.sleep(0)
         return True
@@ -199,8 +211,8 @@ class WorkQueue:
             return Priority.decode
         if not waiting[Priority.decode]:
             return Priority.bulk
-        owed = self._bulk_due > 0 and self._last is not Priority.bulk
-        return Priority.bulk if owed else Priority.decode
+        # Never above 0 after a piece of bulk, so that decode is next after it.
+        return Priority.bulk if self._bulk_due > 0 else Priority.decode
 
     async def _carry_out(self, entry: _Entry) -> None:
         contended = self._is_contended(entry)
@@ -222,7 +234,6 @@ class WorkQueue:
     def _charge(self, entry: _Entry, seconds: float, contended: bool) -> None:
         if entry.flow is None or entry.priority is None:
             return
-        self._last = entry.priority
         # Not to a session that ended meanwhile: nobody would forget it again.
         if entry.flow.session_id in self._waiting:
             self._shares[entry.priority].charge(entry.flow.session_id, entry.flow.weight, seconds)

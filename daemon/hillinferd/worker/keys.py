@@ -143,6 +143,21 @@ class KeyKeeper:
         traffic.read += sum(part.read for part in parts)
         return parts[0] if len(parts) == 1 else _joined(parts, ask.k)
 
+    def tiles(self, store: LayerStore, first: int, end: int, traffic: Traffic) -> U8:
+        """Return a copy of the keys [kv_heads, n / 16, tile bytes] of tokens ``first .. end - 1``.
+
+        Sealed ones are read a segment at a time, as their checksum is of all of it. Raises as :meth:`rank`.
+        """
+        parts = []
+        for segment in store.segments:
+            start = segment.placed.first_token
+            low, high = max(first, start), min(end, segment.placed.end_token)
+            if low < high:
+                held = self._sealed_tiles(store, segment.sealed, traffic) if segment.sealed else segment.tiles
+                assert held is not None
+                parts.append(held[:, (low - start) // TILE_TOKENS : (high - start) // TILE_TOKENS])
+        return np.concatenate(parts, axis=1)
+
     def rebuild_unsealed(self, store: LayerStore, traffic: Traffic) -> None:
         """Make the keys that were unsealed when their context was last loaded, from its rows."""
         for segment in store.segments:
@@ -186,6 +201,20 @@ class KeyKeeper:
         if _checksums(tiles) != segment.checksums:
             raise DamagedKeys(segment)
         self._load(segment, tiles)
+
+    def _sealed_tiles(self, store: LayerStore, segment: KeySegment, traffic: Traffic) -> U8:
+        tiles: U8 = lazy(segment.shape, np.uint8)
+        for again in (True, False):
+            traffic.read += self._driver.read(segment.offset, tiles.reshape(-1).data)
+            if _checksums(tiles) == segment.checksums:
+                break
+            if not again:
+                raise CorruptData(
+                    f"{DamagedKeys(segment)}, also after they were written again; close the context and "
+                    "check the drive"
+                )
+            self._mend(store, segment, traffic)
+        return tiles
 
     def _load(self, segment: KeySegment, tiles: U8) -> None:
         if self.residency.admit(segment.offset, segment.nbytes):

@@ -166,6 +166,19 @@ class FetchRange:
 
 
 @dataclass(frozen=True)
+class FetchKeys:
+    """Bring evaluation keys of whole tiles, and the ranges' scale; the answer is in ``Done.keys``."""
+
+    session_id: int
+    context_id: int
+    layer: int
+    first_token: int
+    end_token: int
+    tiles: Region
+    scales: Region
+
+
+@dataclass(frozen=True)
 class CecStatus:
     """Ask what bitstream the card has; the answer to this and the next two is in ``Done.bitstreams``."""
 
@@ -200,6 +213,7 @@ Request: TypeAlias = (
     | Evaluate
     | FetchIds
     | FetchRange
+    | FetchKeys
     | CecRequest
 )
 
@@ -241,6 +255,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class BroughtKeys:
+    """The result of :class:`FetchKeys`; ``checksums`` is the data checksum of each KV head."""
+
+    generation: int
+    checksums: list[int]
+
+
+@dataclass(frozen=True)
 class Ready:
     """The worker's first packet: its drive is open."""
 
@@ -252,8 +274,9 @@ class Done:
     """A request was carried out.
 
     ``evaluated`` answers :class:`Evaluate`, ``appended`` a durable :class:`Append`, ``sealed``
-    :class:`SealContext` (by layer), ``bitstreams`` a :data:`CecRequest`. ``key_bytes`` of evaluation keys are
-    in fast memory now, ``context_key_bytes`` of them of the context that was opened, loaded or appended to.
+    :class:`SealContext` (by layer), ``bitstreams`` a :data:`CecRequest`, ``keys`` :class:`FetchKeys`.
+    ``key_bytes`` of evaluation keys are in fast memory now, ``context_key_bytes`` of them of the context that
+    was opened, loaded or appended to.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -263,6 +286,7 @@ class Done:
     key_bytes: int = 0
     context_key_bytes: int = 0
     bitstreams: Status | None = None
+    keys: BroughtKeys | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from hillinfer_core import kernel
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import (
     DeviceUnavailable,
@@ -85,6 +86,8 @@ class Operations:
                 self._fetch_ids(request, traffic)
             case messages.FetchRange():
                 self._fetch_range(request, traffic)
+            case messages.FetchKeys():
+                return self._done(traffic, keys=self._fetch_keys(request, traffic))
             case messages.OpenContext():
                 self._contexts[request.context_id] = self._opened(request)
                 return self._done(traffic, request.context_id)
@@ -119,13 +122,14 @@ class Operations:
         appended: Appended | None = None,
         sealed: list[tuple[int, SealedKeys]] | None = None,
         bitstreams: Status | None = None,
+        keys: messages.BroughtKeys | None = None,
     ) -> Done:
         held = 0
         if context_id is not None:
             layers = self._contexts[context_id].layers.values()
             held = self._keys.claimed_bytes(layers) + sum(store.clipped.nbytes for store in layers)
         used = self._keys.residency.used_bytes
-        return Done(traffic, evaluated or [], appended, sealed or [], used, held, bitstreams)
+        return Done(traffic, evaluated or [], appended, sealed or [], used, held, bitstreams, keys)
 
     def _configure(self, request: messages.CecRequest) -> Status:
         if self._configuration is None:
@@ -203,6 +207,19 @@ class Operations:
         out = room[:, request.skipped : request.skipped + request.count]
         _, read = rows.read_range(self._driver, store, request.first_token, request.count, out)
         traffic.read += read
+
+    def _fetch_keys(self, request: messages.FetchKeys, traffic: Traffic) -> messages.BroughtKeys:
+        store = self._layer(request.context_id, request.layer)
+        arena, shape = self._arenas[request.session_id], store.shape
+        if store.quantisation is None or request.end_token > store.tokens:
+            raise InvalidInput(f"the worker's layer holds {store.tokens} tokens, not {request.end_token}")
+        tiles = self._keys.tiles(store, request.first_token, request.end_token, traffic)
+        arena.view(request.tiles.offset, tiles.shape, np.uint8)[:] = tiles
+        scales = arena.view(request.scales.offset, (shape.kv_heads, shape.head_dim), np.float32)
+        scales[:] = store.quantisation.ranges.scale
+        # Of our copy, not of the arena's: what reaches the client otherwise shows there.
+        checksums = kernel.data_checksums(tiles).tolist()
+        return messages.BroughtKeys(store.quantisation.generation, checksums)
 
     def _context(self, context_id: int) -> _Context:
         if context_id not in self._contexts:
