@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,9 @@ from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.coverage import check_model
 from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
+from hillinfer.pipeline.choice import Predictor
+from hillinfer.pipeline.hooks import PredictionHooks
+from hillinfer.pipeline.timeline import Span
 from hillinfer.report import MassReport
 from hillinfer.session import Session
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
@@ -31,6 +35,8 @@ class Report:
     resident lists by kind what was held at the moment of the peak.
     hot_hit_rate: share of the selected tokens found in slots or hot pool, or
     None before anything was selected. mass: of guarantee mode, None without.
+    predictors: how many layers use which predictor now. hidden_share: of the time of
+    evaluation and fetch (`hidden_share`), 0 to 1, None before any.
     """
 
     full_bytes: int
@@ -41,6 +47,8 @@ class Report:
     evaluated_bytes: int
     hot_hit_rate: float | None
     mass: MassReport | None = None
+    predictors: dict[str, int] = field(default_factory=dict)
+    hidden_share: float | None = None
 
 
 class Attachment:
@@ -53,6 +61,8 @@ class Attachment:
         config: HkmConfig,
         policy: SelectionPolicy | None,
         owns_session: bool,
+        hooks: PredictionHooks | None = None,
+        trace: bool = False,
     ) -> None:
         register()
         self.session = session
@@ -66,6 +76,8 @@ class Attachment:
         self._previous = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION_NAME)
         self._hook = model.register_forward_pre_hook(self._swap_cache, with_kwargs=True)
+        self._predictions = hooks
+        self._trace = trace
 
     def new_cache(
         self, *, durable: str | None = None, base: str | None = None, labels: Mapping[str, str] | None = None
@@ -89,8 +101,19 @@ class Attachment:
         self._last = HierarchicalCache(
             self.session, text, self._config, self._policy, durable=durable, base=base, labels=labels
         )
+        if self._trace:
+            self._last.pipeline.timeline.spans = []
         self._caches.add(self._last)
         return self._last
+
+    @property
+    def last_cache(self) -> HierarchicalCache | None:
+        """The latest cache; None before any, and once detached."""
+        return self._last
+
+    def trace(self) -> list[Span]:
+        """Return the spans of the latest cache's decode steps so far; empty without `trace`."""
+        return list(self._last.pipeline.timeline.spans or ()) if self._last else []
 
     def report(self) -> Report:
         """Report on the latest cache and the session's traffic."""
@@ -105,6 +128,8 @@ class Attachment:
             evaluated_bytes=counters.evaluated_bytes,
             hot_hit_rate=1 - tally.brought / tally.selected if tally and tally.selected else None,
             mass=cache.guarantee.report() if cache and cache.guarantee else None,
+            predictors=dict(Counter(s.predictor.value for s in cache.pipeline.layers)) if cache else {},
+            hidden_share=cache.pipeline.timeline.hidden if cache else None,
         )
 
     def detach(self) -> None:
@@ -113,6 +138,8 @@ class Attachment:
             return
         self._attached = False
         self._hook.remove()
+        if self._predictions is not None:
+            self._predictions.close()
         self.model.set_attn_implementation(self._previous)
         for cache in list(self._caches):
             cache.close()
@@ -158,6 +185,8 @@ def attach(
     sinks: int = 4,
     recent: int = 32,
     policy: SelectionPolicy | None = None,
+    predictor: str = "auto",
+    trace: bool = False,
 ) -> Attachment:
     """Keep the model's KV cache in the cold pool; `model.generate` then works unchanged.
 
@@ -169,6 +198,9 @@ def attach(
     `Report.mass` says what was reached). resident: bytes of DRAM and accelerator memory for the KV of each
     cache, client and daemon together. precision: of the evaluation keys, "int8" or
     "int4" (the default, but for min_mass).
+    predictor: the query that ranks the tokens of a step, see `Predictor`;
+    "auto" chooses for each layer, and means "exact" for models whose layers it does not know.
+    trace: keep the spans of decode steps for `Attachment.trace`.
     session: an open Session; else one is made on `socket` (default: the
     system's daemon) and closed by `detach`.
 
@@ -180,6 +212,12 @@ def attach(
         key_precision = Precision(precision)
     except ValueError:
         raise UnsupportedModel(f"precision {precision!r} is not known: int8 or int4") from None
+    try:
+        chosen = Predictor(predictor)
+    except ValueError:
+        raise InvalidInput(f"predictor {predictor!r} is not known: {', '.join(Predictor)}") from None
+    if min_mass is not None and chosen not in (Predictor.auto, Predictor.exact):
+        raise InvalidInput(f"min_mass needs the exact query: leave out predictor={chosen.value!r}")
     if min_mass is not None and (budget is not None or policy is not None):
         raise InvalidInput(
             "min_mass decides how many tokens are attended and which: give no budget or policy"
@@ -191,10 +229,23 @@ def attach(
         sinks,
         recent,
         min_mass,
+        chosen,
     )
     _check(model)
+    hooks = None
+    try:
+        hooks = PredictionHooks(model)
+    except UnsupportedModel:
+        if chosen is Predictor.next_layer:
+            raise
+        config = replace(config, predictor=Predictor.exact if chosen is Predictor.auto else chosen)
     owns = session is None
-    return Attachment(model, session or Session.connect(socket), config, policy, owns)
+    try:
+        return Attachment(model, session or Session.connect(socket), config, policy, owns, hooks, trace)
+    except BaseException:
+        if hooks is not None:
+            hooks.close()
+        raise
 
 
 def _check(model: PreTrainedModel) -> None:

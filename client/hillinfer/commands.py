@@ -12,7 +12,8 @@ import typer
 
 from hillinfer.bench.commands import app as bench_app
 from hillinfer.eval.commands import compare_command, eval_command
-from hillinfer.options import DeviceOption
+from hillinfer.options import DeviceOption, PredictorOption, ProfileOption, TraceOption, TracePlotOption
+from hillinfer.pipeline.choice import Predictor
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import Budget, parse_budget, parse_bytes
@@ -94,6 +95,10 @@ def run_command(
     device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
+    predictor: PredictorOption = Predictor.auto,
+    profile: ProfileOption = None,
+    trace: TraceOption = None,
+    trace_plot: TracePlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read a text once and answer questions about it, one after another, each answer one line."""
@@ -103,6 +108,7 @@ def run_command(
         None if resident is None else parse_bytes(resident),
     )
 
+    _check_picture(trace_plot)
     from hillinfer.model_directory import ModelDirectory, device_named, dtype_named
     from hillinfer.progress import progress_for_stderr
     from hillinfer.run import Job, run
@@ -119,6 +125,10 @@ def run_command(
         context_name,
         device_named(device),
         min_mass,
+        predictor,
+        profile,
+        trace,
+        trace_plot,
     )
     chosen = dtype_named(dtype.value) if dtype else directory.dtype
     report = run(job, directory, chosen, progress_for_stderr(), *_listeners(as_json))
@@ -135,6 +145,10 @@ def demo_command(
     device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
+    predictor: PredictorOption = Predictor.auto,
+    profile: ProfileOption = None,
+    trace: TraceOption = None,
+    trace_plot: TracePlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hide notes in the Python standard library's sources and ask the bundled model for four of them."""
@@ -143,6 +157,7 @@ def demo_command(
         None if resident is None else parse_bytes(resident),
     )
 
+    _check_picture(trace_plot)
     from hillinfer.demo import LONGEST_ANSWER, make_demo
     from hillinfer.model_directory import ModelDirectory, bundled_model, device_named, dtype_named
     from hillinfer.progress import progress_for_stderr
@@ -165,6 +180,10 @@ def demo_command(
         context_name=context_name,
         device=device_named(device),
         min_mass=min_mass,
+        predictor=predictor,
+        profile=profile,
+        trace=trace,
+        trace_plot=trace_plot,
     )
     report = run(job, directory, dtype_named("float32"), progress_for_stderr(), *_listeners(as_json))
     right = sum(task.is_right(answer.text) for task, answer in zip(demo.tasks, report.answers, strict=True))
@@ -178,6 +197,13 @@ def _budget(budget: str | None, min_mass: float | None) -> Budget:
     if budget is not None and min_mass is not None:
         raise InvalidInput("--min-mass decides how many tokens are attended: give no --budget with it")
     return parse_budget("2%" if budget is None else budget)
+
+
+def _check_picture(path: Path | None) -> None:
+    if path is not None:
+        from hillinfer.eval.plot import check_file
+
+        check_file(path)
 
 
 def _read(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hillinfer_core.units import format_bytes
@@ -26,7 +26,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class KvUse:
-    """Bytes of KV held and moved. hot_hit_rate: 0 to 1, None before anything was selected."""
+    """Bytes of KV held and moved. hot_hit_rate: 0 to 1, None before anything was selected.
+
+    predictors: layers by the query that ranked them last. hidden_share: of the time
+    of evaluation and fetch, 0 to 1, what nobody waited for; None before any.
+    """
 
     full_bytes: int
     resident_peak_bytes: int
@@ -35,6 +39,8 @@ class KvUse:
     cold_read_bytes: int
     evaluated_bytes: int
     hot_hit_rate: float | None
+    predictors: Mapping[str, int] = field(default_factory=dict)
+    hidden_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ class RunReport:
             ("cold pool read", format_bytes(kv.cold_read_bytes)),
             ("keys evaluated", format_bytes(kv.evaluated_bytes)),
             ("hot hit rate", hits),
+            ("ranked by", ", ".join(f"{name} in {count}" for name, count in kv.predictors.items()) or "-"),
+            ("evaluation hidden", "-" if kv.hidden_share is None else f"{kv.hidden_share:.0%}"),
             *(() if self.mass is None else _mass_rows(self.mass)),
         ]
         return "\n".join(f"{name:<20}{value}" for name, value in rows)

@@ -18,6 +18,7 @@ from hillinfer.attachment import Attachment, attach
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.kept_context import open_kept
 from hillinfer.model_directory import ModelDirectory
+from hillinfer.pipeline.trace import draw_trace, write_trace
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
 from hillinfer.report import Answer, KvUse, RunReport
@@ -30,6 +31,7 @@ SINKS, RECENT = 4, 32
 CLIENT_NAME = "hillinfer run"
 PREFILL_CHUNK = 2048
 """Tokens per forward pass over the context: bounds activations, and moves the progress bar."""
+_MEMORY = Path("/dev/shm")  # faster than the drive that a profile describes
 LEAST_RESIDENT = 16 << 20
 """Bytes: the session's arena of 8 MiB, and as much again for what a short context holds."""
 
@@ -45,6 +47,8 @@ class Job:
     started that programs share (`shared_daemon`). min_mass: attend to what holds
     this share of the attention, and not to a budget. precision: None for INT4, or
     INT8 with min_mass. device: where the model runs, as torch names it.
+    predictor: see `Predictor`. profile: of a private daemon's drive, which then lies in
+    memory. trace, trace_plot: files for the trace of decode steps and its picture.
     """
 
     context: str
@@ -57,6 +61,10 @@ class Job:
     context_name: str | None = None
     device: str = "cpu"
     min_mass: float | None = None
+    predictor: str = "auto"
+    profile: str | None = None
+    trace: Path | None = None
+    trace_plot: Path | None = None
 
 
 def run(
@@ -102,6 +110,8 @@ def run(
                 precision=job.precision,
                 sinks=SINKS,
                 recent=RECENT,
+                predictor=job.predictor,
+                trace=bool(job.trace or job.trace_plot),
             ) as attachment,
             torch.inference_mode(),
         ):
@@ -122,6 +132,10 @@ def run(
                 answers.append(answer)
                 answered(answer)
             held = attachment.report()
+            if job.trace:
+                write_trace(job.trace, attachment.trace())
+            if job.trace_plot:
+                draw_trace(job.trace_plot, attachment.trace())
     return RunReport(
         model=directory.path.resolve().name,
         context_tokens=context.shape[1],
@@ -261,6 +275,15 @@ def _check(job: Job, directory: ModelDirectory, context_tokens: int, question_to
 
 @contextmanager
 def _session(job: Job) -> Iterator[Session]:
+    if job.profile is not None:
+        if job.socket is not None or job.context_name is not None:
+            raise InvalidInput("a profile is for a private daemon: leave out socket and context name")
+        with (
+            PrivateDaemon(pool_dir=_MEMORY, profile=job.profile) as daemon,
+            Session.connect(daemon.socket, name=CLIENT_NAME) as session,
+        ):
+            yield session
+        return
     if job.socket is not None:
         try:
             session = Session.connect(job.socket, name=CLIENT_NAME)

@@ -32,6 +32,8 @@ KV_KEYS = {
     "cold_read_bytes",
     "evaluated_bytes",
     "hot_hit_rate",
+    "predictors",
+    "hidden_share",
 }
 
 

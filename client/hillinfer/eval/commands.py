@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hillinfer.options import DeviceOption
+from hillinfer.options import DeviceOption, PredictorOption
+from hillinfer.pipeline.choice import Predictor
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget
@@ -76,6 +77,7 @@ def eval_command(
         ),
     ] = None,
     device: DeviceOption = "auto",
+    predictor: PredictorOption = Predictor.auto,
     processes: Annotated[
         int, typer.Option(min=1, help="Work on that many texts at once, each with a model of its own.")
     ] = 1,
@@ -132,6 +134,7 @@ def eval_command(
         metrics=metrics,
         perplexity_tokens=PERPLEXITY_TOKENS if perplexity else 0,
         min_mass=tuple(dict.fromkeys(min_mass or ())),
+        predictor=predictor,
     )
     directory = ModelDirectory(model or bundled_model())
     named = dtype or ("float32" if model is None else None)

@@ -8,6 +8,7 @@ from typing import Any
 from hillinfer.eval.paired import Difference
 from hillinfer.eval.prompts import TASKS
 from hillinfer.model_directory import ModelDirectory
+from hillinfer.pipeline.choice import Predictor
 from hillinfer.policies import POLICIES
 from hillinfer.run import RECENT, SINKS
 from hillinfer_core.errors import BudgetTooSmall, InvalidInput
@@ -36,7 +37,7 @@ class EvalJob:
 
     turns: questions asked in turn on each. perplexity_tokens: of the text after the
     context, fed one by one; 0 for none. metrics: measure selections too. min_mass:
-    shares of the attention that hillinfer is also asked for, besides the budgets.
+    shares of the attention that hillinfer is also asked for, besides the budgets. predictor: of hillinfer.
     """
 
     policies: tuple[str, ...]
@@ -51,6 +52,7 @@ class EvalJob:
     metrics: bool = False
     perplexity_tokens: int = 0
     min_mass: tuple[float, ...] = ()
+    predictor: Predictor = Predictor.auto
 
     def check(self, directory: ModelDirectory) -> None:
         """Raise InvalidInput or BudgetTooSmall for what cannot work with the model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ def prompt_runner(job: EvalJob, setting: Setting) -> Iterator[PromptRunner]:
         PrivateDaemon(pool_dir=Path(pool)) as daemon,
         Session.connect(daemon.socket, name="hillinfer eval") as session,
         # For the attention alone: each policy has a cache of its own configuration.
-        attach(setting.directory.load(setting.dtype, setting.device), session=session) as attachment,
+        attach(
+            setting.directory.load(setting.dtype, setting.device), session=session, predictor=job.predictor
+        ) as attachment,
         torch.inference_mode(),
     ):
         yield PromptRunner(job, setting, session, attachment.model)
@@ -154,6 +156,8 @@ class PromptRunner:
         """Return a conversation that begins with the saved context, and what counts its attended tokens."""
         policy = stack.enter_context(POLICIES[name](self._model, reading))
         config = policy.config(self._config(budget, reading.tokens))
+        if name == GUARANTEED:
+            config = replace(config, predictor=self._job.predictor)
         cache = HierarchicalCache(
             self._session, self._text_config, config, policy, policy.predictor, base=_NAME
         )

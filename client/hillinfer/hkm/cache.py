@@ -20,6 +20,8 @@ from hillinfer.hkm.query import ExactQuery, QueryPredictor
 from hillinfer.hkm.resident import Division, divide
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import row_dtype
+from hillinfer.pipeline.choice import Predictor
+from hillinfer.pipeline.prefetch import Pipeline
 from hillinfer.session import Session
 from hillinfer.split.ranking import SplitRanking
 from hillinfer_core.errors import (
@@ -47,7 +49,8 @@ class HkmConfig:
         window included; min_mass: attend to as many as hold this share of the
         attention (0 to 1) of every query head, and not to a budget; resident:
         bytes held in memory, client and daemon together; sinks, recent: pinned
-        tokens (recent is raised to the append unit of the rows where that is larger).
+        tokens (recent is raised to the append unit of the rows where that is larger);
+        predictor: the query that ranks them, see `Predictor`; without effect under min_mass.
     """
 
     budget: Budget
@@ -56,6 +59,7 @@ class HkmConfig:
     sinks: int = 4
     recent: int = 32
     min_mass: float | None = None
+    predictor: Predictor = Predictor.exact
 
     def __post_init__(self) -> None:
         if self.sinks < 1 or self.recent < 1:
@@ -106,7 +110,6 @@ class HierarchicalCache(Cache):
     ) -> None:
         self.session = session
         self.config = config
-        self.policy = policy or ColdPoolRanking()
         self.predictor = predictor or ExactQuery()
         self.contexts: list[Context] = []
         self.tally = Tally()
@@ -115,6 +118,9 @@ class HierarchicalCache(Cache):
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
         super().__init__(layers=[self._layer(layer) for layer in kept_layers(model_config)])
+        self.pipeline = Pipeline(
+            session, policy or ColdPoolRanking(), config.predictor, len(self.full_layers)
+        )
         self.guarantee = None if config.min_mass is None else Guarantee(self, config.min_mass)
         self._named = durable is not None or base is not None
         self._durable = durable
@@ -126,9 +132,19 @@ class HierarchicalCache(Cache):
                 "be kept under a name"
             )
         self._usable = True
-        self._finalizer = weakref.finalize(self, _close_all, self.contexts)
+        self._finalizer = weakref.finalize(self, _close_all, self.pipeline, self.contexts)
         if base is not None:
             self._begin_with(base)
+
+    @property
+    def policy(self) -> SelectionPolicy:
+        """Which tokens are selected; may be set between steps."""
+        return self.pipeline.policy
+
+    @policy.setter
+    def policy(self, policy: SelectionPolicy) -> None:
+        self.pipeline.drop()
+        self.pipeline.policy = policy
 
     def _begin_with(self, name: str) -> None:
         saved = self.session.find_context(name)
@@ -152,6 +168,7 @@ class HierarchicalCache(Cache):
             raise InvalidInput(
                 "there is nothing to save: begin with new_cache(durable=NAME), and run the model"
             )
+        self.pipeline.drop()
         writer = self.contexts[0]
         for layer in self.full_layers:
             layer.append_window()
@@ -178,6 +195,7 @@ class HierarchicalCache(Cache):
         when there is no room for the copy. The cache is as it was after these.
         """
         self.check_usable()
+        self.pipeline.drop()
         held = self.get_seq_length()
         keep = min(tokens_to_remove, held) if tokens_to_remove > 0 else max(held + tokens_to_remove, 0)
         removed = held - keep
@@ -303,7 +321,10 @@ class HierarchicalCache(Cache):
         tokens = int(slots.lengths.max())
         hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
-        slot_bytes = selected * row * streams // len(self.full_layers) + hits
+        a_layers_rows = selected * row * streams // len(self.full_layers) ** 2
+        # A prefetch of one layer waits beside the slots of all.
+        prefetch = 0 if self.config.predictor is Predictor.exact else a_layers_rows - self.pipeline.nbytes
+        slot_bytes = selected * row * streams // len(self.full_layers) + hits + max(0, prefetch)
         room = divide(self.config.resident, fixed, slot_bytes, row, streams)
         return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
@@ -316,7 +337,9 @@ class HierarchicalCache(Cache):
             "hot_pool": sum(layer.hot.nbytes for layer in layers),
             "evaluation_keys": sum(context.evaluation_key_bytes for context in contexts),
             "checksums": sum(context.checksum_bytes for context in contexts),
-            "buffers": self.session.arena_bytes + sum(context.tail_bytes for context in contexts),
+            "buffers": self.session.arena_bytes
+            + self.pipeline.nbytes
+            + sum(context.tail_bytes for context in contexts),
         }
         if isinstance(self.policy, SplitRanking):
             kinds["mirrored_keys"] = self.policy.mirrored_bytes
@@ -361,7 +384,8 @@ def _check_croppable(layer: DynamicSlidingWindowLayer, removed: int) -> None:
         )
 
 
-def _close_all(contexts: list[Context]) -> None:
+def _close_all(pipeline: Pipeline, contexts: list[Context]) -> None:
+    pipeline.close()
     while contexts:
         # A session or a daemon that is gone has freed its contexts already.
         with suppress(HillInferError):

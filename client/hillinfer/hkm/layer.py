@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from hillinfer.hkm.attention import Part, attend_part, attend_slots, merge
+from hillinfer.hkm.attention import Part, attend_part, merge
+from hillinfer.hkm.decode import decode
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.padding import Padding
 from hillinfer.hkm.pools import Pools
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
-from hillinfer.session import Brought, EvaluateItem
-from hillinfer_core.errors import CorruptData, InvalidInput, UnsupportedModel
+from hillinfer_core.errors import InvalidInput, UnsupportedModel
 
 if TYPE_CHECKING:
     from hillinfer.context import Context
     from hillinfer.hkm.cache import HierarchicalCache
+    from hillinfer.pipeline.measure import Sample
 
 LAYER_ATTRIBUTE = (
     "_hillinfer_layer"  # on the key tensor that `update` returns: attention finds the layer by it
@@ -48,6 +49,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Whether the latest decode step streamed every token instead of filling slots."""
         self._pending = False  # between `update` and `attend`
         self.softcap: float | None = None
+        self.sample: Sample | None = None  # of the step in progress, where it is sampled
         """Of the scores, as the model last said."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -184,7 +186,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def append_window(self) -> None:
         """Append to the contexts what waits in the recent window."""
         for row, context in enumerate(self._cache.contexts):
-            self._append_pinned(row, context, int(self.slots.lengths[row]))
+            self.append_pinned(row, context, int(self.slots.lengths[row]))
 
     def attend(
         self,
@@ -205,9 +207,13 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         try:
             if not self._pending:
                 raise UnsupportedModel("the model attends to the same keys more than once")
+            self.sample = None
             output = self._attend(query, key, value, padding, scaling)
             if self._cache.observer is not None:
                 self._cache.observer(self._cache, self.index, query, scaling)
+            if query.shape[2] == 1:
+                losses = None if self.sample is None else self.sample.losses
+                self._cache.pipeline.attended(self, query, losses)
         except BaseException:
             # Some layers hold this step's tokens and some do not: going on would be wrong in silence.
             self._cache.fail()
@@ -231,7 +237,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if visible is not None:
             self._padding.note(self._seen - new, visible)
         if new == 1:
-            return self._decode(query, key, value, scaling)
+            return decode(self, query, key, value, scaling)
+        self._cache.pipeline.drop(self.index)
         return self._exact(query, key, value, visible, scaling)
 
     def _exact(
@@ -251,7 +258,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             new = attend_part(q, k, v, scaling, causal=True, softcap=self.softcap)
             parts = [new, *self._past_parts(row, q, scaling)]
             output[row].index_copy_(1, columns, merge(parts).to(query.dtype))
-            self._store(row, k, v, self.slots.recent)
+            self.store(row, k, v, self.slots.recent)
         # The new tokens' evaluation keys and checksums may need room that the hot pool has.
         self._cache.account()
         self._shrink_hot()
@@ -282,7 +289,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             parts = [Part(merge(parts), torch.logsumexp(torch.stack([p.lse for p in parts]), 0))]
         return parts
 
-    def _store(self, row: int, key: torch.Tensor, value: torch.Tensor, most: int) -> None:
+    def store(self, row: int, key: torch.Tensor, value: torch.Tensor, most: int) -> None:
         """Add tokens [Hkv, n, D] to the recent window, and to the context all but the last `most`.
 
         Those wait in the window, so `most` is at most its length: a `crop` then costs nothing.
@@ -290,50 +297,26 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         context, slots = self._cache.contexts[row], self.slots
         held = int(slots.lengths[row])
         end = held + key.shape[1] - most
-        self._append_pinned(row, context, min(end, held))
+        self.append_pinned(row, context, min(end, held))
         if end > held:
             new = slice(0, end - held)
             context.append(self.index, to_storage(key[:, new]), to_storage(value[:, new]))
         slots.append(row, key, value)
 
-    def _append_pinned(self, row: int, context: Context, end: int) -> None:
+    def append_pinned(self, row: int, context: Context, end: int) -> None:
+        """Append tokens that wait in the recent window to the context, up to `end`."""
         first = context.length(self.index)
         if end > first:
             keys, values = self.slots.pinned_rows(row, first, end - first)
             context.append(self.index, to_storage(keys), to_storage(values))
 
-    def _decode(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        slots, cache = self.slots, self._cache
-        # Ranking needs all but the window in whole append units.
-        most = slots.recent - cache.contexts[0].append_unit + 1
-        for row in range(key.shape[0]):
-            self._store(row, key[row], value[row], most)
-        self.attended_all = False
-        candidates = [max(int(n) - slots.pinned, 0) for n in slots.lengths]
-        if cache.guarantee is not None:
-            if not cache.guarantee.select(self, query, scaling):
-                return self._everything(query, scaling, sum(candidates))
-            output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self.softcap)
-            self.pools.settle()
-            return output
-        wanted = [cache.selection_size(int(n), slots) for n in slots.lengths]
-        division = cache.divide(slots, max(wanted))
-        if not division.keep_slots and wanted == candidates and max(wanted) > 0:
-            # Everything is wanted and nothing may stay: no ranking, a block at a time.
-            return self._everything(query, scaling, sum(candidates))
-        slots.resize(max(wanted))
-        self.hot.resize(division.hot_rows)
-        self._select(query, wanted)
-        output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), self.softcap)
-        self.pools.settle()
-        if not division.keep_slots:
-            cache.account()
-            slots.resize(0)
-        return output
+    @property
+    def waiting(self) -> int:
+        """Tokens that may wait in the recent window: ranking needs all before it in whole append units."""
+        return self.slots.recent - self._cache.contexts[0].append_unit + 1
 
-    def _everything(self, query: torch.Tensor, scaling: float, tokens: int) -> torch.Tensor:
+    def everything(self, query: torch.Tensor, scaling: float, tokens: int) -> torch.Tensor:
+        """Attend to all of the past a block at a time, holding nothing; `tokens` are not pinned."""
         self.attended_all = True
         self.slots.resize(0)
         self.hot.resize(0)
@@ -341,39 +324,3 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         read = tokens * self.slots.keys.shape[1]
         self._cache.count_selected(read, read)
         return torch.stack(rows).to(query.dtype)
-
-    def _select(self, query: torch.Tensor, wanted: list[int]) -> None:
-        """Rank the past with this step's query and put the winners' rows into slots."""
-        if not max(wanted):
-            return
-        slots, cache = self.slots, self._cache
-        exact = query[:, :, 0].float().cpu().numpy()
-        ranking = cache.predictor.ranking_query(self.index, exact)
-        held = np.concatenate([slots.ids, self.hot.ids], axis=-1)
-        rows = [row for row, k in enumerate(wanted) if k]
-        items = [
-            EvaluateItem(
-                context=cache.contexts[row],
-                query=ranking[row],
-                k=wanted[row],
-                first=slots.sinks,
-                end=int(slots.lengths[row]) - slots.recent,
-                held=held[row],
-            )
-            for row in rows
-        ]
-        brought = cache.policy.select(cache.session, self.index, items)
-        if brought is None:
-            return
-        for row, selection in zip(rows, brought, strict=True):
-            self._place(row, selection)
-
-    def _place(self, row: int, brought: Brought) -> None:
-        used = 0
-        for head, ids in enumerate(brought.ids):
-            absent, places = self.pools.admit(row, head, ids)
-            if len(absent) != brought.missing_per_head[head]:
-                raise CorruptData("the daemon's view of the held tokens differs from the client's")
-            self.pools.fill(row, head, places, brought.rows[used : used + len(absent)])
-            used += len(absent)
-            self._cache.count_selected(len(ids), len(absent))

@@ -43,11 +43,17 @@ class Pools:
         self._chosen[row, head] = ids
         return absent[~found], places[~found]
 
-    def fill(self, row: int, head: int, places: npt.NDArray[np.int64], rows: npt.NDArray[np.generic]) -> None:
-        """Put `rows` [n, 2, D] of the storage dtype into the slots `places` [n]."""
+    def fill(
+        self,
+        row: int,
+        head: int,
+        places: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.generic] | torch.Tensor,
+    ) -> None:
+        """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n]."""
         if not len(places):
             return
-        kv = to_rows(rows, self.slots.keys)
+        kv = rows if isinstance(rows, torch.Tensor) else to_rows(rows, self.slots.keys)
         target = torch.from_numpy(places).to(kv.device)
         self.slots.keys[row, head].index_copy_(0, target, kv[:, 0])
         self.slots.values[row, head].index_copy_(0, target, kv[:, 1])

@@ -42,6 +42,11 @@ class Slots:
         """Slots for selected tokens, for each sequence and KV head."""
         return int(self.ids.shape[-1])
 
+    @property
+    def attended(self) -> int:
+        """Tokens that a decode step of the shortest sequence attends to, when all slots are in use."""
+        return min(self.pinned + self.selected, int(self.lengths.min()))
+
     def append(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens [Hkv, n, D] at the end of sequence `row`; older ones leave the window."""
         count = keys.shape[1]

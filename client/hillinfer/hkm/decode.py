@@ -1,0 +1,124 @@
+"""A decode step of one layer: take what was prefetched or rank now, put it into slots, attend."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from hillinfer.hkm.attention import attend_slots
+from hillinfer.hkm.tensors import to_rows
+from hillinfer.pipeline.device import Uploaded
+from hillinfer.pipeline.job import Job, Prefetched, held, items
+from hillinfer.pipeline.measure import Sample
+from hillinfer.pipeline.timeline import APPEND, COMPUTE, EVALUATE, LATE, MODEL, PLACE
+from hillinfer.session import Brought
+from hillinfer_core.errors import CorruptData
+
+if TYPE_CHECKING:
+    from hillinfer.hkm.layer import HierarchicalLayer
+
+
+def decode(
+    layer: HierarchicalLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Store the new token's KV [B, Hkv, 1, D] and attend `query` [B, H, 1, D] to the selection. Blocks."""
+    slots, pipeline = layer.slots, layer.cache.pipeline
+    step, timeline = pipeline.layers[layer.index].step, pipeline.timeline
+    if timeline.mark:
+        timeline.note(MODEL, COMPUTE, step, layer.index, timeline.mark)
+    ready = pipeline.take(layer)
+    start = perf_counter()
+    for row in range(key.shape[0]):
+        layer.store(row, key[row], value[row], layer.waiting)
+    timeline.note(MODEL, APPEND, step, layer.index, start)
+    layer.attended_all = False
+    keep = _use(layer, query, scaling, *ready) if ready else _rank(layer, query, scaling)
+    timeline.mark = perf_counter()
+    if keep is None:
+        candidates = sum(max(int(n) - slots.pinned, 0) for n in slots.lengths)
+        return layer.everything(query, scaling, candidates)
+    output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), layer.softcap)
+    layer.pools.settle()
+    if not keep:
+        layer.cache.account()
+        slots.resize(0)
+    return output
+
+
+def _use(
+    layer: HierarchicalLayer, query: torch.Tensor, scaling: float, job: Job, found: Prefetched
+) -> bool | None:
+    """Put into slots what was prefetched; if the step is sampled, rank as well and fetch what is missing."""
+    slots, timeline, start = layer.slots, layer.cache.pipeline.timeline, perf_counter()
+    before = slots.ids.copy() if job.sampled else None
+    if found.brought is not None:
+        for row, brought, uploaded in zip(found.rows, found.brought, found.uploaded, strict=True):
+            _place(layer, row, brought, uploaded, final=not job.sampled)
+    timeline.note(MODEL, PLACE, job.step, layer.index, start)
+    if before is not None:
+        predicted = slots.ids.copy()
+        wanted = [layer.cache.selection_size(int(n), slots) for n in slots.lengths]
+        _select(layer, query, wanted, LATE)
+        layer.sample = Sample.of(layer, query, scaling, before, predicted)
+    return True
+
+
+def _rank(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> bool | None:
+    """Rank with the layer's own query. Returns whether the slots may be kept; None: attend to everything."""
+    slots, cache = layer.slots, layer.cache
+    if cache.guarantee is not None:
+        return True if cache.guarantee.select(layer, query, scaling) else None
+    wanted = [cache.selection_size(int(n), slots) for n in slots.lengths]
+    division = cache.divide(slots, max(wanted))
+    everything = wanted == [max(int(n) - slots.pinned, 0) for n in slots.lengths]
+    if not division.keep_slots and everything and max(wanted) > 0:
+        # Everything is wanted and nothing may stay: no ranking, a block at a time.
+        return None
+    slots.resize(max(wanted))
+    layer.hot.resize(division.hot_rows)
+    sampled = cache.pipeline.samples(layer.index) and division.keep_slots
+    before = slots.ids.copy() if sampled else None
+    _select(layer, query, wanted, EVALUATE)
+    if before is not None:
+        layer.sample = Sample.of(layer, query, scaling, before, None)
+    return division.keep_slots
+
+
+def _select(layer: HierarchicalLayer, query: torch.Tensor, wanted: list[int], name: str) -> None:
+    """Rank the past with this step's query and put the winners' rows into slots; `name` of the span."""
+    if not max(wanted):
+        return
+    slots, pipeline = layer.slots, layer.cache.pipeline
+    step, start = pipeline.layers[layer.index].step, perf_counter()
+    exact = query[:, :, 0].float().cpu().numpy()
+    ranking = layer.cache.predictor.ranking_query(layer.index, exact)
+    ends = [int(n) - slots.recent for n in slots.lengths]
+    rows, asked = items(layer, ranking, wanted, ends, held(layer))
+    selections = pipeline.select(layer.index, asked)
+    start = pipeline.timeline.note(MODEL, name, step, layer.index, start)
+    if selections is not None:
+        for row, brought in zip(rows, selections, strict=True):
+            _place(layer, row, brought)
+    pipeline.timeline.note(MODEL, PLACE, step, layer.index, start)
+
+
+def _place(
+    layer: HierarchicalLayer,
+    row: int,
+    brought: Brought,
+    uploaded: Uploaded | None = None,
+    *,
+    final: bool = True,
+) -> None:
+    """Put a selection into slots. uploaded: its rows on the device; final: the step attends to it."""
+    pools, used = layer.pools, 0
+    rows = to_rows(brought.rows, layer.slots.keys) if uploaded is None else uploaded.ready()
+    for head, ids in enumerate(brought.ids):
+        absent, places = pools.admit(row, head, ids)
+        if len(absent) != brought.missing_per_head[head]:
+            raise CorruptData("the daemon's view of the held tokens differs from the client's")
+        pools.fill(row, head, places, rows[used : used + len(absent)])
+        used += len(absent)
+        layer.cache.count_selected(len(ids) if final else 0, len(absent))

@@ -1,0 +1,53 @@
+"""Hooks in a model's decoder layers that begin on the next layer when one begins to compute."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from hillinfer.pipeline.query import (
+    cache_of,
+    decoder_layers,
+    hidden_of,
+    is_taking,
+    layer_query,
+    predictable,
+)
+
+
+class PredictionHooks:
+    """In the model until `close`. Raises UnsupportedModel as `decoder_layers` does."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._layers = decoder_layers(model)
+        self._known = predictable(model, self._layers)
+        self._hooks = [
+            layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+            for number, layer in enumerate(self._layers)
+        ]
+
+    def close(self) -> None:
+        """Take the hooks out of the model; idempotent."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, number: int) -> Any:
+        following = number + 1
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if is_taking():
+                return
+            cache: Any = cache_of(args, kwargs)
+            pipeline = getattr(cache, "pipeline", None)
+            if pipeline is None or hidden_of(args, kwargs).shape[1] != 1:
+                return
+            if number == 0:
+                pipeline.timeline.mark = perf_counter()
+            if following < len(self._layers) and self._known[following]:
+                target = cache.layers[following]
+                if not target.is_sliding:  # the others have nothing to rank
+                    pipeline.before(target, lambda: layer_query(self._layers[following], args, kwargs))
+
+        return before

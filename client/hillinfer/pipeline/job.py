@@ -1,0 +1,110 @@
+"""What is asked for a decode step of a layer, by the thread of the model or ahead of it by the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hillinfer.pipeline.device import Uploaded
+from hillinfer.session import Brought, EvaluateItem
+
+if TYPE_CHECKING:
+    from hillinfer.hkm.layer import HierarchicalLayer
+
+F32 = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """What a job brought: for each of `rows` of the batch a selection, and its KV rows on the device.
+
+    brought: None where the policy attends to nothing more. seconds: it took, appending included.
+    """
+
+    rows: list[int]
+    brought: list[Brought] | None
+    uploaded: list[Uploaded]
+    seconds: float
+
+
+@dataclass
+class Job:
+    """What the worker is to bring for the next decode step of a layer.
+
+    lengths: int64 [B], tokens of each sequence before that step; the answer is
+    good for no other. held: uint32 [B, Hkv, S], of slots and hot pool, which stay as they are until then.
+    ends: one past the last token to rank; append: up to where tokens go to the context first.
+    """
+
+    layer: HierarchicalLayer
+    step: int
+    wanted: list[int]
+    lengths: npt.NDArray[np.int64]
+    held: Ids
+    ends: list[int]
+    append: list[int]
+    sampled: bool
+    asked: float = 0.0
+    future: Future[Prefetched] | None = None
+
+    def append_ahead(self) -> bool:
+        """Append what the step would append itself; say whether there was any. Blocks."""
+        layer, contexts = self.layer, self.layer.cache.contexts
+        before = [context.length(layer.index) for context in contexts]
+        for row, end in enumerate(self.append):
+            layer.append_pinned(row, contexts[row], end)
+        return before != [context.length(layer.index) for context in contexts]
+
+    def items(self, query: F32) -> tuple[list[int], list[EvaluateItem]]:
+        """See `items`."""
+        return items(self.layer, query, self.wanted, self.ends, self.held)
+
+
+def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool) -> Job | None:
+    """Make room for the next decode step of `layer` and return its job; None where nothing is to be asked.
+
+    ahead: the step is the one in progress, and what waits in the recent window may be
+    appended for it; else the token that leaves the window in that step is not ranked.
+    """
+    slots, cache = layer.slots, layer.cache
+    if cache.guarantee is not None:
+        return None
+    lengths = slots.lengths.copy()
+    sizes = [cache.selection_size(int(n) + 1, slots) for n in lengths]
+    ends = [int(n) + ahead - slots.recent for n in lengths]
+    wanted = [max(min(k, end - slots.sinks), 0) for k, end in zip(sizes, ends, strict=True)]
+    everything = [max(int(n) + 1 - slots.pinned, 0) for n in lengths]
+    if not max(wanted) or (not ahead and sizes == everything):
+        return None
+    division = cache.divide(slots, max(sizes))
+    if not division.keep_slots:
+        return None
+    slots.resize(max(sizes))
+    layer.hot.resize(division.hot_rows)
+    append = [min(int(n) + 1 - layer.waiting, int(n)) for n in lengths] if ahead else []
+    return Job(layer, step, wanted, lengths, held(layer), ends, append, sampled)
+
+
+def held(layer: HierarchicalLayer) -> Ids:
+    """Return the ids whose rows slots and hot pool hold, uint32 [B, Hkv, S]."""
+    return np.concatenate([layer.slots.ids, layer.hot.ids], axis=-1)
+
+
+def items(
+    layer: HierarchicalLayer, query: F32, wanted: Sequence[int], ends: Sequence[int], held: Ids
+) -> tuple[list[int], list[EvaluateItem]]:
+    """Return the rows of the batch that select by rank, and what to ask the policy for them.
+
+    query: [B, H, D]; wanted: tokens of each row to select; ends: one past the last to rank.
+    """
+    rows = [row for row, k in enumerate(wanted) if k]
+    contexts, sinks = layer.cache.contexts, layer.slots.sinks
+    return rows, [
+        EvaluateItem(contexts[row], query[row], wanted[row], sinks, ends[row], held[row]) for row in rows
+    ]

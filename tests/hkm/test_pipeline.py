@@ -1,0 +1,250 @@
+"""Prefetch while layers compute: the tokens, the faults, and the thread."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from test_exactness import ARENA, COMMON, prompt
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import hillinfer
+from hillinfer.pipeline import choice
+from hillinfer.pipeline.choice import Measured, Predictor, choose
+from hillinfer.pipeline.timeline import EVALUATE, LATE, MODEL, WORKER
+from hillinfer_core.errors import DaemonUnavailable, InvalidInput, UnsupportedModel
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(7)
+    return LlamaForCausalLM(LlamaConfig(**{**COMMON, "num_hidden_layers": 4})).eval()
+
+
+@pytest.fixture
+def session(daemon):
+    with hillinfer.Session.connect(daemon.socket, arena_bytes=ARENA, name="pipeline") as session:
+        yield session
+
+
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("hillinfer-prefetch")]
+
+
+def decode(model, cache, ids, steps):
+    """Read `ids` [B, n], then feed `steps` tokens, always the same ones; the logits of these."""
+    logits = []
+    model(ids, past_key_values=cache)
+    for step in range(steps):
+        logits.append(model(ids[:, step : step + 1], past_key_values=cache).logits[:, -1])
+    return torch.stack(logits)
+
+
+def turns(model, ids, mask, cache):
+    """Two turns of 10 greedy tokens, the second after 20 more prompt tokens."""
+    options = {"do_sample": False, "max_new_tokens": 10, "past_key_values": cache}
+    out = model.generate(ids, attention_mask=mask, **options)
+    more, _ = prompt(ids.shape[0], 20, False)
+    out = torch.cat([out, more], 1)
+    mask = torch.cat([mask, torch.ones(ids.shape[0], out.shape[1] - mask.shape[1], dtype=mask.dtype)], 1)
+    return model.generate(out, attention_mask=mask, **options)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("predictor", ["auto", "next_layer", "previous_step"])
+def test_everything_attended_is_plain_transformers(model, session, predictor):
+    ids, mask = prompt(2, 150, True)
+    plain = copy.deepcopy(model)
+    expected = turns(plain, ids, mask, DynamicCache(config=plain.config))
+    with hillinfer.attach(
+        model, session=session, budget="100%", resident="64MiB", precision="int8", predictor=predictor
+    ) as attachment:
+        cache = attachment.new_cache()
+        assert torch.equal(turns(model, ids, mask, cache), expected)
+        prefetched = cache.pipeline.timeline.sums[WORKER, EVALUATE]
+    # The step before does not know the token that has just left the window: all of it is not ranked by it.
+    assert (prefetched > 0) == (predictor != "previous_step")
+
+
+@torch.inference_mode()
+def test_the_exact_query_selects_the_same_with_and_without_prefetch(model, session, monkeypatch):
+    """With every step sampled each one ranks with its own query, on top of what was prefetched."""
+    monkeypatch.setattr(choice, "SAMPLE_EVERY", 1)
+    monkeypatch.setattr(choice, "ENTER_HIDDEN", 0.0)
+    monkeypatch.setattr(choice, "ENTER_LOSS", dict.fromkeys(choice.ENTER_LOSS, 1.0))
+    ids, _ = prompt(2, 600, False)
+    seen = []
+    for predictor in ("exact", "auto"):
+        with hillinfer.attach(model, session=session, budget=100, predictor=predictor) as attachment:
+            cache, chosen = attachment.new_cache(), []
+            cache.observer = lambda cache, layer, query, scaling, to=chosen: to.append(
+                [{*head} for row in cache.full_layers[layer].slots.ids for head in row]
+            )
+            logits = decode(model, cache, ids, 10)
+            seen.append((logits, chosen))
+            late = cache.pipeline.timeline.sums[MODEL, LATE]
+    assert late > 0, "nothing was prefetched"
+    assert seen[0][1] == seen[1][1]
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_prediction_that_is_the_layers_own_query_selects_as_the_exact_one(session):
+    """Layers that add nothing leave the input as it is: next_layer predicts the query itself."""
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**{**COMMON, "num_hidden_layers": 3})).eval()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    ids, mask = prompt(2, 500, True)
+    outputs = []
+    for predictor in ("exact", "next_layer"):
+        with hillinfer.attach(model, session=session, budget=90, predictor=predictor) as attachment:
+            cache, chosen = attachment.new_cache(), []
+            cache.observer = lambda cache, layer, query, scaling, to=chosen: to.append(
+                [{*head} for row in cache.full_layers[layer].slots.ids for head in row]
+            )
+            turns(model, ids, mask, cache)
+            outputs.append(chosen)
+    assert outputs[0] == outputs[1]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("predictor", ["next_layer", "previous_step"])
+def test_crop_forgets_what_was_asked_for(model, session, predictor):
+    """Rolled back and fed the same tokens again, the cache says the same again."""
+    ids, _ = prompt(1, 500, False)
+    with hillinfer.attach(
+        model, session=session, budget=100, precision="int8", predictor=predictor
+    ) as attachment:
+        cache = attachment.new_cache()
+        decode(model, cache, ids, 6)
+        assert bool(cache.pipeline.pending) == (predictor == "previous_step")
+        for removed in (3, 100):
+            cache.crop(-removed)
+            assert not cache.pipeline.pending
+            assert cache.get_seq_length() == 506 - removed
+            again = model(ids[:, :removed], past_key_values=cache).logits
+            assert torch.isfinite(again).all()
+            for layer in cache.full_layers:
+                assert layer.slots.lengths[0] == 506
+                held = layer.slots.ids[layer.slots.ids != 0xFFFFFFFF]
+                assert not len(held) or held.max() < 506 - layer.slots.recent
+            model(ids[:, :1], past_key_values=cache)
+            cache.crop(-1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("predictor", ["next_layer", "previous_step"])
+def test_an_answer_for_another_step_is_not_used(model, session, predictor):
+    ids, _ = prompt(1, 500, False)
+    with hillinfer.attach(model, session=session, budget=100, predictor=predictor) as attachment:
+        cache = attachment.new_cache()
+        decode(model, cache, ids, 3)
+        layer, pipeline = cache.full_layers[1], cache.pipeline
+        pipeline.drop()
+        query = torch.zeros(1, 4, 1, 16)
+        pipeline.before(layer, lambda: query)
+        if predictor == "previous_step":
+            pipeline.attended(layer, query, None)
+        assert pipeline.pending == [1]
+        layer.slots.lengths += 1
+        assert pipeline.take(layer) is None
+        layer.slots.lengths -= 1
+
+
+@torch.inference_mode()
+def test_a_daemon_that_dies_is_an_error_at_the_next_attention(model):
+    ids, _ = prompt(1, 500, False)
+    with hillinfer.PrivateDaemon(pool_capacity=64 << 20) as daemon:
+        session = hillinfer.Session.connect(daemon.socket, arena_bytes=ARENA, timeout_s=20)
+        attachment = hillinfer.attach(model, session=session, budget=100, predictor="next_layer")
+        cache = attachment.new_cache()
+        decode(model, cache, ids, 3)
+        select = cache.pipeline.select
+
+        def stop_then_select(layer, items):
+            if threading.current_thread() in workers():
+                daemon.__exit__(None, None, None)
+            return select(layer, items)
+
+        cache.pipeline.select = stop_then_select
+        with pytest.raises(DaemonUnavailable):
+            decode(model, cache, ids[:, :1], 1)
+        with pytest.raises(InvalidInput, match="new_cache"):
+            model(ids[:, :1], past_key_values=cache)
+        attachment.detach()
+        session.close()
+    assert not workers()
+
+
+@torch.inference_mode()
+def test_the_thread_ends_with_its_cache(model, session):
+    ids, _ = prompt(1, 300, False)
+    assert not workers()
+    with hillinfer.attach(model, session=session, budget=80, predictor="next_layer") as attachment:
+        first, second = attachment.new_cache(), attachment.new_cache()
+        for cache in (first, second):
+            decode(model, cache, ids, 2)
+        assert len(workers()) == 2
+        first.close()
+        first.close()
+        assert len(workers()) == 1
+    assert not workers()
+
+
+@torch.inference_mode()
+def test_layers_that_are_not_known_rank_with_their_own_query(model, session):
+    ids, _ = prompt(1, 300, False)
+    odd = copy.deepcopy(model)
+    odd.model.layers = torch.nn.ModuleList([*odd.model.layers, torch.nn.Identity()])
+    with pytest.raises(UnsupportedModel, match="predictor exact"):
+        hillinfer.attach(odd, session=session, predictor="next_layer")
+    odd.config._attn_implementation = "sdpa"
+    with hillinfer.attach(odd, session=session, budget=80) as attachment:
+        cache = attachment.new_cache()
+        decode(odd, cache, ids, 4)
+        assert {state.predictor for state in cache.pipeline.layers} == {Predictor.exact}
+        assert not workers()
+    with pytest.raises(InvalidInput, match="next_layer"):
+        hillinfer.attach(model, session=session, predictor="oracle")
+
+
+def measured(loss, slack=2.0, samples=10, previous=0.5):
+    losses = {Predictor.next_layer: loss, Predictor.previous_step: previous}
+    return Measured(evaluate_s=1.0, slack_s=slack, loss=losses, samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("current", "seen", "attended", "expected"),
+    [
+        ("exact", measured(0.1), 82, "next_layer"),
+        ("exact", measured(0.1), 41, "exact"),  # too few tokens for a predicted query
+        ("exact", measured(0.1, samples=2), 82, "exact"),  # too little known
+        ("exact", measured(0.18), 82, "exact"),  # loses more than it may to be chosen
+        ("next_layer", measured(0.18), 82, "next_layer"),  # but not more than it may to stay
+        ("next_layer", measured(0.3), 82, "exact"),
+        ("exact", measured(0.1, slack=0.2), 82, "exact"),  # hides too little
+        ("next_layer", measured(0.1, slack=0.2), 82, "next_layer"),
+        ("next_layer", measured(0.1, slack=0.05), 82, "exact"),
+        ("exact", measured(0.3, previous=0.01), 82, "previous_step"),
+        ("previous_step", measured(0.1, previous=0.01), 82, "next_layer"),
+        ("previous_step", measured(0.3, previous=0.2), 82, "exact"),
+    ],
+)
+def test_the_choice(current, seen, attended, expected):
+    assert choose(Predictor(current), seen, attended) == expected
+
+
+def test_losses_and_times_run_with_what_is_measured():
+    seen = Measured()
+    for _ in range(20):
+        seen.timed(0.002, 0.004)
+        seen.lost({Predictor.next_layer: 0.1})
+    assert seen.hidden(Predictor.next_layer) == 1
+    for _ in range(20):
+        seen.timed(0.020, 0.004)
+        seen.lost({Predictor.next_layer: 0.5})
+    assert seen.hidden(Predictor.next_layer) == pytest.approx(0.2, abs=0.01)
+    assert seen.loss[Predictor.next_layer] == pytest.approx(0.5, abs=0.01)
+    assert seen.samples == 40
