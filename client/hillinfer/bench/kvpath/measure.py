@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hillinfer.bench.kvpath.rig import Rig, stage
+from hillinfer.bench.kvpath.rig import Rig
 from hillinfer.bench.kvpath.systems import SYSTEMS
 from hillinfer.bench.kvpath.systems.base import System
 from hillinfer.hkm.cache import HierarchicalCache
+from hillinfer.hkm.decode import bring
 from hillinfer.progress import Progress
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import Budget
@@ -49,7 +50,7 @@ class _Running:
 
     def __init__(self, rig: Rig, system: System, budget: Budget) -> None:
         self.system, self.budget, self.rig = system, budget, rig
-        self.cache: HierarchicalCache = rig.cache(budget, system)
+        self.cache: HierarchicalCache = rig.cache(budget, system, system.hot_pool)
         self.times: list[list[float]] = []
         self.read_bytes = 0
 
@@ -61,7 +62,7 @@ class _Running:
             for number, layer in enumerate(self.cache.full_layers):
                 query = torch.from_numpy(self.rig.workload.queries[step, number])[None, :, None]
                 started = time.perf_counter()
-                stage(layer, self.cache, query)
+                bring(layer, query, self.rig.workload.shape.head_dim**-0.5)
                 times.append(time.perf_counter() - started)
                 # What a step does while its attention computes, and after.
                 layer.pools.settle()
@@ -97,8 +98,9 @@ class _Running:
 def measure(
     rig: Rig, streaming: Rig | None, budgets: Mapping[str, Budget], rounds: int, progress: Progress
 ) -> list[Row]:
-    """Run each system of `budgets` with its budget, on `streaming` those that stream their keys; in turn, so that all see the same drift of the machine.
+    """Run each system of `budgets` with its budget, on `streaming` those that stream their keys.
 
+    They take turns, so that all see the same drift of the machine.
     Blocks. Raises InvalidInput when the workload has too few steps for `rounds`, and what the cache raises.
     """
     steps = len(rig.workload.queries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from transformers import LlamaConfig
 from hillinfer.bench.kvpath.workload import F16, Workload
 from hillinfer.context import Context
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
-from hillinfer.hkm.layer import HierarchicalLayer
 from hillinfer.hkm.policy import SelectionPolicy
+from hillinfer.hkm.resident import Division
+from hillinfer.hkm.slots import Slots
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
 from hillinfer_core.layout import DType, Precision, Shape
@@ -41,8 +42,8 @@ class Rig:
     resident: int
     """Bytes that each system may hold."""
 
-    def cache(self, budget: Budget, policy: SelectionPolicy) -> HierarchicalCache:
-        """Return HKM's cache over the saved context, ready to select."""
+    def cache(self, budget: Budget, policy: SelectionPolicy, hot_pool: bool = True) -> HierarchicalCache:
+        """Return HKM's cache over the saved context, ready to select; with or without a hot pool."""
         shape = self.workload.shape
         config = LlamaConfig(
             num_hidden_layers=self.workload.layers,
@@ -50,7 +51,8 @@ class Rig:
             num_key_value_heads=shape.kv_heads,
             head_dim=shape.head_dim,
         )
-        cache = HierarchicalCache(
+        kind = HierarchicalCache if hot_pool else _WithoutHotPool
+        cache = kind(
             self.session, config, HkmConfig(budget, self.resident, self.precision), policy, base=_NAME
         )
         like = torch.zeros((1, shape.kv_heads, 1, shape.head_dim), dtype=torch.float16)
@@ -63,6 +65,11 @@ class Rig:
         return self.session.open_context(
             Shape(self.workload.layers, kv_heads, row_dim, dtype, self.precision)
         )
+
+
+class _WithoutHotPool(HierarchicalCache):
+    def divide(self, slots: Slots, selected: int) -> Division:
+        return replace(super().divide(slots, selected), hot_rows=0)
 
 
 @contextmanager
@@ -99,13 +106,3 @@ def append(context: Context, keys: F16, values: F16) -> None:
         for first in range(0, keys.shape[2], _PIECE):
             piece = slice(first, first + _PIECE)
             context.append(layer, keys[layer, :, piece], values[layer, :, piece])
-
-
-def stage(layer: HierarchicalLayer, cache: HierarchicalCache, query: torch.Tensor) -> None:
-    """Bring what the query [1, heads, 1, head_dim] selects to the layer's slots, as in a decode step."""
-    slots = layer.slots
-    wanted = [cache.selection_size(int(tokens), slots) for tokens in slots.lengths]
-    division = cache.divide(slots, max(wanted))
-    slots.resize(max(wanted))
-    layer.hot.resize(division.hot_rows)
-    layer._select(query, wanted)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 from hillinfer.bench.kvpath.rig import Rig
 from hillinfer.bench.kvpath.systems.base import HostSystem, Ids
@@ -10,9 +12,9 @@ from hillinfer.context import MirroredKeys
 from hillinfer.session import EvaluateItem
 from hillinfer_core import kernel
 from hillinfer_core.layout import TILE_TOKENS, Reduction
-from hillinfer_core.reference import Ranges, Ranked
+from hillinfer_core.reference import Ranges
 
-_PIECE_TOKENS = 8192  # ranked while the next ones are on their way
+_PIECE_TOKENS = 16384  # 8 MiB of keys at the 8B shape, a block of `rank_blocks`
 
 
 class NoCsd(HostSystem):
@@ -26,21 +28,31 @@ class NoCsd(HostSystem):
         self._ahead = ThreadPoolExecutor(1, "hillinfer-kvpath-keys")
 
     def choose(self, layer: int, item: EvaluateItem) -> Ids:
-        """As the drive does, piece by piece, and merged."""
+        """As the drive does, block by block as the keys come, and merged."""
         first = item.first // TILE_TOKENS * TILE_TOKENS
-        end = -(-item.end // TILE_TOKENS) * TILE_TOKENS
-        starts = range(first, end, _PIECE_TOKENS)
-        context, found = item.context, []
-        coming = self._ahead.submit(context.fetch_keys, layer, first, min(first + _PIECE_TOKENS, end))
-        for start in starts:
-            keys = coming.result()
-            following = start + _PIECE_TOKENS
-            if following < end:
-                coming = self._ahead.submit(
-                    context.fetch_keys, layer, following, min(following + _PIECE_TOKENS, end)
-                )
-            found.append(_rank(keys, item, start))
+        pieces = self._pieces(layer, item, first)
+        head = next(pieces)
+        precision = item.context.shape.precision
+        # By the scale alone: zero shifts all scores of a head alike.
+        ranges = Ranges(head.scale, head.scale)
+        q, _, _ = kernel.quantise_query(item.query, ranges, Reduction.sum)
+        parts = (keys.tiles for keys in chain([head], pieces))
+        found = list(kernel.rank_blocks(parts, q, precision, item.first, item.end, item.k, origin=first))
         return kernel.merge(found, item.k).ids
+
+    def _pieces(self, layer: int, item: EvaluateItem, first: int) -> Iterator[MirroredKeys]:
+        """Yield the keys from token `first` on, the next piece on its way while the last is ranked."""
+        end = -(-item.end // TILE_TOKENS) * TILE_TOKENS
+
+        def fetch(start: int) -> MirroredKeys:
+            return item.context.fetch_keys(layer, start, min(start + _PIECE_TOKENS, end))
+
+        coming = self._ahead.submit(fetch, first)
+        for start in range(first, end, _PIECE_TOKENS):
+            keys = coming.result()
+            if start + _PIECE_TOKENS < end:
+                coming = self._ahead.submit(fetch, start + _PIECE_TOKENS)
+            yield keys
 
     def close(self) -> None:
         """End the thread."""
@@ -52,13 +64,3 @@ class HostScoringInt4(NoCsd):
 
     name = "host_scoring_int4"
     hot_pool = False
-
-
-def _rank(keys: MirroredKeys, item: EvaluateItem, start: int) -> Ranked:
-    precision = item.context.shape.precision
-    # By the scale alone: zero shifts all scores of a head alike.
-    quantised = kernel.quantise_query(item.query, Ranges(keys.scale, keys.scale), Reduction.sum)[0]
-    end = start + keys.tiles.shape[1] * TILE_TOKENS
-    return kernel.rank(
-        [keys.tiles], quantised, precision, max(start, item.first), min(end, item.end), item.k, origin=start
-    )

@@ -1,1 +1,0 @@
-"""`hillinfer bench decode`: whole decode steps, HillInfer beside the caches of transformers."""
