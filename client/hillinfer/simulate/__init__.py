@@ -1,1 +1,1 @@
-"""An event-level model of a decode step on hardware that is not here; HillInfer's own policies decide in it."""
+"""An event-level model of a decode step on other hardware, with HillInfer's own policies deciding in it."""

@@ -22,7 +22,7 @@ class Task:
 
 
 class Simulation:
-    """Tasks are added, then run once. A resource serves whoever was ready first, ties as they were added."""
+    """Tasks are added, then run once. Of the tasks that are ready, a resource serves the first added."""
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
@@ -41,7 +41,7 @@ class Simulation:
     def run(self) -> float:
         """Set all starts and ends; return when the last task ends."""
         free: dict[str, float] = {}
-        queues: dict[str, list[tuple[float, int]]] = {}
+        queues: dict[str, list[int]] = {}
         # Ends come before beginnings of the same moment, so that a queue is complete when it is served.
         events: list[tuple[float, int, int]] = []
         for task in self.tasks:
@@ -52,16 +52,16 @@ class Simulation:
             task = self.tasks[number]
             queue = queues.setdefault(task.resource, [])
             if kind == 0:
-                heapq.heappush(queue, (now, number))
+                heapq.heappush(queue, number)
                 heapq.heappush(events, (max(now, free.get(task.resource, 0.0)), 1, number))
                 continue
             if not queue or free.get(task.resource, 0.0) > now:
                 continue
-            task = self.tasks[heapq.heappop(queue)[1]]
+            task = self.tasks[heapq.heappop(queue)]
             task.start, task.end = now, now + task.seconds
             free[task.resource] = task.end
             if queue:
-                heapq.heappush(events, (task.end, 1, queue[0][1]))
+                heapq.heappush(events, (task.end, 1, queue[0]))
             for follower in task.followers:
                 follower.waits_for -= 1
                 follower.ready = max(follower.ready, task.end)

@@ -24,8 +24,8 @@ _SKEW = 1.0
 def miss_rate(alpha: float, held: float, overlap: float, seed: int = 0) -> float:
     """Return the share of selected rows that neither slots nor hot pool hold, 0 to 1.
 
-    alpha, held: shares of the context. Each step keeps `overlap` of the selection before and draws the rest by
-    popularity, without those it has. What was dropped may come back: that is what the hot pool is for.
+    alpha, held: shares of the context. Each step keeps `overlap` of the selection before and draws the
+    rest by popularity, without those it has. What was dropped may come back.
     """
     generator = np.random.default_rng(seed)
     taken, rows = max(1, round(alpha * _TOKENS)), round(held * _TOKENS)
@@ -49,5 +49,5 @@ def miss_rate(alpha: float, held: float, overlap: float, seed: int = 0) -> float
     return misses / ((_STEPS - _WARM) * taken)
 
 
-def _draw(generator: np.random.Generator, weights: np.ndarray, count: int) -> np.ndarray:  # type: ignore[type-arg]
+def _draw(generator: np.random.Generator, weights: np.ndarray, count: int) -> np.ndarray:
     return generator.choice(len(weights), count, replace=False, p=weights / weights.sum())

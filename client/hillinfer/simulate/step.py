@@ -15,6 +15,10 @@ GPU, LINK, CPU, FPGA, DRIVE = "gpu", "link", "cpu", "fpga", "drive"
 """Resources: `drive` is NAND with its one path out, shared by streams to FPGA and host and by rows."""
 
 
+_PIECES = 8
+"""A stream for scoring is cut in so many; rows that an earlier layer waits for come between. Our choice."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A decode step. seconds: until the last application has its token; busy: of it, by resource.
@@ -74,10 +78,10 @@ def build(
             ahead = predictor is not Predictor.exact and number > 0
             asked = [before[-2]] if ahead and number > 1 else [] if ahead else [project]
             request = add(f"request of {application}.{number}", one.delay, asked)
-            stream = add(DRIVE, one.scan_drive, [request])
+            stream = [add(DRIVE, one.scan_drive / _PIECES, [request]) for _ in range(_PIECES)]
             card = add(FPGA, one.scan_card, [request])
-            scored = add(CPU, one.scan_cpu, [stream] if one.cpu_needs_stream else asked)
-            fetch = add(DRIVE, one.fetch, [stream, card, scored])
+            scored = add(CPU, one.scan_cpu, stream if one.cpu_needs_stream else asked)
+            fetch = add(DRIVE, one.fetch, [*stream, card, scored])
             upload = add(LINK, one.upload, [fetch])
             attend = add(GPU, one.attend, [project, upload])
             if application == 0:

@@ -53,7 +53,7 @@ class Layer:
 
     project, attend: GPU; weights: link, those that do not fit the GPU. scan_drive: streaming for scoring;
     scan_card: the FPGA's; scan_cpu: the host's; fetch: missing rows; upload: link. delay: of a request.
-    cpu_needs_stream: the host scores what the drive streamed. moved: bytes read from NAND; ios: reads of rows.
+    cpu_needs_stream: the host scores what the drive streamed. moved: bytes read from NAND; ios: row reads.
     """
 
     project: float
@@ -92,7 +92,7 @@ def layer(
     same_drive: bool = False,
     cpu_share: float | None = None,
 ) -> Layer:
-    """Return the work of one layer. cpu_share: of hillinfer's tokens ranked by the CPU; None: `choose` says."""
+    """Return the work of one layer. cpu_share: of hillinfer's tokens, the CPU's; None: by `choose`."""
     drive = storage(machine, system, same_drive)
     held = held_share(work, machine)
     if system is System.reload:
