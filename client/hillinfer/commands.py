@@ -14,6 +14,7 @@ from hillinfer.bench.commands import app as bench_app
 from hillinfer.eval.commands import eval_command, report_command
 from hillinfer.options import DeviceOption, PredictorOption, ProfileOption, TraceOption, TracePlotOption
 from hillinfer.pipeline.choice import Predictor
+from hillinfer.simulate.commands import simulate_command
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import Budget, parse_budget, parse_bytes
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command("eval")(eval_command)
 app.command("eval-report")(report_command)
+app.command("simulate")(simulate_command)
 
 
 class Dtype(StrEnum):

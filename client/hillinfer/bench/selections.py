@@ -103,6 +103,7 @@ def record(
             resident="1GiB",
             precision="int8",
             policy=RecordingRanking(recording),
+            predictor="exact",  # others rank some steps twice
         ) as attachment,
         torch.inference_mode(),
         progress("recording", context.shape[1] + questions) as advance,
