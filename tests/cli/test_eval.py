@@ -40,7 +40,7 @@ def tokenizer():
 
 def test_cells_metrics_and_picture(evaluated, tmp_path):
     picture = tmp_path / "accuracy.svg"
-    policies = ("--policies", "full,hillinfer,recent,h2o", "--turns", 2, "--metrics")
+    policies = ("--policies", "full,hillinfer,recent,h2o", "--turns", 2, "--metrics", "--predictor", "exact")
     code, out, err = evaluated(*SMALL, *policies, "--json", "--plot", picture)
     assert code == 0, err
     assert err == ""
