@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hillinfer.bench.commands import app as bench_app
-from hillinfer.eval.commands import compare_command, eval_command
+from hillinfer.eval.commands import eval_command, report_command
 from hillinfer.options import DeviceOption, PredictorOption, ProfileOption, TraceOption, TracePlotOption
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.simulate.commands import simulate_command
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command("eval")(eval_command)
-app.command("eval-compare")(compare_command)
+app.command("eval-report")(report_command)
 app.command("simulate")(simulate_command)
 
 

@@ -107,14 +107,22 @@ def test_several_processes_find_the_same(evaluated, tmp_path):
     for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
         assert mine == pytest.approx(theirs, abs=0.01, nan_ok=True)
 
-    code, out, err = evaluated("--json", *files, "--policy", "hillinfer", command="eval-compare")
+    code, out, err = evaluated("--json", files[0], "--against", files[1], command="eval-report")
     assert code == 0, err
     (same,) = json.loads(out)["differences"]
     assert (same["points"], same["prompts"], same["budget"]) == (0, 3, "60")
     assert same["low"] < 0 < same["high"]
-    code, out, err = evaluated(files[0], tmp_path / "none.jsonl", command="eval-compare")
+    picture = tmp_path / "again.png"
+    code, out, err = evaluated("--json", *files[:1], "--plot", picture, command="eval-report")
+    assert json.loads(out)["cells"] == one["cells"]
+    assert json.loads(out)["differences"] == one["differences"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out, err = evaluated(files[0], tmp_path / "none.jsonl", command="eval-report")
     assert code == 2
     assert err == f"hillinfer: cannot read {tmp_path / 'none.jsonl'}: No such file or directory\n"
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text('{"policy": "full"}\n')
+    assert "not been written by" in evaluated(torn, command="eval-report")[2]
 
 
 def test_differences_are_paired_by_prompt_and_pooled_over_lengths():

@@ -95,9 +95,7 @@ def eval_command(
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Write every answer as a line of JSON, for hillinfer eval-compare."
-        ),
+        typer.Option(metavar="FILE", help="Write every answer as a line of JSON, for hillinfer eval-report."),
     ] = None,
 ) -> None:
     """Compare policies on generated tasks: what selecting a few tokens costs in right answers.
@@ -169,26 +167,55 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def compare_command(
-    answers: Annotated[Path, typer.Argument(metavar="FILE", help="Written by hillinfer eval --answers.")],
-    others: Annotated[Path, typer.Argument(metavar="FILE", help="Another, of the same prompts.")],
-    policy: Annotated[str, typer.Option(help="Of both files.")] = "hillinfer",
+def report_command(
+    answers: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Written by hillinfer eval --answers.")
+    ],
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Compare with these answers to the same prompts; repeat it for more."
+        ),
+    ] = None,
+    policy: Annotated[str, typer.Option(help="That is compared, with --against.")] = "hillinfer",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw accuracy over budgets, .png or .svg.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Compare two evaluations of the same prompts that differ in an option, such as --precision.
+    """Put the answers of several evaluations together: those of other lengths, or of interrupted runs.
 
-    Prints, for each budget, how much more of the answers were right in the first, with the 95 % interval.
+    With --against, how much more of the answers were right than in other evaluations of the same prompts that
+    differ in an option, such as --precision, with the 95 % interval.
     """
     from dataclasses import asdict
 
-    from hillinfer.eval.findings import read_answers
-    from hillinfer.eval.paired import compare_files
-    from hillinfer.eval.report import difference_table
+    from hillinfer.eval.findings import cells, read_answers
+    from hillinfer.eval.job import Result
+    from hillinfer.eval.paired import compare_files, differences
+    from hillinfer.eval.report import answer_tables, difference_table
 
-    found = compare_files(policy, (answers.name, read_answers(answers)), (others.name, read_answers(others)))
-    if not found:
-        raise InvalidInput(f"{answers} and {others} have no prompts in common that {policy} answered")
-    if as_json:
-        print(json.dumps({"differences": [asdict(each) for each in found]}, indent=2))
+    mine = [answer for path in answers for answer in read_answers(path)]
+    result = Result("", 0, "", "", cells(mine))
+    if against:
+        theirs = [answer for path in against for answer in read_answers(path)]
+        result.differences = compare_files(policy, _joined(answers), mine, _joined(against), theirs)
+        if not result.differences:
+            raise InvalidInput(f"the files have no prompts in common that {policy} answered")
     else:
-        print("\n".join(difference_table(found)))
+        result.differences = differences(mine)
+    if plot is not None:
+        from hillinfer.eval.plot import check_file, draw
+
+        check_file(plot)
+        draw(result, plot)
+    if as_json:
+        told = {name: [asdict(each) for each in getattr(result, name)] for name in ("cells", "differences")}
+        print(json.dumps(told, indent=2))
+        return
+    tables = [] if against else answer_tables(result.cells)
+    print("\n".join([*tables, *(difference_table(result.differences) if result.differences else ())]))
+
+
+def _joined(paths: list[Path]) -> str:
+    return " and ".join(path.stem for path in paths)

@@ -72,17 +72,16 @@ def compare(
 
 
 def compare_files(
-    policy: str, one: tuple[str, Sequence[Answer]], other: tuple[str, Sequence[Answer]]
+    policy: str, name: str, mine: Sequence[Answer], other: str, theirs: Sequence[Answer]
 ) -> list[Difference]:
-    """Compare the answers of `policy` in two files, (name, answers) each, by budget, all lengths pooled."""
-    budgets = dict.fromkeys(each.budget for each in one[1] if each.policy == policy)
+    """Compare the answers of `policy` in two evaluations, called `name` and `other`, by budget."""
     found = []
-    for budget in budgets:
-        mine, theirs = (
+    for budget in dict.fromkeys(each.budget for each in mine if each.policy == policy):
+        ours, others = (
             scores(a for a in answers if (a.policy, a.budget) == (policy, budget))
-            for answers in (one[1], other[1])
+            for answers in (mine, theirs)
         )
-        found.append(compare(f"{policy} in {one[0]}", budget, mine, f"{policy} in {other[0]}", theirs))
+        found.append(compare(f"{policy} in {name}", budget, ours, f"{policy} in {other}", others))
     return [each for each in found if each is not None]
 
 

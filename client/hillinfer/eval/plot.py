@@ -67,7 +67,8 @@ def draw(result: Result, path: Path) -> None:
     for row in panels:
         row[0].set_ylabel("right answers")
     panels[0][-1].legend(fontsize="small")
-    figure.suptitle(f"{result.model}, {result.precision} evaluation keys")
+    if result.model:
+        figure.suptitle(f"{result.model}, {result.precision} evaluation keys")
     figure.savefig(path, dpi=150)
 
 

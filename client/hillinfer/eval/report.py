@@ -19,8 +19,7 @@ def as_markdown(result: Result) -> str:
         f"**{result.model}, {result.dtype}, {result.precision} evaluation keys, seed {result.seed}**",
         "",
     ]
-    for tokens in _distinct(cell.context_tokens for cell in result.cells):
-        lines += [*_answers([cell for cell in result.cells if cell.context_tokens == tokens]), ""]
+    lines += answer_tables(result.cells)
     if result.differences:
         lines += [*difference_table(result.differences), ""]
     if result.perplexity:
@@ -52,6 +51,14 @@ def as_markdown(result: Result) -> str:
         heads = ["context tokens", "policy", "budget", "layer", *(name.replace("_", " ") for name in names)]
         lines += [*_table(heads, rows), ""]
     return "\n".join(lines).rstrip()
+
+
+def answer_tables(cells: Sequence[Cell]) -> list[str]:
+    """Return a table of answers for each context length, each with an empty line after it."""
+    lines = []
+    for tokens in _distinct(cell.context_tokens for cell in cells):
+        lines += [*_answers([cell for cell in cells if cell.context_tokens == tokens]), ""]
+    return lines
 
 
 def _mass_table(row: dict[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ def decode(
         layer.store(row, key[row], value[row], layer.waiting)
     timeline.note(MODEL, APPEND, step, layer.index, start)
     layer.attended_all = False
-    keep = _use(layer, query, scaling, *ready) if ready else _rank(layer, query, scaling)
+    keep = _use(layer, query, scaling, *ready) if ready else bring(layer, query, scaling)
     timeline.mark = perf_counter()
     if keep is None:
         candidates = sum(max(int(n) - slots.pinned, 0) for n in slots.lengths)
@@ -65,8 +65,11 @@ def _use(
     return True
 
 
-def _rank(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> bool | None:
-    """Rank with the layer's own query. Returns whether the slots may be kept; None: attend to everything."""
+def bring(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> bool | None:
+    """Rank with the layer's own `query` [B, H, 1, D] and put the winners' rows into its slots. Blocks.
+
+    Returns whether the slots may be kept after the step; None: nothing was brought, attend to everything.
+    """
     slots, cache = layer.slots, layer.cache
     if cache.guarantee is not None:
         return True if cache.guarantee.select(layer, query, scaling) else None

@@ -1,0 +1,24 @@
+"""The systems by name; one small file each, which names what it follows."""
+
+from __future__ import annotations
+
+from hillinfer.bench.kvpath.systems.base import System
+from hillinfer.bench.kvpath.systems.blocks import KeyAbstracts, PreviousStepBlocks
+from hillinfer.bench.kvpath.systems.host_scoring import HostScoring
+from hillinfer.bench.kvpath.systems.host_scoring_int4 import HostScoringInt4, NoCsd
+from hillinfer.bench.kvpath.systems.ranking import HillInfer, HkmOnly
+from hillinfer.bench.kvpath.systems.reload import Reload
+
+SYSTEMS: dict[str, type[System]] = {
+    each.name: each
+    for each in (
+        HillInfer,
+        HkmOnly,
+        NoCsd,
+        HostScoringInt4,
+        HostScoring,
+        KeyAbstracts,
+        PreviousStepBlocks,
+        Reload,
+    )
+}

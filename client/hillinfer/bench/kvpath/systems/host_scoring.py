@@ -1,0 +1,43 @@
+"""All FP16 keys to the host in every step, as H2O and InfiniGen do from slower memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hillinfer.bench.kvpath.rig import Rig, append
+from hillinfer.bench.kvpath.systems.base import HostSystem, Ids
+from hillinfer.bench.kvpath.systems.streaming import Stream
+from hillinfer.session import EvaluateItem
+
+
+class HostScoring(HostSystem):
+    """Keys lie on the drive apart from values, so that nothing but keys is read; scores in float32.
+
+    A piece is scored while the next is on its way. What was selected last stays in
+    slots and hot pool, as for HillInfer.
+    """
+
+    name = "host_scoring"
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__(rig)
+        keys = rig.workload.keys
+        half = keys.shape[-1] // 2
+        # A row holds a key alone, its first half in the place of K and its second in that of V.
+        context = rig.context(keys.shape[1], half)
+        append(context, keys[..., :half], keys[..., half:])
+        self.stream = Stream(context)
+        self._scores = torch.empty((keys.shape[1], keys.shape[2]))
+
+    def choose(self, layer: int, item: EvaluateItem) -> Ids:
+        """By the sum of products over the group."""
+        kv_heads, tokens = self._scores.shape
+        query = torch.from_numpy(item.query).view(kv_heads, -1, item.query.shape[-1]).sum(1)
+        assert self.stream is not None
+        for first, rows in self.stream.pieces(layer, tokens):
+            keys = torch.from_numpy(rows).flatten(2).float()
+            self._scores[:, first : first + keys.shape[1]] = (keys @ query[:, :, None])[..., 0]
+        ranked = self._scores[:, item.first : item.end]
+        best = ranked.topk(item.k, sorted=False).indices.sort().values + item.first
+        return best.numpy().astype(np.uint32)
