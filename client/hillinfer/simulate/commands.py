@@ -57,4 +57,7 @@ def simulate_command(
         from rich.console import Console
         from rich.markdown import Markdown
 
-        Console().print(Markdown(as_markdown(told)))
+        console = Console()
+        if not console.is_terminal:
+            console.width = 160
+        console.print(Markdown(as_markdown(told)))
