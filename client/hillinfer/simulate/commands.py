@@ -25,11 +25,23 @@ def simulate_command(
     show_constants: Annotated[
         bool, typer.Option("--constants", help="Print the constants and their sources instead.")
     ] = False,
+    validate: Annotated[
+        bool,
+        typer.Option("--validate", help="Instead, predict decode steps of this machine and measure them."),
+    ] = False,
 ) -> None:
     """Say how long decode steps take on a machine with an RTX 4090 and a SmartSSD, by a model of events.
 
     HillInfer's own pools, split and choice of query decide in it. Nothing was measured on such hardware.
     """
+    if validate:
+        from hillinfer.progress import progress_for_stderr
+        from hillinfer.simulate.validate import as_text, compare
+
+        result = compare(progress_for_stderr())
+        print(json.dumps(result, indent=2) if as_json else as_text(result))
+        return
+
     from hillinfer.simulate.configurations import constants, ours, paper
     from hillinfer.simulate.report import as_markdown, constants_table
 
@@ -45,4 +57,7 @@ def simulate_command(
         from rich.console import Console
         from rich.markdown import Markdown
 
-        Console().print(Markdown(as_markdown(told)))
+        console = Console()
+        if not console.is_terminal:
+            console.width = 160
+        console.print(Markdown(as_markdown(told)))
