@@ -114,7 +114,7 @@ def test_many_requests_at_once_are_all_answered(ring: RawRing) -> None:
         (99, b"", "no method 99"),
         (Method.Evaluate, b"\xff\xff\xff", "not a EvaluateRequest"),
         (Method.Append, b"\x08", "not a AppendRequest"),
-        (Method.Fetch, b"", "by_ids, range or tail"),
+        (Method.Fetch, b"", "fetch needs by_ids"),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_the_ring_goes_on(
