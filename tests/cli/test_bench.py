@@ -155,3 +155,14 @@ def test_the_tables_of_the_sharing_bench():
     table = sharing.as_markdown(found)
     assert "| share at weight 2 of 7 | 0.3 (0.25 to 0.35) |" in table
     assert "only root" in sharing.as_markdown(sharing.Sharing(**(vars(found) | {"shares": {}})))
+
+
+def test_the_transports_are_compared(tmp_path):
+    told = CliRunner().invoke(
+        app, ["bench", "transport", "--calls", "25", "--pool-dir", str(tmp_path), "--json"]
+    )
+    assert told.exit_code == 0, told.output
+    figures = json.loads(told.output)
+    assert set(figures) == {"grpc_stream", "ring"}
+    for each in figures.values():
+        assert 0 < each["p50_us"] <= each["p99_us"]

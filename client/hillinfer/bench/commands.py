@@ -108,6 +108,23 @@ def placement_command(
     print(json.dumps(told, indent=2) if as_json else as_markdown(told))
 
 
+@app.command("transport")
+def transport_command(
+    calls: Annotated[int, typer.Option(min=25, help="Evaluations by each transport.")] = 1000,
+    pool_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the pool lies.")] = Path("/dev/shm"),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the round trip of the smallest evaluation, by gRPC and by the ring in shared memory."""
+    from hillinfer.bench.transport import bench_transport
+
+    result = bench_transport(calls, pool_dir)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    for name, figures in result.items():
+        print(f"{name:12} p50 {figures['p50_us']:6,} us   p99 {figures['p99_us']:6,} us")
+
+
 @app.command("recall")
 def recall_command(
     model: Annotated[
