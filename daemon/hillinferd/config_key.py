@@ -111,12 +111,46 @@ def seconds(value: Any) -> int:
 
 def user_weights(value: Any) -> dict[int, float]:
     """Take a table of weights by the name or number of a user."""
-    return _weights(value, lambda user: pwd.getpwnam(user).pw_uid)
+    return _weights(value, _user)
 
 
 def group_weights(value: Any) -> dict[int, float]:
     """Take a table of weights by the name or number of a group."""
-    return _weights(value, lambda group: grp.getgrnam(group).gr_gid)
+    return _weights(value, _group)
+
+
+def users(value: Any) -> frozenset[int]:
+    """Take a list of names or numbers of users."""
+    return _numbers(value, _user)
+
+
+def groups(value: Any) -> frozenset[int]:
+    """Take a list of names or numbers of groups."""
+    return _numbers(value, _group)
+
+
+def _user(user: str) -> int:
+    return pwd.getpwnam(user).pw_uid
+
+
+def _group(group: str) -> int:
+    return grp.getgrnam(group).gr_gid
+
+
+def _numbers(value: Any, number_of: Callable[[str], int]) -> frozenset[int]:
+    if not isinstance(value, list):
+        raise ValueError(value)
+    for who in value:
+        if isinstance(who, bool) or not isinstance(who, int | str) or (isinstance(who, int) and who < 0):
+            raise ValueError(value)
+    return frozenset(who if isinstance(who, int) else _number(who, number_of) for who in value)
+
+
+def _number(who: str, number_of: Callable[[str], int]) -> int:
+    try:
+        return int(who) if who.isdecimal() else number_of(who)
+    except KeyError:
+        raise ConfigError(f"{who} is not known to this machine") from None
 
 
 def _weights(value: Any, number_of: Callable[[str], int]) -> dict[int, float]:
@@ -126,8 +160,5 @@ def _weights(value: Any, number_of: Callable[[str], int]) -> dict[int, float]:
     for who, weight in value.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.01 <= weight <= 100:
             raise ConfigError(f"{who} has weight {weight!r}")
-        try:
-            weights[int(who) if who.isdecimal() else number_of(who)] = float(weight)
-        except KeyError:
-            raise ConfigError(f"{who} is not known to this machine") from None
+        weights[_number(who, number_of)] = float(weight)
     return weights

@@ -12,6 +12,8 @@ from .service.limits import Limits
 _SIZE = config_key.size(0)
 _A_SIZE = "a size, for example 100GiB"
 _A_NUMBER = "a number of at least 1"
+_USERS = "a list of names or numbers of users"
+_GROUPS = "a list of names or numbers of groups"
 _WEIGHTS = "a table of names or numbers with weights of 0.01 to 100"
 
 
@@ -92,6 +94,25 @@ LIMIT_KEYS = (
         config_key.group_weights,
         _WEIGHTS,
         "the same for the users in a group, the greatest of several counts (default: 1)",
+    ),
+    _key(
+        "attach_users",
+        config_key.users,
+        _USERS,
+        "users who may attach, with those in attach_groups and administrators (default, with no "
+        "attach_groups either: all whom the mode of the socket lets in)",
+    ),
+    _key(
+        "attach_groups",
+        config_key.groups,
+        _GROUPS,
+        "groups whose users may attach",
+    ),
+    _key(
+        "admin_groups",
+        config_key.groups,
+        _GROUPS,
+        "groups whose users may administer, as root and the daemon's own user may (default: none)",
     ),
 )
 """One for each field, with its default."""

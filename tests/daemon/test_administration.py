@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typer.testing import CliRunner, Result
 from hillinfer_core.errors import NotAllowed
 from hillinfer_core.protocol import attach_socket, grpc_socket
 from hillinferd.ctl import app
+from hillinferd.service.limits import Limits
 from hillinferd.service.sessions import Peer
 
 
@@ -137,3 +139,29 @@ def test_only_an_administrator_may_drain_and_close(runtime_dir: Path) -> None:
                 service.run(call)
         assert not sessions.drain.on
         assert not stranger.closing.is_set()
+
+
+def test_a_group_may_administer_as_soon_as_it_is_configured_and_no_longer(runtime_dir: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    with served(runtime_dir, drive_settings("one", runtime_dir / "pool")) as service:
+        sessions, administration = service.service.sessions, service.service.administration
+        session = service.run(lambda: sessions.open("admin", 0, Peer(1, nobody.pw_uid)))
+        limits = Limits(admin_groups=frozenset({nobody.pw_gid}))
+        service.run(lambda: service.service.apply_limits(limits))
+        service.run(lambda: administration.drain(session, True))
+        assert sessions.drain.on
+        service.run(lambda: administration.drain(session, False))
+        service.run(lambda: service.service.apply_limits(Limits()))
+        with pytest.raises(NotAllowed, match="admin_groups"):
+            service.run(lambda: administration.drain(session, True))
+        assert not sessions.drain.on
+
+
+def test_a_user_who_is_not_listed_may_not_attach(runtime_dir: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    with served(runtime_dir, drive_settings("one", runtime_dir / "pool")) as service:
+        service.run(lambda: service.service.apply_limits(Limits(attach_users=frozenset({1}))))
+        with pytest.raises(NotAllowed, match="attach_users"):
+            service.run(lambda: service.service.sessions.open("stranger", 0, Peer(1, nobody.pw_uid)))
+        with RawClient(runtime_dir) as own:
+            own.open(SHAPE)

@@ -71,6 +71,9 @@ def test_limits_come_from_the_file(tmp_path: Path) -> None:
         ('[user_weights]\nroot = "2"', "root has weight '2'"),
         ("[user_weights]\nnobody-of-this-name = 1", "not known to this machine"),
         ("[group_weights]\nroot = 1000", "0.01 to 100"),
+        ('attach_users = "root"', "a list of names or numbers of users"),
+        ("attach_groups = [-1]", "a list of names or numbers of groups"),
+        ('admin_groups = ["nobody-of-this-name"]', "not known to this machine"),
     ],
 )
 def test_limits_that_cannot_be(tmp_path: Path, text: str, says: str) -> None:
@@ -78,6 +81,33 @@ def test_limits_that_cannot_be(tmp_path: Path, text: str, says: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=says):
         config.load(file, {})
+
+
+def test_who_may_attach_and_administer_comes_from_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "hillinferd.toml"
+    nobody = pwd.getpwnam("nobody")
+    group = grp.getgrgid(nobody.pw_gid).gr_name
+    file.write_text(
+        f'attach_users = ["nobody", 12345]\nattach_groups = ["{group}"]\nadmin_groups = [54321]\n'
+    )
+    limits = config.load(file, {}).limits
+    assert limits.attach_users == {nobody.pw_uid, 12345}
+    assert limits.attach_groups == {nobody.pw_gid}
+    assert limits.admin_groups == {54321}
+
+
+def test_without_lists_all_attach_and_only_root_and_the_daemons_user_administer() -> None:
+    assert Limits().may_attach(3_999_999)
+    assert [Limits().may_administer(uid) for uid in (0, ME, 3_999_999)] == [True, True, False]
+    nobody = pwd.getpwnam("nobody")
+    only = Limits(attach_users=frozenset({3_999_999}))
+    assert [only.may_attach(uid) for uid in (3_999_999, 0, ME, nobody.pw_uid)] == [True, True, True, False]
+    assert Limits(attach_groups=frozenset({nobody.pw_gid})).may_attach(nobody.pw_uid)
+    assert not Limits(attach_groups=frozenset({nobody.pw_gid})).may_attach(3_999_999)
+    trusted = Limits(attach_users=frozenset({1}), admin_groups=frozenset({nobody.pw_gid}))
+    assert trusted.may_administer(nobody.pw_uid)
+    assert trusted.may_attach(nobody.pw_uid)
+    assert not trusted.may_administer(1) or ME == 1
 
 
 def test_a_users_weight_goes_before_that_of_the_groups_and_the_greatest_of_those_counts() -> None:

@@ -11,6 +11,7 @@ import pytest
 from raw_client import RawClient, Refused, attach_raw, attach_request, random_rows
 
 from hillinfer_core.layout import DType, Precision, Shape
+from hillinfer_core.protocol import TOKEN_KEY
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 
 SHAPE = Shape(2, 2, 64, DType.float16, Precision.int8)
@@ -259,3 +260,14 @@ def test_attach_is_refused_with_a_reason(daemon: Path, packet: bytes, error: str
         assert reply.refused.error == error
         assert says in reply.refused.message
         assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("method", ["Append", "Evaluate", "OpenContext", "Status"])
+def test_what_is_no_message_is_invalid_input(daemon: Path, method: str) -> None:
+    with RawClient(daemon) as client:
+        call = client.channel.stream_stream(f"/hillinfer.v1.ColdPool/{method}")
+        answers = call(iter([b"\x0a\xff"]), timeout=20, metadata=((TOKEN_KEY, client.token),))
+        with pytest.raises(grpc.RpcError) as refused:
+            next(answers)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        client.call("Status", pb.StatusRequest())

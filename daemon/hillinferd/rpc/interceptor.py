@@ -7,8 +7,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from hillinfer_core.errors import HillInferError, name_of
+from hillinfer_core.errors import HillInferError, InvalidInput, name_of
 from hillinfer_core.protocol import ERROR_KEY
 
 from ..logs import get_logger
@@ -41,20 +42,42 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 _stream(handler.stream_stream, self._refused),
-                handler.request_deserializer,
+                _decoder(handler.request_deserializer),
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
             _unary(handler.unary_unary, self._refused),
-            handler.request_deserializer,
+            _decoder(handler.request_deserializer),
             handler.response_serializer,
         )
+
+
+def _decoder(deserialize: Any) -> Any:
+    # What a deserializer raises, gRPC answers with UNKNOWN: it is handed on instead.
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return error
+
+    return decode
+
+
+def _decoded(request: Any) -> Any:
+    if isinstance(request, DecodeError):
+        raise InvalidInput("the request is not a message of this method")
+    return request
+
+
+async def _all_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request)
 
 
 def _unary(method: Any, refused: Callable[[str], None]) -> Any:
     async def call(request: Any, context: Context) -> Any:
         try:
-            return await method(request, context)
+            return await method(_decoded(request), context)
         except HillInferError as error:
             await _abort(context, error, refused)
         except Exception as error:
@@ -66,7 +89,7 @@ def _unary(method: Any, refused: Callable[[str], None]) -> Any:
 def _stream(method: Any, refused: Callable[[str], None]) -> Any:
     async def call(requests: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in method(requests, context):
+            async for response in method(_all_decoded(requests), context):
                 yield response
         except HillInferError as error:
             await _abort(context, error, refused)

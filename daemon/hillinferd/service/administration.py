@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hillinfer_core.errors import InvalidInput, NotAllowed
+from hillinfer_core.errors import InvalidInput
 
 from ..cec.loader import Status
 from ..logs import get_logger
@@ -27,9 +26,9 @@ class CardState:
 
 
 class Administration:
-    """For root and the daemon's own user; all methods belong to one event loop.
+    """For root, the daemon's own user and ``admin_groups``; all methods belong to one event loop.
 
-    ``name`` is a drive's; empty for the only one with a card. Every method raises :class:`NotAllowed`; those
+    ``name`` is a drive's; empty for the only one with a card. Every method raises ``NotAllowed``; those
     of cards :class:`InvalidInput` for a drive that is not there or has no card, ``DeviceUnavailable`` while
     its worker is restarted, and what :class:`~hillinferd.cec.loader.Loader` does.
     """
@@ -40,7 +39,7 @@ class Administration:
 
     def drain(self, session: Session, on: bool) -> list[Session]:
         """Refuse new sessions and contexts, or take them in again; return the sessions that go on."""
-        _check_allowed(session)
+        self._sessions.check_administrator(session)
         self._sessions.drain.set(on)
         return [each for each in self._sessions if each.arena_fd is not None]
 
@@ -49,7 +48,7 @@ class Administration:
 
         Raises :class:`InvalidInput` if there is none of that number.
         """
-        _check_allowed(session)
+        self._sessions.check_administrator(session)
         for each in self._sessions:
             if each.session_id == session_id:
                 log.warning("session closed by an administrator", session=session_id, by=session.peer.uid)
@@ -59,7 +58,7 @@ class Administration:
 
     async def status(self, session: Session, name: str, deadline: float | None) -> list[CardState]:
         """Ask the card of one drive, or with an empty name every card, of which there may be none."""
-        _check_allowed(session)
+        self._sessions.check_administrator(session)
         drives = [self._named(name)] if name else self._with_card
         return [
             CardState(drive, *await drive.configure(session, lambda _: messages.CecStatus(), deadline))
@@ -68,7 +67,7 @@ class Administration:
 
     async def load(self, session: Session, name: str, bitstream: str, deadline: float | None) -> CardState:
         """Load a bitstream of the catalogue, and prove it."""
-        _check_allowed(session)
+        self._sessions.check_administrator(session)
         drive = self._named(name)
         state = await drive.configure(
             session, lambda contexts: messages.CecLoad(bitstream, contexts), deadline
@@ -77,7 +76,7 @@ class Administration:
 
     async def rollback(self, session: Session, name: str, deadline: float | None) -> CardState:
         """Go back to the bitstream that was good before."""
-        _check_allowed(session)
+        self._sessions.check_administrator(session)
         drive = self._named(name)
         return CardState(drive, *await drive.configure(session, messages.CecRollback, deadline))
 
@@ -101,11 +100,4 @@ class Administration:
                 return drive
         raise InvalidInput(
             f"there is no drive {name!r:.80}; drives are {', '.join(drive.name for drive in self._drives)}"
-        )
-
-
-def _check_allowed(session: Session) -> None:
-    if session.peer.uid not in (0, os.getuid()):
-        raise NotAllowed(
-            f"user {session.peer.uid} may not administer the daemon; ask as root or as the daemon's user"
         )

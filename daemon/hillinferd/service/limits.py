@@ -1,4 +1,4 @@
-"""What sessions and users may take, and how much of the device each is given."""
+"""Who may attach and administer, what sessions and users may take, how much of the device each is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..domain.contexts import UNLIMITED, Quotas
 
 @dataclass(frozen=True)
 class Limits:
-    """The configuration keys of the same names; sizes in bytes, quotas for each drive, weights by id."""
+    """The configuration keys of the same names; sizes in bytes, quotas for each drive, the rest by id."""
 
     arena_limit: int = 1 << 30
     session_limit: int = 256
@@ -26,6 +26,9 @@ class Limits:
     context_quota: int = UNLIMITED
     user_weights: Mapping[int, float] = field(default_factory=dict)
     group_weights: Mapping[int, float] = field(default_factory=dict)
+    attach_users: frozenset[int] = frozenset()
+    attach_groups: frozenset[int] = frozenset()
+    admin_groups: frozenset[int] = frozenset()
 
     @property
     def quotas(self) -> Quotas:
@@ -50,6 +53,24 @@ class Limits:
         return max(
             (self.group_weights[gid] for gid in _groups(uid) if gid in self.group_weights), default=1.0
         )
+
+    def may_attach(self, uid: int) -> bool:
+        """Say whether the user may have sessions: all may if neither users nor groups are given.
+
+        Whom the socket does not let in never gets here; who may administer may attach.
+        Looks the groups up where they matter, which may block.
+        """
+        if not self.attach_users and not self.attach_groups:
+            return True
+        return uid in self.attach_users or _in_any(uid, self.attach_groups) or self.may_administer(uid)
+
+    def may_administer(self, uid: int) -> bool:
+        """Say whether the user is root, the daemon's own, or in one of ``admin_groups``; may block."""
+        return uid in (0, os.getuid()) or _in_any(uid, self.admin_groups)
+
+
+def _in_any(uid: int, groups: frozenset[int]) -> bool:
+    return bool(groups) and not groups.isdisjoint(_groups(uid))
 
 
 def _groups(uid: int) -> list[int]:

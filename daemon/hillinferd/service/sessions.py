@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hillinfer_core.arena import create_arena
-from hillinfer_core.errors import DaemonUnavailable, ForeignToken, InvalidInput, QuotaExceeded
+from hillinfer_core.errors import DaemonUnavailable, ForeignToken, InvalidInput, NotAllowed, QuotaExceeded
 from hillinfer_core.layout import PAGE
 from hillinfer_core.ring import RingFds
 from hillinfer_core.units import format_bytes
@@ -94,7 +94,13 @@ class Sessions:
 
         Raises :class:`InvalidInput` for a long name or a ring without an arena, and :class:`QuotaExceeded`
         above a limit, and for a session with an arena ``Draining``. Others may still ask and administer.
+        Raises :class:`NotAllowed` for a user who may not attach.
         """
+        if not self._limits.may_attach(peer.uid):
+            raise NotAllowed(
+                f"user {peer.uid} may not attach; an administrator adds them to attach_users, or to a "
+                "group in attach_groups"
+            )
         if len(client_name) > MAX_NAME:
             raise InvalidInput(
                 f"client_name has {len(client_name)} characters; at most {MAX_NAME} are allowed"
@@ -175,6 +181,14 @@ class Sessions:
         if session is None:
             raise ForeignToken
         return session
+
+    def check_administrator(self, session: Session) -> None:
+        """Raise :class:`NotAllowed` unless the session's user may administer by what is configured now."""
+        if not self._limits.may_administer(session.peer.uid):
+            raise NotAllowed(
+                f"user {session.peer.uid} may not administer the daemon; ask as root, as the daemon's user, "
+                "or as a user in one of its admin_groups"
+            )
 
     def is_open(self, session: Session) -> bool:
         """Say whether the session is still attached."""
