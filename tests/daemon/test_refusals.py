@@ -117,7 +117,7 @@ CASES: list[tuple[str, str, str, Change]] = [
     ("Range", "InvalidInput", "range", lambda r: setattr(r.range, "count", 65)),
     ("Range", "InvalidInput", "range", lambda r: setattr(r.range, "first_token", HUGE)),
     ("Range", "InvalidInput", "at least", lambda r: setattr(r.rows, "length", BYTES - 2)),
-    ("Range", "InvalidInput", "by_ids, range or tail", lambda r: r.ClearField("range")),
+    ("Range", "InvalidInput", "by_ids, range, tail or keys", lambda r: r.ClearField("range")),
     ("Ids", "InvalidInput", "count_per_head", lambda r: r.by_ids.count_per_head.append(1)),
     ("Ids", "InvalidInput", "at least", lambda r: setattr(r.rows, "length", 8)),
     ("Ids", "InvalidInput", "ids: ", lambda r: setattr(r.by_ids.ids, "offset", 1)),
