@@ -10,14 +10,16 @@ from hillinfer.hkm.policy import RecentOnly
 from hillinfer.model_directory import bundled_model
 from hillinfer.tasks import hide, make_tasks
 
-PROMPTS, TOKENS, SINKS = 20, 4096, 4
+PROMPTS, TOKENS, SINKS = 8, 4096, 4
 BUDGET = TOKENS * 2 // 100
 
 
 @pytest.fixture(scope="module")
 def bundled():
     directory = bundled_model()
-    return AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory).eval()
+    # float32: several times faster than bfloat16 on processors without instructions for it.
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(directory), model
 
 
 @torch.inference_mode()
@@ -53,6 +55,6 @@ def test_as_many_right_as_with_full_attention(daemon, bundled):
     ) as attachment:
         recent = right(tokenizer, model, attachment.new_cache)
     print(f"right of {PROMPTS}: full {full}, 2 % {sparse}, recent only {recent}")
-    assert full >= PROMPTS - 2
+    assert full >= PROMPTS - 1
     assert abs(sparse - full) <= 1
-    assert recent <= 2
+    assert recent <= 1
