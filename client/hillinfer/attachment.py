@@ -199,7 +199,8 @@ def attach(
     cache, client and daemon together. precision: of the evaluation keys, "int8" or
     "int4" (the default, but for min_mass).
     predictor: the query that ranks the tokens of a step, see `Predictor`;
-    "auto" chooses for each layer, and means "exact" for models whose layers it does not know.
+    "auto" chooses for each layer by measured times, so that two runs may attend to different tokens, and
+    means "exact" for models whose layers it does not know.
     trace: keep the spans of decode steps for `Attachment.trace`.
     session: an open Session; else one is made on `socket` (default: the
     system's daemon) and closed by `detach`.

@@ -132,7 +132,8 @@ def assert_same(one, two):
 @torch.inference_mode()
 def test_the_same_to_the_bit_as_in_the_run_that_saved(daemon, session, family, length, resident):
     ids, model = tokens(length), made(family)
-    options = {"budget": 100, "resident": resident}
+    # `auto` follows measured times, which are never the same twice.
+    options = {"budget": 100, "resident": resident, "predictor": "exact"}
     with hillinfer.attach(model, session=session, **options) as attachment:
         cache = attachment.new_cache(durable="book", labels=LABELS)
         read(model, cache, ids)
