@@ -165,12 +165,13 @@ class AttachServer:
             arena_bytes=session.arena.nbytes,
         )
         fds = [session.arena_fd] if session.arena_fd is not None else []
-        if session.ring is not None:
-            fds += [session.ring.memory, session.ring.submitted, session.ring.completed]
+        if (ring := session.clients_ring) is not None:
+            fds += [ring.memory, ring.submitted, ring.completed]
         try:
             socket.send_fds(connection, [pb.AttachReply(accepted=accepted).SerializeToString()], fds)
         except OSError:
             log.debug("client left while attaching", session=session.session_id)
+        session.close_clients_ring()
         return session
 
 
