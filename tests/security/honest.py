@@ -26,7 +26,7 @@ class Honest:
         self._client = RawClient(runtime_dir, 1 << 20)
         self._context = self._client.open(SHAPE)
         self._client.append(self._context, 0, 0, self._rows)
-        self._expected = _selection(self._rows, self._query)
+        self._expected = selection(self._rows, self._query)
 
     def __enter__(self) -> Honest:
         return self
@@ -58,10 +58,11 @@ class Honest:
         return ids, best
 
 
-def _selection(rows: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def selection(rows: np.ndarray, query: np.ndarray, k: int = K) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and scores of the best of ``rows``, as the reference has them."""
     ranges = reference.fit_ranges(reference.widen_keys(rows), SHAPE.precision)
     tiles = reference.quantise_keys(rows, ranges, SHAPE.precision)[0]
     quantised, offsets, _ = reference.quantise_query(query, ranges, Reduction.sum)
-    scores = np.empty((SHAPE.kv_heads, TOKENS), np.int32)
+    scores = np.empty(rows.shape[:2], np.int32)
     reference.scores(tiles, quantised, SHAPE.precision, scores, offsets=offsets)
-    return reference.top_k(scores, K, 0)
+    return reference.top_k(scores, k, 0)
