@@ -6,6 +6,7 @@ import itertools
 import select
 import socket
 import time
+from contextlib import suppress
 
 from google.protobuf.message import Message
 
@@ -53,20 +54,22 @@ class RingTransport:
         deadline = time.monotonic() + timeout_s
         timeout_ms = max(1, int(timeout_s * 1000))
         self._submissions.put(Entry(ticket, method, timeout_ms, request.SerializeToString()))
-        ring_doorbell(self._fds.submitted)
+        with suppress(BrokenPipeError):  # The end of the connection says it below.
+            ring_doorbell(self._fds.submitted)
         while True:
             left = deadline - time.monotonic()
             ready = self._poll.poll(max(0.0, left) * 1000)
-            if any(fd == self._fds.completed for fd, _ in ready):
-                clear_doorbell(self._fds.completed)
+            rung = any(fd == self._fds.completed for fd, _ in ready)
+            if rung:
+                rung = clear_doorbell(self._fds.completed)
                 for entry in self._taken():
                     if entry.ticket == ticket:
                         return entry
-            elif ready:
+            if ready and not rung:
                 raise DaemonUnavailable(
                     f"{method.name}: the daemon ended the session; its contexts are gone, connect a new one"
                 )
-            elif left <= 0:
+            if left <= 0:
                 raise DeadlineExceeded(
                     f"{method.name}: no answer within {timeout_s:g} s; see the daemon's log"
                 )

@@ -18,17 +18,18 @@ from hillinfer_core.ring import (
     PAYLOAD_BYTES,
     RING_BYTES,
     Entry,
-    RingFds,
     client_ends,
+    create_ring,
     daemon_ends,
 )
 
 
 @pytest.fixture
 def memory() -> Iterator[Arena]:
-    fds = RingFds.create("test")
-    yield Arena(fds.memory, RING_BYTES, verify=True)
-    fds.close()
+    ours, theirs = create_ring("test")
+    yield Arena(theirs.memory, RING_BYTES, verify=True)
+    ours.close()
+    theirs.close()
 
 
 def entry(number: int, payload: bytes = b"") -> Entry:
@@ -40,8 +41,8 @@ class RingModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fds = RingFds.create("model")
-        memory = Arena(self.fds.memory, RING_BYTES)
+        self.sides = create_ring("model")
+        memory = Arena(self.sides[0].memory, RING_BYTES)
         (submit, collect), (take, complete) = client_ends(memory), daemon_ends(memory)
         self.lanes = ((submit, take, deque()), (complete, collect, deque()))
         self.number = 0
@@ -69,7 +70,8 @@ class RingModel(RuleBasedStateMachine):
         assert all(len(waiting) <= ENTRIES for _, _, waiting in self.lanes)
 
     def teardown(self) -> None:
-        self.fds.close()
+        for side in self.sides:
+            side.close()
 
 
 TestRing = RingModel.TestCase

@@ -307,7 +307,7 @@ def test_others_may_not_ask() -> None:
             administration.load(stranger, "", "evaluate_int8", None),
             administration.rollback(stranger, "", None),
         ):
-            with pytest.raises(NotAllowed, match="as root or as the daemon's user"):
+            with pytest.raises(NotAllowed, match="ask as root, as the daemon's user"):
                 asyncio.run(ask)
     finally:
         os.close(fd)

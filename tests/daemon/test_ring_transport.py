@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import struct
 from collections.abc import Iterator
@@ -11,61 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_client import CALL_S, RawClient, attach_raw, attach_request
+from raw_client import RawClient, attach_raw, attach_request
+from raw_ring import RawRing
 
 from hillinfer import DType, EvaluateItem, Precision, PrivateDaemon, Session, Shape
 from hillinfer.session import Counters
-from hillinfer_core.arena import Arena
 from hillinfer_core.errors import DaemonUnavailable, DeadlineExceeded, InvalidInput
 from hillinfer_core.protocol import attach_socket
 from hillinfer_core.ring import (
     ENTRIES,
-    RING_BYTES,
     Entry,
     Method,
-    Outcome,
-    RingFds,
-    clear_doorbell,
-    client_ends,
     ring_doorbell,
 )
-from hillinfer_core.v1 import attach_pb2
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 
 SHAPE = Shape(1, 2, 64, DType.float16, Precision.int8)
-
-
-class RawRing:
-    """A session's ring, used by hand."""
-
-    def __init__(self, runtime_dir: Path) -> None:
-        self.connection, reply, fds = attach_raw(runtime_dir, attach_request(1 << 20, ring=True))
-        assert reply.WhichOneof("outcome") == "accepted"
-        arena, *ring = fds
-        os.close(arena)
-        self.fds = RingFds(*ring)
-        self.memory = Arena(self.fds.memory, RING_BYTES, verify=True)
-        self.submissions, self.completions = client_ends(self.memory)
-
-    def completed(self, count: int) -> list[Entry]:
-        found: list[Entry] = []
-        while len(found) < count:
-            assert select.select([self.fds.completed], [], [], CALL_S)[0], "no completion came"
-            clear_doorbell(self.fds.completed)
-            found += self.completions.take()
-        return found
-
-    def refusal(self, entry: Entry) -> attach_pb2.Refused:
-        assert entry.code == Outcome.refused
-        return attach_pb2.Refused.FromString(entry.payload)
-
-    def hung_up(self) -> bool:
-        self.connection.settimeout(CALL_S)
-        return self.connection.recv(1) == b""
-
-    def close(self) -> None:
-        self.connection.close()
-        self.fds.close()
 
 
 @pytest.fixture

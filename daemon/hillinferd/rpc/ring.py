@@ -62,7 +62,7 @@ class RingServer:
         }
         self._tasks: set[asyncio.Task[None]] = set()
         self.broken = asyncio.Event()
-        """Set when the client broke the ring's rules: nothing more is taken from it, end the session."""
+        """Set when the client broke the ring's rules or left it: nothing more is taken, end the session."""
 
     def start(self) -> None:
         """Begin to answer."""
@@ -75,7 +75,9 @@ class RingServer:
             task.cancel()
 
     def _rung(self) -> None:
-        clear_doorbell(self._fds.submitted)
+        if not clear_doorbell(self._fds.submitted):
+            self._end()
+            return
         try:
             entries = self._submissions.take()
             if len(entries) + len(self._tasks) > ENTRIES:
@@ -105,10 +107,11 @@ class RingServer:
             outcome, answer = Outcome.refused, _refused(HillInferError.__name__, message)
         try:
             self._completions.put(Entry(entry.ticket, outcome, 0, answer))
+            ring_doorbell(self._fds.completed)
         except HillInferError as error:
             self._break(error)
-            return
-        ring_doorbell(self._fds.completed)
+        except BrokenPipeError:
+            self._end()
 
     async def _answer(self, entry: Entry) -> Message:
         kind = _REQUESTS.get(entry.code)
@@ -123,6 +126,9 @@ class RingServer:
 
     def _break(self, error: HillInferError) -> None:
         log.warning("a client broke its ring", session=self._session.session_id, reason=error)
+        self._end()
+
+    def _end(self) -> None:
         self.stop()
         self.broken.set()
 

@@ -29,7 +29,11 @@ MAX_GROUP = 128
 """Query heads for one KV head: more than any model has; each is a pass over the keys with Reduction.max."""
 
 MAX_SCANNED = 32 << 30
-"""Bytes of evaluation keys in one request: seconds from memory, within the deadline from a drive."""
+"""Bytes of evaluation keys in one request, each pass over them counted: seconds from memory, within the
+deadline from a drive."""
+
+MAX_HELD = 64 << 20
+"""Bytes of the ids held in one evaluation: 2 million for each of 8 KV heads, 0.2 s to look through."""
 
 MAX_EVALUATIONS = 256
 """Evaluations in one request: keeps the message to the worker within one packet."""
@@ -91,7 +95,7 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     if rows > session.arena.nbytes:
         raise InvalidInput(f"the regions for rows have {rows} bytes together, more than the arena")
     scanned = sum(
-        scan_bytes(catalogue.get(session.session_id, item.context_id).shape, item) for item in checked
+        scan_bytes(catalogue.get(session.session_id, item.context_id).shape, item, ask) for item in checked
     )
     if scanned > MAX_SCANNED:
         raise InvalidInput(
@@ -152,10 +156,11 @@ def fetch_keys(session: Session, context: Context, ask: requests.FetchKeys) -> m
     return messages.FetchKeys(session.session_id, ask.context_id, ask.layer, first, end, tiles, scales)
 
 
-def scan_bytes(shape: Shape, item: messages.Evaluation) -> int:
-    """Return the bytes of evaluation keys that an evaluation scans."""
+def scan_bytes(shape: Shape, item: messages.Evaluation, ask: requests.Evaluate | messages.Evaluate) -> int:
+    """Return the bytes of evaluation keys that an evaluation of ``ask`` scans, all its passes together."""
     tokens = -(-(item.end_token - item.first_token) // TILE_TOKENS) * TILE_TOKENS
-    return key_bytes(shape, tokens)
+    passes = 1 if ask.reduction is Reduction.sum else ask.query_heads // shape.kv_heads
+    return key_bytes(shape, tokens) * passes
 
 
 def _evaluation(
@@ -185,6 +190,8 @@ def _evaluation(
         raise InvalidInput("no rows are brought for query heads that are ranked apart: fetch them by id")
     id_bytes = (ask.query_heads if apart else heads) * item.k * ID_BYTES
     held = _optional(session, "held", item.held, align=ID_BYTES)
+    if held.length > MAX_HELD:
+        raise InvalidInput(f"held: {held.length} bytes of ids; at most {MAX_HELD} are looked through")
     if held.length % (heads * ID_BYTES):
         raise InvalidInput(f"held: {held.length} bytes are not the same number of ids for {heads} KV heads")
     return messages.Evaluation(

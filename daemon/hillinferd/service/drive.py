@@ -239,7 +239,7 @@ class Drive:
             await self._contexts.ensure_loaded(context)
             if isinstance(ask, requests.FetchRange):
                 return pieces.of_range(admission.fetch_range(session, context, ask), context.shape)
-            return pieces.of_ids(admission.fetch_ids(session, context, ask), context.shape.row_bytes)
+            return pieces.OfIds(admission.fetch_ids(session, context, ask), context.shape.row_bytes)
 
         done = await self._in_pieces("fetch", session, prepare, pieces.priority_of(ask), deadline)
         return sum(piece.traffic.read for piece in done)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hillinfer_core.arena import create_arena
 from hillinfer_core.errors import DaemonUnavailable, ForeignToken, InvalidInput, NotAllowed, QuotaExceeded
 from hillinfer_core.layout import PAGE
-from hillinfer_core.ring import RingFds
+from hillinfer_core.ring import RingFds, create_ring
 from hillinfer_core.units import format_bytes
 
 from ..domain.regions import ArenaSpace
@@ -38,6 +38,7 @@ class Peer:
 class Session:
     """One attached application. The session owns ``arena_fd`` and ``ring``; either may be None.
 
+    ``clients_ring`` are descriptors for the client, to be closed once it has them.
     ``weight`` is its share of a drive beside other sessions, ``requests`` how many of it are in flight,
     ``since`` a ``time.monotonic()``. Whoever sets ``closing`` has the transport end the session.
     """
@@ -49,6 +50,7 @@ class Session:
     arena: ArenaSpace
     arena_fd: int | None
     ring: RingFds | None = None
+    clients_ring: RingFds | None = None
     weight: float = 1.0
     requests: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -68,6 +70,13 @@ class Session:
         if self.ring is not None:
             self.ring.close()
             self.ring = None
+        self.close_clients_ring()
+
+    def close_clients_ring(self) -> None:
+        """Close the client's ends: they are its own, and closed here it shows when it closes them."""
+        if self.clients_ring is not None:
+            self.clients_ring.close()
+            self.clients_ring = None
 
 
 class Sessions:
@@ -132,7 +141,7 @@ class Sessions:
         session = Session(session_id, secrets.token_urlsafe(32), client_name, peer, arena, fd)
         if ring:
             try:
-                session.ring = RingFds.create(f"hillinfer-ring-{session_id}")
+                session.ring, session.clients_ring = create_ring(f"hillinfer-ring-{session_id}")
             except BaseException:
                 session.close_arena()
                 raise

@@ -20,10 +20,12 @@ from hillinfer_core.errors import (
     name_of,
 )
 from hillinfer_core.layout import Shape
+from hillinfer_core.reference import U8
 
 from ..cec.loader import Status
 from ..domain.content import Appended, LayerContent
 from ..domain.quantisation import SealedKeys
+from ..domain.regions import Region
 from ..driver.contract import Driver
 from ..logs import get_logger
 from . import messages, rows
@@ -32,7 +34,7 @@ from .configuration import Configuration
 from .evaluate import evaluate
 from .keys import KeyKeeper
 from .messages import Done, Traffic
-from .store import LayerStore
+from .store import LayerStore, lazy
 
 log = get_logger(__name__)
 
@@ -52,6 +54,7 @@ class Operations:
         self._keys = KeyKeeper(driver)
         self._arenas: dict[int, Arena] = {}
         self._contexts: dict[int, _Context] = {}
+        self._copy: U8 = lazy((0,), np.uint8)
 
     def carry_out(self, request: messages.Request, fd: int | None) -> messages.Reply:
         """Carry out ``request`` with the descriptor that came along, and return the reply; raises nothing."""
@@ -79,8 +82,8 @@ class Operations:
                 return self._done(traffic, evaluated=self._evaluate(request, traffic))
             case messages.Append():
                 store = self._layer(request.context_id, request.layer)
-                arena = self._arenas[request.session_id]
-                done = append(self._driver, self._keys, arena, store, request, traffic)
+                rows = self._copied(self._arenas[request.session_id], request.rows)
+                done = append(self._driver, self._keys, store, request, rows, traffic)
                 return self._done(traffic, request.context_id, appended=done if request.durable else None)
             case messages.FetchIds():
                 self._fetch_ids(request, traffic)
@@ -220,6 +223,17 @@ class Operations:
         # Of our copy, not of the arena's: what reaches the client otherwise shows there.
         checksums = kernel.data_checksums(tiles).tolist()
         return messages.BroughtKeys(store.quantisation.generation, checksums)
+
+    def _copied(self, arena: Arena, region: Region) -> U8:
+        """Return a copy of a region, good until the next: the client can change its arena at any time.
+
+        What was checked must be what is written. Fresh memory for each would cost as much as the append.
+        """
+        if region.length > self._copy.size:
+            self._copy = lazy((region.length,), np.uint8)
+        copy = self._copy[: region.length]
+        copy[:] = arena.view(region.offset, copy.shape, np.uint8)
+        return copy
 
     def _context(self, context_id: int) -> _Context:
         if context_id not in self._contexts:
