@@ -15,7 +15,7 @@ from hillinfer_core.protocol import attach_socket
 
 from . import __version__, config, systemd
 from .logs import set_up
-from .process import RuntimeLock, die_with_parent, make_runtime_dir
+from .process import RuntimeLock, die_with_parent, make_runtime_dir, raise_descriptor_limit
 from .reload import Reloader
 from .serving import serve
 
@@ -67,6 +67,7 @@ def _serve(
     given = config.read(config_file, overrides)
     settings = config.build(given)
     set_up(settings.log_level)
+    raise_descriptor_limit()
     listening = systemd.listening_socket(attach_socket(settings.runtime_dir))
     make_runtime_dir(settings.runtime_dir)
     lock = RuntimeLock(settings.runtime_dir)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import resource
 import signal
 from pathlib import Path
 
 from hillinfer_core.errors import AlreadyRunning, ConfigError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+DESCRIPTORS = 65536
+"""As hillinferd.service has: five for each session, one for each gRPC connection, and some. Our choice."""
 
 _LONGEST_SOCKET_PATH = 107  # sun_path in sys/un.h, less the final zero
 
@@ -23,6 +27,17 @@ def die_with_parent(number: signal.Signals) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:
         raise SystemExit(1)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors as it may allow itself, up to :data:`DESCRIPTORS`.
+
+    The soft limit that a shell gives, often 1024, is for programs that call select(2).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def make_runtime_dir(directory: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,7 +45,9 @@ def evaluate(
     q, offsets, _ = kernel.quantise_query(query, store.quantisation.ranges, ask.reduction)
     streamed = traffic.streamed
     ranking = Ranking(q, item.first_token, item.end_token, item.k, offsets=offsets)
+    began = time.perf_counter()
     won = keys.rank(store, ranking, traffic)
+    scan_s = time.perf_counter() - began
     ids, best = won.ids, won.scores
 
     arena.view(item.ids.offset, ids.shape, np.uint32)[:] = ids
@@ -58,7 +62,8 @@ def evaluate(
         gathered = rows.gather(driver, store, heads[:brought], tokens[:brought], out)
         traffic.read += gathered
         read += gathered
-    return messages.Evaluated(store.quantisation.generation, counts.tolist(), brought, won.scanned, read)
+    generation = store.quantisation.generation
+    return messages.Evaluated(generation, counts.tolist(), brought, won.scanned, read, scan_s)
 
 
 def _held(arena: Arena, item: messages.Evaluation, heads: int) -> npt.NDArray[np.uint32]:
