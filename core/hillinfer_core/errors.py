@@ -79,6 +79,10 @@ class DaemonUnavailable(HillInferError):
     status = "UNAVAILABLE"
 
 
+class ContextLost(DaemonUnavailable):
+    """The daemon was restarted, and rows of the context were nowhere but in the one before."""
+
+
 class Draining(HillInferError):
     """The daemon takes in no new sessions and contexts: it is about to stop, or is being looked after."""
 

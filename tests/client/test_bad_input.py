@@ -137,7 +137,7 @@ def test_a_closed_context_is_unknown(context: Context) -> None:
 def test_a_context_of_another_session_is_unknown(context: Context, daemon: PrivateDaemon) -> None:
     with Session.connect(daemon.socket) as stranger:
         theirs = stranger.open_context(SHAPE)
-        theirs.context_id = context.context_id
+        theirs._origin.context_id = context.context_id
         with pytest.raises(errors.UnknownContext):
             theirs.append(0, KEYS, VALUES)
     still_works(context)
