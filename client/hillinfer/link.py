@@ -128,7 +128,8 @@ class Link:
         if answered:
             self._unfinished = before
         # Refused with DaemonUnavailable means that it is about to stop.
-        patience = self._stopping_s if answered else _HANG_UP_S
+        stopping = answered and isinstance(typed, DaemonUnavailable)
+        patience = self._stopping_s if stopping else _HANG_UP_S
         if isinstance(typed, (DaemonUnavailable, ForeignToken)) and self._hung_up(patience):
             raise DaemonGone(str(typed)) from None
         raise typed from None

@@ -173,7 +173,7 @@ class BadBitstream(HillInferError):
     status = "FAILED_PRECONDITION"
 
 
-_CLASSES: list[type[HillInferError]] = [HillInferError, *HillInferError.__subclasses__()]
+_CLASSES: list[type[HillInferError]] = [HillInferError, *HillInferError.__subclasses__(), ContextLost]
 _BY_NAME = {cls.__name__: cls for cls in _CLASSES}
 
 

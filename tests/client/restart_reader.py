@@ -8,9 +8,15 @@ from pathlib import Path
 
 import numpy as np
 from kv_rows import random_query
-from test_daemon_restart import SHAPE, read
 
-from hillinfer import EvaluateItem, Session
+from hillinfer import Context, DType, EvaluateItem, Precision, Session, Shape
+
+SHAPE = Shape(layers=2, kv_heads=2, head_dim=64, dtype=DType.float16, precision=Precision.int4)
+LABELS = {"text": "t1"}
+
+
+def read(session: Session) -> Context:
+    return session.open_context(SHAPE, base="book", labels=LABELS)
 
 
 def main() -> None:
@@ -29,4 +35,5 @@ def main() -> None:
         print(f"{session.restarts} restarts, all the same")
 
 
-main()
+if __name__ == "__main__":
+    main()

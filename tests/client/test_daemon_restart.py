@@ -14,16 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kv_rows import random_kv, random_query
+from restart_reader import LABELS, SHAPE, read
 from restartable import Restartable, restartable
 
-from hillinfer import Context, DType, EvaluateItem, Precision, Session, Shape, errors
+from hillinfer import Context, EvaluateItem, Session, errors
 from hillinfer.context import Selection
 
-SHAPE = Shape(layers=2, kv_heads=2, head_dim=64, dtype=DType.float16, precision=Precision.int4)
 UNIT = SHAPE.append_unit
 TOKENS = 20 * UNIT + 5
 KEYS, VALUES = random_kv(SHAPE, TOKENS + 3 * UNIT)
-LABELS = {"text": "t1"}
 ENDS = [signal.SIGKILL, signal.SIGTERM]
 READER = Path(__file__).with_name("restart_reader.py")
 
@@ -57,10 +56,6 @@ def write(session: Session, name: str) -> None:
 def fill(context: Context, first: int, end: int) -> None:
     for layer in range(SHAPE.layers):
         context.append(layer, KEYS[:, first:end], VALUES[:, first:end])
-
-
-def read(session: Session) -> Context:
-    return session.open_context(SHAPE, base="book", labels=LABELS)
 
 
 def check(context: Context, end: int = TOKENS) -> None:
