@@ -55,6 +55,8 @@ class Brought:
     """Read from the cold pool."""
     scores: npt.NDArray[np.int32] | None = None
     """int32 [kv_heads, k], of the same order as `ids`, from `Session.rank` only."""
+    scan_s: float = 0.0
+    """Seconds that ranking alone took on the device; 0 where nothing says so."""
 
 
 class _Buffers(NamedTuple):

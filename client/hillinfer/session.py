@@ -257,6 +257,7 @@ class Session:
                     result.evaluated_bytes,
                     result.read_bytes,
                     None if bring else buffers.scores.copy(),
+                    result.scan_s,
                 )
                 for buffers, result in zip(plan.buffers, results, strict=True)
             ]

@@ -1,7 +1,8 @@
-"""The functions of :mod:`hillinfer_core.reference` in native code, the same bit for bit, and gather.
+"""The functions of :mod:`hillinfer_core.reference` in native code, the same bit for bit.
 
 Every call checks its arguments (:class:`InvalidInput`), blocks until done, and may be made from any thread.
-All but ``fit_ranges`` and ``quantise_query``, which are the reference's own, release the GIL while they work.
+All but ``fit_ranges``, which is the reference's own, and ``quantise_query``, which is short, release the GIL
+while they work.
 Scores are computed by the widest instructions that the processor has; the environment variable
 ``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind. ``rank`` and ``stream_read``
 use as many threads as the process may use processors, or ``HILLINFER_KERNEL_THREADS``.
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
+from . import _native, reference
 from ._native import Cancel
 from .errors import Cancelled, ConfigError, InvalidInput
-from .layout import MAX_HEAD_DIM, PAGE, TILE_TOKENS, Precision, tile_bytes
+from .layout import MAX_HEAD_DIM, TILE_TOKENS, Precision, Reduction, tile_bytes
 from .reference import (
     F32,
     HISTOGRAM_BINS,
+    I8,
     I32,
     LEAST_OFFSET,
     U8,
@@ -31,26 +33,19 @@ from .reference import (
     Ranges,
     Ranked,
     fit_ranges,
-    quantise_query,
 )
 
 __all__ = [
     "Cancel",
     "Ranges",
     "Ranked",
-    "copy_rows",
     "data_checksums",
-    "direct_alignment",
     "fit_ranges",
-    "gather",
-    "is_memory",
     "merge",
-    "punch_hole",
     "quantise_keys",
     "quantise_query",
     "rank",
     "rank_blocks",
-    "read_range",
     "row_checksums",
     "scores",
     "stream_read",
@@ -58,14 +53,12 @@ __all__ = [
     "top_k",
     "variants",
     "widen_keys",
-    "write_range",
 ]
 
 # The number of each is that of `Variant` in native.h; the widest last.
 _VARIANTS = {"portable": 0, "avx2": 1, "avx512vnni": 2}
 _FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2}
 
-_MAX_ROW_BYTES = 16 * PAGE
 _BEAT = 64  # bytes; layout.py
 _MAX_THREADS = 1024
 _BLOCK_BYTES = 8 << 20  # keys of a block of rank_blocks: far more work than there is in starting it
@@ -119,6 +112,25 @@ def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) 
         _flat_bytes(rows), _FORMATS[rows.dtype], tokens, zero, inverse_scale, precision.bits, tiles
     )
     return tiles, clipped, nonfinite
+
+
+def quantise_query(query: F32, ranges: Ranges, reduction: Reduction) -> tuple[I8, I32, F32]:
+    """Quantise ``query`` as :func:`hillinfer_core.reference.quantise_query` defines."""
+    heads, dim = ranges.scale.shape
+    if reduction is Reduction.none or query.dtype != np.float32 or query.ndim != 2 or query.shape[1] != dim:
+        return reference.quantise_query(query, ranges, reduction)
+    group, rest = divmod(query.shape[0], heads)
+    if rest or group == 0:
+        return reference.quantise_query(query, ranges, reduction)
+    vectors = 1 if reduction is Reduction.sum else group
+    q, offsets = np.empty((heads, vectors, dim), np.int8), np.empty((heads, vectors), np.int32)
+    sigma = np.empty(heads, np.float32)
+    finite = _native.quantise_query(
+        np.ascontiguousarray(query), np.ascontiguousarray(ranges.scale, np.float32),
+        np.ascontiguousarray(ranges.zero, np.float32), reduction is Reduction.sum, q, offsets, sigma,
+    )  # fmt: skip
+    _require(finite, "the query contains NaN or infinity, or overflows float32 when scaled")
+    return q, offsets, sigma
 
 
 def scores(tiles: U8, q: Q, precision: Precision, out: I32, *, offsets: I32 | None = None) -> None:
@@ -308,100 +320,6 @@ def data_checksums(tiles: U8) -> U32:
         _require(tiles[0].flags.c_contiguous, "only the first axis of tiles may be strided")
         _native.data_checksums(_variant(), tiles, out)
     return out
-
-
-def is_memory(fd: int) -> bool:
-    """Say whether the file ``fd`` lies on a file system that is memory: tmpfs or ramfs."""
-    return _native.is_memory(fd)
-
-
-def copy_rows(memory: U8, offsets: npt.NDArray[np.uint64], out: U8) -> None:
-    """Copy rows that lie scattered in ``memory`` uint8 [bytes] to ``out`` uint8 [n, row bytes].
-
-    ``offsets`` uint64 [n] are in any order, repeats allowed.
-    """
-    _require(memory.dtype == np.uint8 and memory.ndim == 1, "memory must be uint8 [bytes]")
-    _require(memory.flags.c_contiguous, "memory must be C-contiguous")
-    _require(out.dtype == np.uint8 and out.ndim == 2, "out must be uint8 [n, row bytes]")
-    _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
-    _require(offsets.dtype == np.uint64 and offsets.shape == out.shape[:1], "offsets must be uint64 [n]")
-    if offsets.size:
-        last = int(offsets.max())
-        _require(last < 1 << 62 and last + out.shape[1] <= memory.size, "a row is not within the memory")
-        _native.copy_rows(memory, np.ascontiguousarray(offsets), out)
-
-
-def gather(
-    fd: int,
-    offsets: npt.NDArray[np.uint64],
-    row_bytes: int,
-    out: npt.NDArray[Any],
-    direct: bool,
-    depth: int = 64,
-) -> tuple[int, int]:
-    """Read rows that lie scattered in a file; return the bytes read, and with how many requests.
-
-    ``offsets`` uint64 [n] are byte offsets in any order, repeats allowed; row i goes to the i-th
-    ``row_bytes`` of ``out``, which is C-contiguous, of any shape and dtype, and has at least n of them. With
-    ``direct`` whole pages are read, as a descriptor opened with O_DIRECT needs, and together when at most
-    two pages apart, up to 128 KiB; else only rows that touch are read together. Rows that follow one another
-    in the file as in ``out``, all in whole pages, are read in place.
-
-    With ``direct``, ``depth`` requests (1 to 64) are in flight, by the kernel's asynchronous I/O; without, a
-    few threads copy what is much. Calls from several threads take turns, with those of the functions for
-    ranges too. Raises :class:`OSError` with the errno of a failed read (EIO when the file ends before a row
-    does); ``out`` is then undefined.
-    """
-    _require(offsets.dtype == np.uint64 and offsets.ndim == 1, "offsets must be uint64 [n]")
-    _require(1 <= depth <= 64, f"depth must be 1 to 64, not {depth}")
-    _require(0 < row_bytes <= _MAX_ROW_BYTES, f"row_bytes must be 1 to {_MAX_ROW_BYTES}, not {row_bytes}")
-    count = offsets.size
-    _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
-    _require(out.nbytes >= count * row_bytes, f"out has {out.nbytes} bytes, not {count * row_bytes}")
-    if count == 0:
-        return 0, 0
-    _require(int(offsets.max()) < 1 << 62, "offsets must be below 2**62")
-    rows = _flat_bytes(out)[: count * row_bytes].reshape(count, row_bytes)
-    return _native.gather(fd, np.ascontiguousarray(offsets), rows, direct, depth)
-
-
-def read_range(fd: int, offset: int, out: U8, direct: bool) -> None:
-    """Fill ``out`` uint8 [n], C-contiguous, from byte ``offset`` of a file.
-
-    The range is split in chunks of 512 KiB, which are in flight together with ``direct``: then the address,
-    the length and the offset are multiples of 4096. Raises :class:`OSError`: EIO when the file ends too
-    early, else the errno of a failed read; ``out`` is then undefined.
-    """
-    _require(out.dtype == np.uint8 and out.ndim == 1 and out.flags.c_contiguous, "out must be uint8 [n]")
-    _require(out.flags.writeable, "out must be writable")
-    _native.read_range(fd, offset, out, direct)
-
-
-def write_range(fd: int, offset: int, data: U8, direct: bool) -> None:
-    """Write ``data`` uint8 [n], C-contiguous, to byte ``offset`` of a file; in chunks as :func:`read_range`.
-
-    Raises :class:`OSError`: ENOSPC when the file takes no more, else the errno of a failed write; which of
-    the bytes have been written is then unknown.
-    """
-    _require(data.dtype == np.uint8 and data.ndim == 1 and data.flags.c_contiguous, "data must be uint8 [n]")
-    _native.write_range(fd, offset, data, direct)
-
-
-def direct_alignment(fd: int) -> tuple[int, int] | None:
-    """Return the alignment in bytes of (memory, offsets) for direct I/O on a file, as statx(2) has it.
-
-    (0, 0) if the file has no direct I/O, None where the kernel (before Linux 6.1) or
-    the file system does not say.
-    """
-    return _native.direct_alignment(fd)
-
-
-def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Give the blocks of a byte range of a file back to the file system; the range then reads as zeros.
-
-    Raises :class:`OSError`; errno is EOPNOTSUPP where the file system cannot.
-    """
-    _native.punch_hole(fd, offset, length)
 
 
 def _rows_shape(rows: npt.NDArray[Any]) -> tuple[int, int, int]:

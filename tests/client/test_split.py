@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kv_rows import random_kv, random_query
 
 from hillinfer import DType, EvaluateItem, Precision, Session, Shape
-from hillinfer.split.boundary import BLOCK_TOKENS, Stop, choose
+from hillinfer.split.boundary import Stop, choose
+from hillinfer.split.controller import PROBE_EVERY, Controller, Times
 from hillinfer.split.estimates import Estimate
 from hillinfer.split.ranking import SplitRanking
 
@@ -52,7 +53,7 @@ def test_winners_are_those_of_one_place_at_any_boundary(session: Session, data: 
             )
             item = EvaluateItem(context, random_query(2 * heads, dim, k), k, first, last, held)
             same(session, policy, item)
-            policy.share = data.draw(st.floats(0, 1))
+            policy.controller.share = data.draw(st.floats(0, 1))
             same(session, policy, item)
     policy.close()
 
@@ -93,15 +94,18 @@ def test_mirrored_keys_are_held_to_their_limit(session: Session, limit: int) -> 
 
 
 class Side:
+    """A side on a simulated clock."""
+
     def __init__(self, overhead_s: float, rate: float, seed: int) -> None:
         self.overhead_s, self.rate, self.noise = overhead_s, rate, np.random.default_rng(seed)
 
-    def seconds(self, nbytes: int) -> float:
+    def seconds(self, nbytes: int) -> tuple[float, float]:
         late = 6.0 if self.noise.random() < 0.03 else 1.0
-        return (self.overhead_s + nbytes / self.rate) * (1 + 0.02 * self.noise.random()) * late
+        scan = nbytes / self.rate * (1 + 0.02 * self.noise.random()) * late
+        return self.overhead_s * (1 + self.noise.random()) + scan, scan
 
     def exact(self, nbytes: int) -> float:
-        return self.overhead_s + nbytes / self.rate
+        return self.overhead_s * 1.5 + nbytes / self.rate
 
 
 @pytest.mark.parametrize("slowed", ["cpu", "drive"])
@@ -111,40 +115,100 @@ def test_the_sides_finish_together_and_again_after_one_is_slowed_threefold(
 ) -> None:
     tokens, per_token = 131_072, 512
     sides = {"cpu": Side(5e-5, rates[0], 1), "drive": Side(3e-4, rates[1], 2)}
-    estimates = {"cpu": Estimate(), "drive": Estimate()}
-    share = BLOCK_TOKENS
+    controller = Controller(least_gain=-1.0)
 
-    def imbalance() -> float:
-        times = sides["cpu"].exact(share * per_token), sides["drive"].exact((tokens - share) * per_token)
+    def step() -> float:
+        cpu = controller.choose(0, tokens, tokens, per_token)
+        controller.boundaries[0] = cpu
+        own, other = cpu.cpu_tokens * per_token, (tokens - cpu.cpu_tokens) * per_token
+        if not own:
+            controller.saw_alone(other, *sides["drive"].seconds(other))
+            return 1.0
+        controller.saw(Times(own, *sides["cpu"].seconds(own), other, *sides["drive"].seconds(other)))
+        times = sides["cpu"].exact(own), sides["drive"].exact(other)
         return abs(times[0] - times[1]) / max(times)
 
-    def step() -> None:
-        nonlocal share
-        for name, held in (("cpu", share), ("drive", tokens - share)):
-            estimates[name].observe(held * per_token, sides[name].seconds(held * per_token))
-        share = choose(
-            tokens, share, tokens, per_token, estimates["cpu"], estimates["drive"], 0.0, -1.0
-        ).cpu_tokens
-
     def settled(steps: int) -> list[float]:
-        found = []
-        for _ in range(steps):
-            step()
-            found.append(imbalance())
-        return found
+        return [step() for _ in range(steps)]
 
     settled(20)
     assert max(settled(20)) <= 0.15
     sides[slowed].rate /= 3
-    sides[slowed].overhead_s *= 3
     settled(20)
     assert max(settled(20)) <= 0.15
 
 
+def rated(s_per_byte: float) -> Estimate:
+    estimate = Estimate()
+    estimate.observe(1000, 1000 * s_per_byte, 1000 * s_per_byte)
+    return estimate
+
+
 def test_a_boundary_says_why_it_is_where_it_is() -> None:
-    fast, slow = Estimate(0, 1e-10, 5), Estimate(0, 1e-7, 5)
-    assert choose(10_000, 0, 10_000, 512, slow, fast, 0).stop is Stop.no_gain
-    assert choose(10_000, 0, 10_000, 512, fast, fast, 1.0).stop is Stop.no_gain
-    assert choose(10_000, 0, 1024, 512, fast, fast, 0).stop is Stop.memory
-    assert choose(10_000, 0, 0, 512, fast, fast, 0).stop is Stop.memory
-    assert choose(8192, 0, 8192, 512, fast, fast, 0) == choose(8192, 4096, 8192, 512, fast, fast, 0)
+    fast, slow = rated(1e-10), rated(1e-7)
+    alone = fast.seconds(10_000 * 512)
+    assert choose(10_000, 0, 10_000, 512, slow, fast, alone, 0).stop is Stop.no_gain
+    assert choose(10_000, 0, 10_000, 512, fast, fast, alone, 1.0).stop is Stop.no_gain
+    assert choose(10_000, 0, 10_000, 512, fast, fast, alone / 2, 0).stop is Stop.no_gain
+    assert choose(10_000, 0, 1024, 512, fast, fast, alone, 0).stop is Stop.memory
+    assert choose(10_000, 0, 0, 512, fast, fast, alone, 0).stop is Stop.memory
+    even = choose(8192, 0, 8192, 512, fast, fast, alone, 0)
+    assert even.stop is Stop.none
+    assert even.cpu_tokens == 4096
+
+
+def test_waiting_in_a_queue_is_not_taken_for_the_rate() -> None:
+    estimate = Estimate()
+    for step in range(12):
+        estimate.observe(1000, 2e-6 + 1e-6 * (step % 5), 1e-6)
+    assert estimate.s_per_byte == pytest.approx(1e-9)
+    assert estimate.overhead_s == pytest.approx(3e-6)
+    assert estimate.seconds(0) == 0
+    assert estimate.seconds(4000) == pytest.approx(7e-6)
+
+
+def test_either_way_of_ranking_is_looked_at_again() -> None:
+    """The drive alone while split, and the CPU by a probe while not; a split without gain ends."""
+    controller, tokens, per_token = Controller(), 32_768, 512
+
+    def step(cpu_rate: float, alone_rate: float) -> int:
+        cpu = controller.choose(0, tokens, tokens, per_token)
+        controller.boundaries[0] = cpu
+        own, other = cpu.cpu_tokens * per_token, (tokens - cpu.cpu_tokens) * per_token
+        if not own or controller.is_due_alone():
+            whole = tokens * per_token / alone_rate
+            controller.saw_alone(tokens * per_token, whole, whole)
+            return -1 if own else 0
+        controller.saw(Times(own, own / cpu_rate, own / cpu_rate, other, other / 4e9, other / 4e9))
+        return cpu.cpu_tokens
+
+    first = [step(4e9, 4e9) for _ in range(PROBE_EVERY + 2)]
+    assert first[0] == 0
+    assert first[-1] in (tokens // 2, -1)
+    # Both share what they scan with: alone, the drive would be as fast as they are together.
+    later = [step(4e9, 8e9) for _ in range(10 * PROBE_EVERY)]
+    assert -1 in later
+    assert later.count(0) > 5 * PROBE_EVERY
+    assert tokens // 8 in later
+
+
+def test_a_cache_grants_no_more_than_it_is_asked_for(session: Session) -> None:
+    shape = Shape(1, 2, 64, DType.float16, Precision.int8)
+    policy = SplitRanking(0.5)
+    keys, values = random_kv(shape, 4096)
+    with session.open_context(shape) as context, session.open_context(shape) as other:
+        context.append(0, keys, values)
+        other.append(0, keys, values)
+        item = EvaluateItem(context, random_query(4, 64), 50, 0, 4096, np.empty((2, 0), np.uint32))
+        assert policy.reserve(MIB, [context]) == 0
+        same(session, policy, item)
+        assert policy.mirrored_bytes == 0
+        wanted = policy.reserve(MIB, [context])
+        assert 2048 * 128 <= wanted < 4096 * 128
+        same(session, policy, item)
+        assert 2048 * 128 <= policy.mirrored_bytes <= wanted
+        assert policy.held_bytes([other]) == 0
+        assert policy.reserve(100_000, [context]) == policy.mirrored_bytes
+        same(session, policy, item)
+        assert policy.mirrored_bytes <= 100_000
+    policy.close()

@@ -38,6 +38,9 @@ from hillinfer_core.units import Budget
 Observer = Callable[["HierarchicalCache", int, torch.Tensor, float], None]
 """Sees the cache, the layer, its queries [B, H, n, D] and their scaling after every attended step."""
 
+MIRROR_SHARE = 2
+"""Of what slots leave, mirrored keys get at most one part in so many, the hot pool the rest. Our choice."""
+
 _HOT_STEP = 16  # rows by which a hot pool grows or shrinks, so that it is not resized at every step
 
 
@@ -315,9 +318,6 @@ class HierarchicalCache(Cache):
         streams = len(self.full_layers) * len(self.contexts) * shape.kv_heads
         pinned = slots.pinned * shape.row_bytes * streams
         fixed = kinds["evaluation_keys"] + kinds["checksums"] + kinds["buffers"] + pinned
-        if isinstance(self.policy, SplitRanking):
-            # All of its limit: the mirror grows between two divisions.
-            fixed += self.policy.limit_bytes
         tokens = int(slots.lengths.max())
         hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
@@ -325,6 +325,10 @@ class HierarchicalCache(Cache):
         # A prefetch of one layer waits beside the slots of all.
         prefetch = 0 if self.config.predictor is Predictor.exact else a_layers_rows - self.pipeline.nbytes
         slot_bytes = selected * row * streams // len(self.full_layers) + hits + max(0, prefetch)
+        if isinstance(self.policy, SplitRanking):
+            fixed += self.policy.reserve(
+                (self.config.resident - fixed - slot_bytes) // MIRROR_SHARE, self.contexts
+            )
         room = divide(self.config.resident, fixed, slot_bytes, row, streams)
         return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
@@ -342,7 +346,7 @@ class HierarchicalCache(Cache):
             + sum(context.tail_bytes for context in contexts),
         }
         if isinstance(self.policy, SplitRanking):
-            kinds["mirrored_keys"] = self.policy.mirrored_bytes
+            kinds["mirrored_keys"] = self.policy.held_bytes(contexts)
         return kinds
 
     def full_bytes(self) -> int:

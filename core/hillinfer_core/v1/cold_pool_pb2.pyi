@@ -174,18 +174,20 @@ class EvaluateResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[EvaluationResult, _Mapping]]] = ...) -> None: ...
 
 class EvaluationResult(_message.Message):
-    __slots__ = ("generation", "missing_per_head", "rows_brought", "evaluated_bytes", "read_bytes")
+    __slots__ = ("generation", "missing_per_head", "rows_brought", "evaluated_bytes", "read_bytes", "scan_s")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     MISSING_PER_HEAD_FIELD_NUMBER: _ClassVar[int]
     ROWS_BROUGHT_FIELD_NUMBER: _ClassVar[int]
     EVALUATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SCAN_S_FIELD_NUMBER: _ClassVar[int]
     generation: int
     missing_per_head: _containers.RepeatedScalarFieldContainer[int]
     rows_brought: int
     evaluated_bytes: int
     read_bytes: int
-    def __init__(self, generation: _Optional[int] = ..., missing_per_head: _Optional[_Iterable[int]] = ..., rows_brought: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ...) -> None: ...
+    scan_s: float
+    def __init__(self, generation: _Optional[int] = ..., missing_per_head: _Optional[_Iterable[int]] = ..., rows_brought: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., scan_s: _Optional[float] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("context_id", "layer", "by_ids", "range", "tail", "keys", "rows")

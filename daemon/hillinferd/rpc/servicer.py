@@ -104,6 +104,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
                     rows_brought=result.rows_brought,
                     evaluated_bytes=result.evaluated_bytes,
                     read_bytes=result.read_bytes,
+                    scan_s=result.scan_s,
                 )
                 for result in results
             ]

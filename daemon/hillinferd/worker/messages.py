@@ -252,6 +252,7 @@ class Evaluated:
     rows_brought: int
     evaluated_bytes: int
     read_bytes: int
+    scan_s: float
 
 
 @dataclass(frozen=True)
