@@ -51,9 +51,11 @@ def test_pool_and_catalogue_are_for_the_daemon_alone_whatever_the_umask(tmp_path
     assert not shm
 
 
-def test_a_pool_that_is_not_kept_has_no_name(daemon: Path, attacker: RawClient) -> None:
-    worker = attacker.status().device.worker_pid
-    links = [os.readlink(path) for path in Path(f"/proc/{worker}/fd").iterdir()]
+def test_a_pool_that_is_not_kept_has_no_name(tmp_path: Path) -> None:
+    runtime = tmp_path / "r"
+    with running_daemon(runtime), RawClient(runtime, 0) as client:
+        worker = client.status().device.worker_pid
+        links = [os.readlink(path) for path in Path(f"/proc/{worker}/fd").iterdir()]
     [pool] = [link for link in links if "/pool-" in link]
     assert pool.endswith(" (deleted)")
     assert not Path(pool.removesuffix(" (deleted)")).exists()
