@@ -154,7 +154,15 @@ class Sessions:
 
     @contextmanager
     def request(self, session: Session) -> Iterator[None]:
-        """Count what happens inside as a request in flight.
+        """Count what happens inside as a request in flight; raises as :meth:`begin`."""
+        self.begin(session)
+        try:
+            yield
+        finally:
+            self.end(session)
+
+    def begin(self, session: Session) -> None:
+        """Count a request in flight until :meth:`end`.
 
         Raises :class:`QuotaExceeded` above a limit, and :class:`DaemonUnavailable` after :meth:`finish`.
         """
@@ -170,11 +178,11 @@ class Sessions:
                     f"or raise {what}_request_limit"
                 )
         session.requests += 1
-        try:
-            yield
-        finally:
-            session.requests -= 1
-            self._look_whether_finished()
+
+    def end(self, session: Session) -> None:
+        """Count a request in flight as over."""
+        session.requests -= 1
+        self._look_whether_finished()
 
     async def finish(self, timeout_s: float) -> bool:
         """Refuse sessions and requests from now on; return whether those in flight ended in ``timeout_s``."""
