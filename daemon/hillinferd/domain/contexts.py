@@ -74,6 +74,11 @@ class Context:
         return self.row_count * CHECKSUM_BYTES
 
     @property
+    def loaded(self) -> bool:
+        """Whether the worker knows it: a durable one is loaded when it is first used."""
+        return self.durable is None or self.durable.loaded
+
+    @property
     def own_extents(self) -> list[Extent]:
         """Every extent that goes when the context is closed: none of a durable one."""
         if self.durable:

@@ -15,6 +15,7 @@ from .. import __version__
 from ..service import requests
 from ..service.cold_pool import ColdPoolService
 from ..service.sessions import Session
+from ..worker import messages
 from .call import Context, deadline_of, session_of
 from .status import durable_context, status_response
 
@@ -91,27 +92,8 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
     async def evaluate(
         self, session: Session, request: pb.EvaluateRequest, deadline: float | None
     ) -> pb.EvaluateResponse:
-        """Answer one evaluation, from whatever transport."""
-        ask = requests.Evaluate(
-            request.layer,
-            request.query_heads,
-            Reduction.from_proto(request.reduction),
-            [_evaluation(item) for item in request.evaluations],
-        )
-        results = await self._service.evaluate(session, ask, deadline)
-        return pb.EvaluateResponse(
-            results=[
-                pb.EvaluationResult(
-                    generation=result.generation,
-                    missing_per_head=result.missing_per_head,
-                    rows_brought=result.rows_brought,
-                    evaluated_bytes=result.evaluated_bytes,
-                    read_bytes=result.read_bytes,
-                    scan_s=result.scan_s,
-                )
-                for result in results
-            ]
-        )
+        """Answer one evaluation."""
+        return evaluate_response(await self._service.evaluate(session, evaluate_ask(request), deadline))
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
         """Bring rows by id or by range."""
@@ -187,6 +169,30 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
 
     def _session(self, context: Context) -> Session:
         return session_of(self._service, context)
+
+
+def evaluate_ask(request: pb.EvaluateRequest) -> requests.Evaluate:
+    """Return what the service takes for ``request``, from whatever transport."""
+    reduction = Reduction.from_proto(request.reduction)
+    items = [_evaluation(item) for item in request.evaluations]
+    return requests.Evaluate(request.layer, request.query_heads, reduction, items)
+
+
+def evaluate_response(results: list[messages.Evaluated]) -> pb.EvaluateResponse:
+    """Return the message for what the service answered."""
+    return pb.EvaluateResponse(
+        results=[
+            pb.EvaluationResult(
+                generation=result.generation,
+                missing_per_head=result.missing_per_head,
+                rows_brought=result.rows_brought,
+                evaluated_bytes=result.evaluated_bytes,
+                read_bytes=result.read_bytes,
+                scan_s=result.scan_s,
+            )
+            for result in results
+        ]
+    )
 
 
 def _region(region: pb.Region) -> requests.RawRegion:

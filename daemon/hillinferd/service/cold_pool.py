@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -25,10 +26,11 @@ from ..logs import get_logger
 from ..worker import messages
 from . import requests
 from .administration import Administration
+from .calls import Answer, Call
 from .drive import Drive, DriveSettings
 from .limits import Limits
 from .sessions import Peer, Session, Sessions
-from .work_queue import Piece
+from .work_queue import Piece, Result
 
 log = get_logger(__name__)
 
@@ -48,6 +50,29 @@ def _counted(
             return await method(self, session, *args, **kwargs)
 
     return call
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Counts an evaluation's winners on the way to ``result``."""
+
+    drive: Drive
+    session: Session
+    ask: requests.Evaluate
+    result: Result
+
+    def done(self) -> bool:
+        return self.result.done()
+
+    def set_exception(self, error: Exception) -> None:
+        self.result.set_exception(error)
+
+    def set_result(self, results: list[messages.Evaluated]) -> None:
+        for item, result in zip(self.ask.evaluations, results, strict=True):
+            winners, missing = item.k * len(result.missing_per_head), sum(result.missing_per_head)
+            self.drive.usage.rank(winners, missing)
+            self.session.usage.rank(winners, missing)
+        self.result.set_result(results)
 
 
 class ColdPoolService:
@@ -200,16 +225,30 @@ class ColdPoolService:
         self, session: Session, ask: requests.Evaluate, deadline: float | None
     ) -> list[messages.Evaluated]:
         """Rank tokens and bring missing rows; one result for each evaluation."""
+        future: asyncio.Future[list[messages.Evaluated]] = asyncio.get_running_loop().create_future()
+        self._evaluate(session, ask, deadline, future)
+        return await future
+
+    def begin_evaluate(
+        self, session: Session, ask: requests.Evaluate, deadline: float | None, answer: Answer
+    ) -> Call:
+        """Like :meth:`evaluate`, without a task: ``answer`` is called, also with errors; at once or later."""
+        self.sessions.begin(session)
+        call = Call(answer, partial(self.sessions.end, session))
+        try:
+            self._evaluate(session, ask, deadline, call)
+        except HillInferError as error:
+            call.set_exception(error)
+        return call
+
+    def _evaluate(
+        self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
+    ) -> None:
         drives = {self._drive_of(item.context_id) for item in ask.evaluations} or {self.drives[0]}
         if len(drives) > 1:
             raise InvalidInput("the contexts of one evaluation request must lie on one drive")
         drive = drives.pop()
-        results = await drive.evaluate(session, ask, deadline)
-        for item, result in zip(ask.evaluations, results, strict=True):
-            winners, missing = item.k * len(result.missing_per_head), sum(result.missing_per_head)
-            drive.usage.rank(winners, missing)
-            session.usage.rank(winners, missing)
-        return results
+        drive.evaluate(session, ask, deadline, _Ranked(drive, session, ask, result))
 
     @_counted
     async def fetch(

@@ -25,10 +25,11 @@ from ..worker import messages
 from . import admission, pieces, requests
 from .context_work import ContextWork
 from .durable_store import DurableStore
+from .evaluating import Evaluating, Prepared
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
 from .usage import Meter, Usage
-from .work_queue import Piece, Priority, WorkQueue
+from .work_queue import End, Piece, Priority, Result, WorkQueue
 
 log = get_logger(__name__)
 
@@ -206,22 +207,29 @@ class Drive:
         work = self._contexts.append_tail if ask.tail else self._contexts.append
         return await self._bulk("append", session, lambda: work(session, ask), deadline)
 
-    async def evaluate(
-        self, session: Session, ask: requests.Evaluate, deadline: float | None
-    ) -> list[messages.Evaluated]:
-        """Rank tokens and bring missing rows; one result for each evaluation."""
+    def evaluate(
+        self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
+    ) -> None:
+        """Rank tokens and bring missing rows; ``result`` gets one ``messages.Evaluated`` for each evaluation.
 
-        async def prepare() -> list[messages.Evaluate]:
+        Raises nothing.
+        """
+
+        def prepare() -> Prepared:
             request = admission.evaluate(session, self.catalogue, ask)
             contexts = [
                 self.catalogue.get(session.session_id, item.context_id) for item in request.evaluations
             ]
+            return (
+                pieces.of_evaluate(request, [context.shape for context in contexts]),
+                [context for context in contexts if not context.loaded],
+            )
+
+        async def load(contexts: list[Context]) -> None:
             for context in contexts:
                 await self._contexts.ensure_loaded(context)
-            return pieces.of_evaluate(request, [context.shape for context in contexts])
 
-        done = await self._in_pieces("evaluate", session, prepare, Priority.decode, deadline)
-        return [result for piece in done for result in piece.evaluated]
+        Evaluating(self.queue, session, deadline, result, prepare=prepare, load=load, send=self._send).enter()
 
     async def fetch(
         self,
@@ -322,6 +330,14 @@ class Drive:
         done = await self.worker.call(request, fd)
         self.key_bytes = done.key_bytes
         return done
+
+    def _send(self, request: messages.Evaluate, end: End) -> None:
+        def answered(done: messages.Done | None, error: Exception | None) -> None:
+            if done is not None:
+                self.key_bytes = done.key_bytes
+            end(done, error)
+
+        self.worker.send(request, answered)
 
     def _account(self, piece: Piece) -> None:
         # One piece at a time: what was moved since the last one was moved by this one.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hillinfer_core.layout import Reduction, Shape
 
 
-@dataclass(frozen=True)
-class RawRegion:
+class RawRegion(NamedTuple):
     """A byte range of the caller's arena, as the caller named it."""
 
     offset: int = 0
@@ -48,8 +48,7 @@ class Appended:
     checksum_bytes: int
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """See ``Evaluation`` in cold_pool.proto."""
 
     context_id: int
@@ -65,8 +64,7 @@ class Evaluation:
     scales: RawRegion
 
 
-@dataclass(frozen=True)
-class Evaluate:
+class Evaluate(NamedTuple):
     """See ``EvaluateRequest`` in cold_pool.proto."""
 
     layer: int
