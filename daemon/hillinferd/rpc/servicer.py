@@ -39,6 +39,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
         if request.WhichOneof("kind") and not (ask.durable_name or ask.base_name):
             raise InvalidInput("the name of a durable context is empty")
         opened = await self._service.open_context(self._session(context), ask, deadline_of(context))
+        kept = opened.durable or opened.base
         return pb.OpenContextResponse(
             context_id=opened.context_id,
             append_unit=shape.append_unit,
@@ -47,6 +48,8 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             tail_tokens=opened.tails,
             evaluation_key_bytes=opened.evaluation_key_bytes,
             checksum_bytes=opened.checksum_bytes,
+            durable_id=kept.unique if kept else "",
+            content_checksum=opened.base.checksum if opened.base else 0,
         )
 
     async def CloseContext(

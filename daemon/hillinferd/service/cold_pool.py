@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -89,6 +90,8 @@ class ColdPoolService:
         self._opening: dict[tuple[int, str], Drive] = {}
         self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
+        self.instance = secrets.token_hex(16)
+        """Another in each run of the daemon."""
 
     @property
     def uptime_s(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 
@@ -51,7 +52,9 @@ class ContextWork:
 
     async def _open_writer(self, session: Session, ask: requests.OpenContext) -> Context:
         store, uid, name = self._store(), session.peer.uid, ask.durable_name
-        new = Durable(0, name, uid, ask.shape, dict(ask.labels), int(time.time()))
+        new = Durable(
+            0, name, uid, ask.shape, dict(ask.labels), int(time.time()), unique=secrets.token_hex(16)
+        )
         context = self.catalogue.open_writer(session.session_id, uid, name, ask.shape, ask.labels, new)
         try:
             if context.durable is new:

@@ -101,9 +101,9 @@ class Sessions:
     def open(self, client_name: str, arena_bytes: int, peer: Peer, ring: bool = False) -> Session:
         """Register a session with a new arena of ``arena_bytes`` rounded up to pages (0: none), and a ring.
 
-        Raises :class:`InvalidInput` for a long name or a ring without an arena, and :class:`QuotaExceeded`
-        above a limit, and for a session with an arena ``Draining``. Others may still ask and administer.
-        Raises :class:`NotAllowed` for a user who may not attach.
+        Raises :class:`InvalidInput` for a name that is long or cannot be printed, or a ring without an arena,
+        and :class:`QuotaExceeded` above a limit, and for a session with an arena ``Draining``. Others may
+        still ask and administer. Raises :class:`NotAllowed` for a user who may not attach.
         """
         if not self._limits.may_attach(peer.uid):
             raise NotAllowed(
@@ -114,6 +114,9 @@ class Sessions:
             raise InvalidInput(
                 f"client_name has {len(client_name)} characters; at most {MAX_NAME} are allowed"
             )
+        if not client_name.isprintable():
+            # It is shown on administrators' terminals, which control characters would steer.
+            raise InvalidInput(f"client_name {client_name!r} has characters that cannot be printed")
         if ring and not arena_bytes:
             raise InvalidInput("a ring is of no use without an arena; ask for both or for none")
         self._check_going_on()
