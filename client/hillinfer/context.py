@@ -14,6 +14,7 @@ from hillinfer.evaluation import check_query
 from hillinfer.origin import Origin
 from hillinfer.rows import Array, check_finite, storage_rows
 from hillinfer.survival import DaemonGone, survives
+from hillinfer.users import gid_of
 from hillinfer.wire import number
 from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData, HillInferError, InvalidInput
@@ -192,9 +193,11 @@ class Context:
         return response
 
     @survives
-    def save(self) -> None:
+    def save(self, group: str | int | None = None) -> None:
         """Makes a durable context complete and read-only, its tails included.
 
+        The members of `group`, one of this user's, may begin with it too; only the owner and
+        root may delete it, and nobody changes it. `NotAllowed` for a group of others.
         From then on any number of contexts may begin with it (`Session.open_context`
         with `base`); this one still evaluates and fetches. What was appended but
         not saved when the session ends is lost as far as it was tail. Raises
@@ -206,6 +209,7 @@ class Context:
             if self._origin.saving and self.saved:
                 return  # by the call that the daemon did not live to answer
             self._check_writable()
+            gid = None if group is None else gid_of(group)
             self._origin.saving = True
             self.session.staging()
             for layer, tokens in enumerate(self._tail_tokens):
@@ -213,7 +217,8 @@ class Context:
                     region, rows = self._stage_tail(tokens)
                     rows[...] = self._tails[layer, :, :tokens]
                     self._append(layer, tokens, region, tail=True)
-            self.session.call("SaveContext", cold_pool_pb2.SaveContextRequest(context_id=self.context_id))
+            request = cold_pool_pb2.SaveContextRequest(context_id=self.context_id, gid=gid)
+            self.session.call("SaveContext", request)
             self._origin.saved, self._origin.saving = True, False
 
     def load_tails(self, tokens: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.link import Link
 from hillinfer.stream import EvaluateStream
 from hillinfer.survival import AWAY, LEAST_ATTACH_S, RESTART_S, RETRY_S, survives
+from hillinfer.users import uid_of
 from hillinfer_core import protocol
 from hillinfer_core.errors import DaemonUnavailable, HillInferError, InvalidInput
 from hillinfer_core.layout import Reduction, Shape
@@ -126,6 +127,7 @@ class Session:
         *,
         durable: str | None = None,
         base: str | None = None,
+        owner: str | int | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> Context:
         """Opens a context: an empty, volatile one without further arguments.
@@ -136,9 +138,10 @@ class Session:
         saved. It is written by one session and complete with `Context.save`.
         `base` is the name of a saved one: the context begins with all its
         tokens, which it shares with every other reader; what is appended is its
-        own and volatile. `labels` say what a durable context was made from (at
-        most 16, keys of at most 64 and values of at most 256 characters) and
-        must be the same ones each time.
+        own and volatile. `owner` is the user whose it is, by default this one;
+        another's can be begun with by members of the group that it was saved for.
+        `labels` say what a durable context was made from (at most 16, keys of at
+        most 64 and values of at most 256 characters) and must be the same ones each time.
 
         Raises `InvalidInput` for a shape or name out of range, and when the
         arena is too small for one append unit of the shape; `ContextMismatch`
@@ -168,6 +171,7 @@ class Session:
                 precision=wire.number(shape.precision),
                 durable_name=durable,
                 base_name=base,
+                base_uid=None if base is None or owner is None else uid_of(owner),
                 labels=labels,
             )
             response = self.call("OpenContext", request)
@@ -183,14 +187,14 @@ class Session:
 
     @survives
     def list_contexts(self) -> list[DurableContext]:
-        """The durable contexts of this user (of all users for root), by name, then uid."""
+        """The durable contexts that this user may begin with (all for root), by name, then uid."""
         response = self.call("ListContexts", cold_pool_pb2.ListContextsRequest())
         return [DurableContext.from_proto(listed) for listed in response.contexts]
 
-    def find_context(self, name: str) -> DurableContext | None:
-        """This user's durable context of that name, None when there is none."""
-        mine = (each for each in self.list_contexts() if (each.name, each.uid) == (name, os.getuid()))
-        return next(mine, None)
+    def find_context(self, name: str, owner: str | int | None = None) -> DurableContext | None:
+        """The durable context of that name, of this user or of `owner`; None when there is none to read."""
+        uid = os.getuid() if owner is None else uid_of(owner)
+        return next((each for each in self.list_contexts() if (each.name, each.uid) == (name, uid)), None)
 
     @survives
     def delete_context(self, name: str, uid: int | None = None) -> int:

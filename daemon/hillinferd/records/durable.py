@@ -164,6 +164,7 @@ class DurableRecords:
             fields["saved"],
             # Catalogues of before have none.
             unique=fields.get("unique") or f"{key.context}-{fields['created']}",
+            gid=fields.get("gid"),
         )
         tails = {
             k.layer: int.from_bytes(tail[:4], "little") for k, tail in self.database.all("tail", key.context)
@@ -199,6 +200,7 @@ class DurableRecords:
             "name": durable.name,
             "uid": durable.uid,
             "unique": durable.unique,
+            "gid": durable.gid,
             "labels": durable.labels,
             "created": durable.created_unix_s,
             "saved": saved,
