@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket as sockets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,18 +220,30 @@ class Session:
         return brought
 
     def rank(
-        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction = Reduction.sum
+        self,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        reduction: Reduction = Reduction.sum,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Brought]:
         """As `evaluate_and_bring`, but with the winners' `Brought.scores` and without rows.
 
-        All winners are counted as missing that are not held.
+        All winners are counted as missing that are not held. `meanwhile` is called in this thread once the
+        drive was asked, and must not raise or use the session.
         """
-        return self._evaluate(layer, items, reduction, bring=False)
+        return self._evaluate(layer, items, reduction, bring=False, meanwhile=meanwhile)
 
     def _evaluate(
-        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction, bring: bool
+        self,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        reduction: Reduction,
+        bring: bool,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Brought]:
         if not items:
+            if meanwhile is not None:
+                meanwhile()
             return []
         with self.lock:
             staging, shapes = self.staging(), evaluation.shapes_of(items, reduction, bring)
@@ -243,11 +255,11 @@ class Session:
                     if len(items) == 1:
                         raise
                     half = len(items) // 2
-                    return self._evaluate(layer, items[:half], reduction, bring) + self._evaluate(
+                    return self._evaluate(layer, items[:half], reduction, bring, meanwhile) + self._evaluate(
                         layer, items[half:], reduction, bring
                     )
                 self._plan = plan
-            results = self.ask(plan.fill(layer, items)).results
+            answer = self.ask(plan.fill(layer, items), meanwhile)
             return [
                 Brought(
                     buffers.ids.copy(),
@@ -258,8 +270,9 @@ class Session:
                     result.read_bytes,
                     None if bring else buffers.scores.copy(),
                     result.scan_s,
+                    answer.answered_at,
                 )
-                for buffers, result in zip(plan.buffers, results, strict=True)
+                for buffers, result in zip(plan.buffers, answer.results, strict=True)
             ]
 
     def rank_apart(self, layer: int, items: Sequence[ApartItem]) -> list[Apart]:
@@ -339,15 +352,17 @@ class Session:
             with self._awaiting(method):
                 return getattr(self._stub, method)(request, timeout=self.timeout_s, metadata=self._metadata)
 
-    def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
+    def ask(
+        self, request: cold_pool_pb2.EvaluateRequest, meanwhile: Callable[[], None] | None = None
+    ) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: an evaluation, counted."""
         if self._closed:
             raise self._no_arena()
         if self._ring is not None and self._ring.takes(request):
-            response: cold_pool_pb2.EvaluateResponse = self._ask_ring("Evaluate", request)
+            response: cold_pool_pb2.EvaluateResponse = self._ask_ring("Evaluate", request, meanwhile)
         else:
             with self._awaiting("Evaluate"):
-                response = self._stream.ask(request)
+                response = self._stream.ask(request, meanwhile)
         for result in response.results:
             self.counters.evaluated_bytes += result.evaluated_bytes
             self.counters.read_bytes += result.read_bytes
@@ -357,10 +372,10 @@ class Session:
         """For the library's own use: another evaluation stream of this session, not counted, not locked."""
         return EvaluateStream(self._stub, self._metadata, self.timeout_s)
 
-    def _ask_ring(self, method: str, request: Any) -> Any:
+    def _ask_ring(self, method: str, request: Any, meanwhile: Callable[[], None] | None = None) -> Any:
         assert self._ring is not None
         with self._awaiting(method):
-            answer = self._ring.ask(Method[method], request, self.timeout_s)
+            answer = self._ring.ask(Method[method], request, self.timeout_s, meanwhile)
         if answer.code == Outcome.refused:
             refused = attach_pb2.Refused.FromString(answer.payload)
             raise errors.by_name(refused.error)(refused.message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -46,6 +45,7 @@ class _Host:
     nbytes: int = 0
     scan_s: float = 0.0
     ended: float = 0.0
+    error: Exception | None = None
 
 
 class SplitRanking:
@@ -78,7 +78,6 @@ class SplitRanking:
         self._mirrors: WeakKeyDictionary[Context, dict[int, Mirror]] = WeakKeyDictionary()
         self._imbalance: dict[int, Latest] = {}
         self._cpu_tokens = self._tokens = 0
-        self._worker = ThreadPoolExecutor(1, "hillinfer-cpu-ranking")
 
     @property
     def mirrored_bytes(self) -> int:
@@ -111,9 +110,8 @@ class SplitRanking:
         )
 
     def close(self) -> None:
-        """Drop all mirrored keys and end the worker; idempotent."""
+        """Drop all mirrored keys; idempotent."""
         self._mirrors.clear()
-        self._worker.shutdown()
 
     def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought]:
         """See `SelectionPolicy.select`."""
@@ -150,9 +148,9 @@ class SplitRanking:
         return chosen
 
     def _alone(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought]:
-        began = time.perf_counter()
+        began = time.monotonic()
         brought = session.evaluate_and_bring(layer, items)
-        waited_s = time.perf_counter() - began
+        waited_s = time.monotonic() - began
         scanned = sum(each.evaluated_bytes for each in brought)
         self.controller.saw_alone(scanned, waited_s, sum(each.scan_s for each in brought))
         self.latest = None
@@ -162,21 +160,25 @@ class SplitRanking:
         self, session: Session, layer: int, items: Sequence[EvaluateItem], starts: Sequence[int]
     ) -> list[Brought]:
         mirrors = [self._mirror(layer, item, start) for item, start in zip(items, starts, strict=True)]
-        # Both clocks start here: a thread that starts late is a part of the CPU's time.
-        began = time.perf_counter()
-        on_cpu = self._worker.submit(self._rank_on_cpu, items, starts, mirrors)
-        try:
-            asked = [(at, item) for at, item in enumerate(items) if starts[at] > item.first]
-            ranked = session.rank(layer, [_older(item, starts[at]) for at, item in asked])
-            drive_s = time.perf_counter() - began
-        finally:
-            on_cpu.exception()
-        host = on_cpu.result()
+        host = _Host()
+        began = time.monotonic()
+        asked = [(at, item) for at, item in enumerate(items) if starts[at] > item.first]
+        ranked = session.rank(
+            layer,
+            [_older(item, starts[at]) for at, item in asked],
+            meanwhile=lambda: self._rank_on_cpu(host, items, starts, mirrors),
+        )
+        seen = time.monotonic()
+        if host.error is not None:
+            raise host.error
         answers = {at: answer for (at, _), answer in zip(asked, ranked, strict=True)}
         scanned, drive_scan_s = (
             sum(each.evaluated_bytes for each in ranked),
             sum(each.scan_s for each in ranked),
         )
+        # When it was there, not when this thread, busy with its own side, came to see it.
+        answered = max((each.answered_at for each in ranked), default=0.0)
+        drive_s = (answered if began < answered < seen else seen) - began
         times = Times(host.nbytes, host.ended - began, host.scan_s, scanned, drive_s, drive_scan_s)
         self.controller.saw(times)
         self.latest = times
@@ -195,26 +197,28 @@ class SplitRanking:
         return mirror
 
     def _rank_on_cpu(
-        self, items: Sequence[EvaluateItem], starts: Sequence[int], mirrors: Sequence[Mirror]
-    ) -> _Host:
-        host = _Host()
-        for item, start, mirror in zip(items, starts, mirrors, strict=True):
-            if start >= item.end or mirror.scale is None:
-                host.ranked.append(None)
-                continue
-            shape = item.context.shape
-            # With the sum a query is quantised by the scale alone: zero shifts all scores of a head alike.
-            q, _, _ = kernel.quantise_query(item.query, Ranges(mirror.scale, mirror.scale), Reduction.sum)
-            began = time.perf_counter()
-            for _ in range(self.cpu_repeats):
-                best = kernel.rank(
-                    mirror.parts, q, shape.precision, start, item.end, item.k, origin=mirror.first
-                )
-            host.scan_s += time.perf_counter() - began
-            host.ranked.append(best)
-            host.nbytes += (item.end - start) * shape.kv_heads * shape.key_tile_bytes // TILE_TOKENS
-        host.ended = time.perf_counter()
-        return host
+        self, host: _Host, items: Sequence[EvaluateItem], starts: Sequence[int], mirrors: Sequence[Mirror]
+    ) -> None:
+        try:
+            for item, start, mirror in zip(items, starts, mirrors, strict=True):
+                if start >= item.end or mirror.scale is None:
+                    host.ranked.append(None)
+                    continue
+                shape = item.context.shape
+                # With the sum a query is quantised by the scale alone: zero shifts all scores of a head alike.
+                q, _, _ = kernel.quantise_query(item.query, Ranges(mirror.scale, mirror.scale), Reduction.sum)
+                began = time.monotonic()
+                for _ in range(self.cpu_repeats):
+                    best = kernel.rank(
+                        mirror.parts, q, shape.precision, start, item.end, item.k, origin=mirror.first
+                    )
+                host.scan_s += time.monotonic() - began
+                host.ranked.append(best)
+                host.nbytes += (item.end - start) * shape.kv_heads * shape.key_tile_bytes // TILE_TOKENS
+        except Exception as error:
+            # The drive's answer must be waited for all the same.
+            host.error = error
+        host.ended = time.monotonic()
 
     def _finish(
         self,
@@ -238,9 +242,9 @@ class SplitRanking:
         best = kernel.merge(blocks, item.k)
         missing = [_lacking(ids, held) for ids, held in zip(best.ids, item.held, strict=True)]
         counts = [len(each) for each in missing]
-        before, began = session.counters.read_bytes, time.perf_counter()
+        before, began = session.counters.read_bytes, time.monotonic()
         rows = item.context.fetch_rows(layer, missing)
-        self.controller.rows.add(time.perf_counter() - began)
+        self.controller.rows.add(time.monotonic() - began)
         read = session.counters.read_bytes - before
         generation = mirror.generation if drive is None else drive.generation
         scanned = 0 if drive is None else drive.evaluated_bytes

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 from hillinfer_core.errors import InvalidInput
@@ -107,7 +108,9 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
                     scan_s=result.scan_s,
                 )
                 for result in results
-            ]
+            ],
+            # A client whose cores are busy sees the answer late; this is when it was there.
+            answered_at=time.monotonic(),
         )
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
