@@ -12,7 +12,14 @@ import typer
 
 from hillinfer.bench.commands import app as bench_app
 from hillinfer.eval.commands import eval_command, report_command
-from hillinfer.options import DeviceOption, PredictorOption, ProfileOption, TraceOption, TracePlotOption
+from hillinfer.options import (
+    CpuShareOption,
+    DeviceOption,
+    PredictorOption,
+    ProfileOption,
+    TraceOption,
+    TracePlotOption,
+)
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.simulate.commands import simulate_command
 from hillinfer_core.errors import InvalidInput
@@ -98,6 +105,7 @@ def run_command(
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
     predictor: PredictorOption = Predictor.auto,
+    cpu_share: CpuShareOption = None,
     profile: ProfileOption = None,
     trace: TraceOption = None,
     trace_plot: TracePlotOption = None,
@@ -128,6 +136,7 @@ def run_command(
         device_named(device),
         min_mass,
         predictor,
+        cpu_share,
         profile,
         trace,
         trace_plot,
@@ -148,6 +157,7 @@ def demo_command(
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
     predictor: PredictorOption = Predictor.auto,
+    cpu_share: CpuShareOption = None,
     profile: ProfileOption = None,
     trace: TraceOption = None,
     trace_plot: TracePlotOption = None,
@@ -183,6 +193,7 @@ def demo_command(
         device=device_named(device),
         min_mass=min_mass,
         predictor=predictor,
+        cpu_share=cpu_share,
         profile=profile,
         trace=trace,
         trace_plot=trace_plot,

@@ -1,8 +1,8 @@
 """`hillinfer bench split`: whether CPU and drive finish together, what that is worth, and after a change.
 
-For a drive that becomes slower there is a second daemon with the same rows, paced to a third; from that step on
-it is asked. The CPU becomes slower by scanning everything three times. A step is a ranking of each layer. The
-boundary is made to follow the two sides even where a split saves nothing.
+For a drive that becomes slower there is a second daemon with the same rows, paced to a third; from that step
+on it is asked. The CPU becomes slower by scanning everything three times. A step is a ranking of each layer.
+The boundary is made to follow the two sides even where a split saves nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 from hillinfer.bench.split_rig import Rig, Setup, Step, on_cores
 from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
 from hillinfer.progress import Progress, silent
-from hillinfer.split.boundary import Stop
 from hillinfer.split.ranking import SplitRanking
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import DType, Precision, Shape
@@ -105,30 +104,36 @@ def parse_slow(text: str, steps: int) -> tuple[str, int]:
 def as_markdown(found: Sequence[dict[str, Any]]) -> str:
     """Return the tables of docs/split.md from what `measure` returned."""
     lines = [
-        "| layer | drive alone | CPU alone | both | CPU's tokens | steady: within 15 % | slowed | "
-        "within 15 % after 20 steps | balanced again after |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| layer | drive alone | CPU alone | both | the CPU's tokens | T_cpu and T_drive differ by |",
+        "|---|---|---|---|---|---|",
+    ]
+    changes = [
+        "",
+        "| layer | slowed | differ by, in the step after it | 20 steps later | balanced again after |",
+        "|---|---|---|---|---|",
     ]
     for each in found:
         ms = each["evaluation_ms"]
+        first = each["runs"][0]
+        last = first["steps"][(first["at_step"] or len(first["steps"])) - 1]
+        lines.append(
+            f"| {each['name']} | {ms['drive']:.2f} ms | {ms['cpu']:.2f} ms | {ms['split']:.2f} ms | "
+            f"{last['cpu_tokens'] / each['tokens']:.0%}, {last['stop']} | {_told(first['steady'])} |"
+        )
         for run in each["runs"]:
-            last = run["steps"][(run["at_step"] or len(run["steps"])) - 1]
-            share = f"{last['cpu_tokens'] / each['tokens']:.0%}, {last['stop']}"
-            lines.append(
-                f"| {each['name']} | {ms['drive']:.2f} ms | {ms['cpu']:.2f} ms | {ms['split']:.2f} ms | "
-                f"{share} | {_told(run['balanced_share'])} | {run['slowed'] or '-'} | "
-                f"{_told(run['balanced_share_after'])} | {_told_steps(run)} |"
-            )
-    return "\n".join(lines)
+            if run["slowed"]:
+                at = run["steps"][run["at_step"]]["imbalance"]
+                changes.append(
+                    f"| {each['name']} | {run['slowed']} | {'at its end' if at is None else f'{at:.0%}'} | "
+                    f"{_told(run['after'])} | {run['recovered_after_steps']} steps |"
+                )
+    return "\n".join(lines + (changes if len(changes) > 3 else []))
 
 
-def _told(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def _told_steps(run: dict[str, Any]) -> str:
-    after = run["recovered_after_steps"]
-    return "-" if run["slowed"] is None else "never" if after is None else f"{after} steps"
+def _told(state: dict[str, Any]) -> str:
+    if state["imbalance"] is None:
+        return "at its end"
+    return f"{state['imbalance']:.0%} (within 15 % in {state['balanced_share']:.0%} of steps)"
 
 
 def compare(rig: Rig, rounds: int) -> dict[str, float]:
@@ -166,27 +171,26 @@ def follow(fast: Rig, slower: Rig, steps: int, change: tuple[str, int] | None) -
     return {
         "slowed": side or None,
         "at_step": at if side else None,
-        "balanced_share": _balanced(steady),
-        "balanced_share_after": _balanced(after) if side else None,
+        "steady": _state(steady),
+        "after": _state(after) if side else None,
         "recovered_after_steps": _recovered(taken[at:]) if side else None,
-        "steps": [{**asdict(step), "imbalance": step.imbalance} for step in taken],
+        "steps": [asdict(step) for step in taken],
     }
 
 
-def _balanced(steps: Sequence[Step]) -> float | None:
-    """Return the share of steps within `BALANCED`; None if all boundaries were at an end, and said so."""
-    found = [
-        step.imbalance <= BALANCED
-        for step in steps
-        if step.imbalance is not None and step.stop in (Stop.none, Stop.block)
-    ]
-    return round(sum(found) / len(found), 3) if found else None
+def _state(steps: Sequence[Step]) -> dict[str, float | None]:
+    """Return the median imbalance, and the share of steps within `BALANCED`, of those not at an end.
+
+    Both None where most were at an end, which they say.
+    """
+    found = [step.imbalance for step in steps if step.imbalance is not None]
+    if 2 * len(found) < len(steps):
+        return {"imbalance": None, "balanced_share": None}
+    within = sum(each <= BALANCED for each in found) / len(found)
+    return {"imbalance": round(statistics.median(found), 3), "balanced_share": round(within, 3)}
 
 
 def _recovered(steps: Sequence[Step]) -> int | None:
-    """Return after how many steps three in a row are within `BALANCED`, or at the end, which they say."""
-    within = [
-        (step.imbalance is not None and step.imbalance <= BALANCED) or step.stop == Stop.all_cpu
-        for step in steps
-    ]
+    """Return after how many steps three in a row are within `BALANCED`, or at an end, which they say."""
+    within = [step.imbalance is None or step.imbalance <= BALANCED for step in steps]
     return next((at for at in range(len(within) - 2) if all(within[at : at + 3])), None)

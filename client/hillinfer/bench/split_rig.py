@@ -1,12 +1,13 @@
 """What `hillinfer bench split` asks: a paced daemon on some of the cores, with a context to rank.
 
-The daemon's processes have half of the cores and the client the other half: a real drive takes none of the CPU's.
-Keys are random, queries drift, and the rows of most winners are held, as in decoding.
+The daemon's processes have half of the cores and the client the other half: a real drive takes none of the
+CPU's. Keys are random, queries drift, and the rows of most winners are held, as in decoding.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from hillinfer.evaluation import EvaluateItem
 from hillinfer.hkm.policy import SelectionPolicy
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
+from hillinfer.split.boundary import Stop
 from hillinfer.split.controller import Times
 from hillinfer.split.ranking import SplitRanking
 from hillinfer_core.layout import Shape
@@ -47,24 +49,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Step:
-    """All layers of a step: sums of T_cpu and T_drive in milliseconds, None while the drive ranks alone."""
+    """All layers of a step: sums of T_cpu and T_drive in milliseconds, None while the drive ranks alone.
+
+    imbalance: |T_cpu - T_drive| of the larger, of the layers whose boundary is not at an end, None if all
+    are. cpu_tokens: mean over the layers. stop: why most boundaries are where they are.
+    """
 
     cpu_ms: float | None
     drive_ms: float | None
+    imbalance: float | None
     wall_ms: float
     cpu_tokens: int
     stop: str
 
-    @property
-    def imbalance(self) -> float | None:
-        """|T_cpu - T_drive| of the larger."""
-        if self.cpu_ms is None or self.drive_ms is None:
-            return None
-        return abs(self.cpu_ms - self.drive_ms) / max(self.cpu_ms, self.drive_ms)
-
 
 class Rig:
-    """A daemon on the cores ``theirs``, paced to ``profile``, with the setup's context; ends with ``stack``."""
+    """A daemon on the cores ``theirs``, paced to ``profile``, with the setup's context; ends with it."""
 
     def __init__(
         self, stack: ExitStack, setup: Setup, pool_dir: Path, profile: str, theirs: set[int]
@@ -105,22 +105,24 @@ class Rig:
     def step(self, policy: SelectionPolicy, query: npt.NDArray[np.float32]) -> Step:
         """Rank every layer."""
         split = policy if isinstance(policy, SplitRanking) else None
-        found: list[Times] = []
+        found: list[tuple[Times, Stop]] = []
         began = time.perf_counter()
         for layer, held in enumerate(self._held):
             policy.select(self.session, layer, [self._item(query, held)])
             if split is not None and split.latest is not None:
-                found.append(split.latest)
-        wall_ms = (time.perf_counter() - began) * 1e3
-        # A layer in which the drive was looked at alone is in neither sum.
-        cpu, drive = (sum(each.cpu_s for each in found), sum(each.drive_s for each in found))
-        boundary = None if split is None else split.controller.boundaries[0]
+                found.append((split.latest, split.controllers[layer].boundary.stop))
+        wall_ms = round((time.perf_counter() - began) * 1e3, 3)
+        if split is None or not found:
+            return Step(None, None, None, wall_ms, 0, "")
+        free = [times for times, stop in found if stop in (Stop.none, Stop.block)]
+        cpu, drive = sum(each.cpu_s for each in free), sum(each.drive_s for each in free)
         return Step(
-            round(cpu * 1e3, 3) if found else None,
-            round(drive * 1e3, 3) if found else None,
-            round(wall_ms, 3),
-            boundary.cpu_tokens if boundary else 0,
-            boundary.stop.value if boundary else "",
+            round(sum(times.cpu_s for times, _ in found) * 1e3, 3),
+            round(sum(times.drive_s for times, _ in found) * 1e3, 3),
+            round(abs(cpu - drive) / max(cpu, drive), 3) if free else None,
+            wall_ms,
+            round(statistics.mean(each.boundary.cpu_tokens for each in split.controllers.values())),
+            statistics.mode(stop.value for _, stop in found),
         )
 
     def _item(self, query: npt.NDArray[np.float32], held: npt.NDArray[np.uint32]) -> EvaluateItem:
