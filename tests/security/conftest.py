@@ -21,7 +21,8 @@ def daemon() -> Iterator[Path]:
     """The runtime directory of a daemon that the tests of a module attack; it must have met no surprise."""
     directory = Path(tempfile.mkdtemp(prefix="hs-", dir="/tmp"))
     try:
-        with running_daemon(directory) as process:
+        flags = ("--pool", str(directory / "pool"), "--pool-capacity", "1GiB")
+        with running_daemon(directory, *flags) as process:
             yield directory
             assert process.poll() is None, log_of(directory)
         assert "Traceback" not in log_of(directory), log_of(directory)

@@ -12,7 +12,7 @@ from systemd_machine import PYTHON, Machine, wait_for
 
 from hillinferd.journal import EVENTS
 
-TYPED = {"DaemonUnavailable", "DeviceUnavailable", "DeadlineExceeded"}
+TYPED = {"ContextLost", "DaemonUnavailable", "DeviceUnavailable", "DeadlineExceeded"}
 
 
 @contextmanager

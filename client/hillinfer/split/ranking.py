@@ -243,6 +243,8 @@ class SplitRanking:
     def _rank_on_cpu(
         self, host: _Host, items: Sequence[EvaluateItem], starts: Sequence[int], mirrors: Sequence[Mirror]
     ) -> None:
+        # Anew each time: it is asked again where a daemon went away.
+        host.ranked, host.nbytes, host.scan_s, host.error = [], 0, 0.0, None
         try:
             for item, start, mirror in zip(items, starts, mirrors, strict=True):
                 if start >= item.end or mirror.scale is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hillinfer_core.errors import InvalidInput
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """A byte range of an arena; ``length`` 0 means that the region is not wanted."""
 
     offset: int

@@ -129,11 +129,7 @@ class AttachServer:
 
     async def _until_hang_up(self, connection: socket.socket, session: Session) -> None:
         """Serve the session's ring until the client hangs up, breaks a protocol, or is to go."""
-        ring = (
-            RingServer(self._servicer, session, session.ring, self._service.count_refused)
-            if session.ring
-            else None
-        )
+        ring = RingServer(self._service, self._servicer, session, session.ring) if session.ring else None
         hang_up = asyncio.create_task(asyncio.get_running_loop().sock_recv(connection, 1))
         closing = asyncio.create_task(session.closing.wait())
         waiting: list[asyncio.Task[Any]] = [hang_up, closing]
@@ -169,6 +165,7 @@ class AttachServer:
             arena_bytes=session.arena.nbytes,
             arena_generation=session.arena.generation,
             server_version=__version__,
+            instance=self._service.instance,
         )
         log.info(
             "session attached",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -26,8 +27,10 @@ from hillinfer_core.ring import (
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
 
 from ..logs import get_logger
+from ..service.calls import Call
+from ..service.cold_pool import ColdPoolService
 from ..service.sessions import Session
-from .servicer import ColdPoolServicer
+from .servicer import ColdPoolServicer, evaluate_ask, evaluate_response
 
 log = get_logger(__name__)
 
@@ -41,26 +44,28 @@ _REQUESTS: dict[int, type[Message]] = {
 class RingServer:
     """Answers what ``session`` submits to its ring ``fds``, which stays the session's. One event loop.
 
-    ``refused`` is called with the name of each error that is answered with.
+    Evaluations go the whole way by callbacks, without a task: each token asks for one in every layer.
+    Errors that it answers with are counted by the service.
     """
 
     def __init__(
         self,
+        service: ColdPoolService,
         servicer: ColdPoolServicer,
         session: Session,
         fds: RingFds,
-        refused: Callable[[str], None],
     ) -> None:
-        self._tell_refused = refused
+        self._service = service
         self._session = session
         self._fds = fds
         self._submissions, self._completions = daemon_ends(Arena(fds.memory, RING_BYTES))
-        self._calls: dict[int, Callable[[Session, Any, float | None], Awaitable[Message]]] = {
-            Method.Evaluate: servicer.evaluate,
+        self._methods: dict[int, Callable[[Session, Any, float | None], Awaitable[Message]]] = {
             Method.Append: servicer.append,
             Method.Fetch: servicer.fetch,
         }
         self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: dict[int, Call] = {}
+        self._numbers = itertools.count()
         self.broken = asyncio.Event()
         """Set when the client broke the ring's rules or left it: nothing more is taken, end the session."""
 
@@ -73,6 +78,9 @@ class RingServer:
         asyncio.get_running_loop().remove_reader(self._fds.submitted)
         for task in self._tasks:
             task.cancel()
+        for call in list(self._calls.values()):
+            call.give_up()
+        self._calls.clear()
 
     def _rung(self) -> None:
         if not clear_doorbell(self._fds.submitted):
@@ -80,49 +88,72 @@ class RingServer:
             return
         try:
             entries = self._submissions.take()
-            if len(entries) + len(self._tasks) > ENTRIES:
+            if len(entries) + len(self._tasks) + len(self._calls) > ENTRIES:
                 raise InvalidInput(f"more than {ENTRIES} requests are in flight on the ring")
         except HillInferError as error:
             self._break(error)
             return
         for entry in entries:
-            task = asyncio.create_task(self._serve(entry))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            if self.broken.is_set():
+                return
+            if entry.code == Method.Evaluate:
+                self._evaluate(entry)
+            else:
+                task = asyncio.create_task(self._serve(entry))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    def _evaluate(self, entry: Entry) -> None:
+        number = next(self._numbers)
+
+        def answer(results: Any, error: Exception | None) -> None:
+            self._calls.pop(number, None)
+            self._complete(entry, None if error else evaluate_response(results), error)
+
+        try:
+            ask = evaluate_ask(_request(entry))
+            call = self._service.begin_evaluate(self._session, ask, _deadline(entry), answer)
+        except Exception as error:
+            self._complete(entry, None, error)
+            return
+        if not call.done():
+            self._calls[number] = call
 
     async def _serve(self, entry: Entry) -> None:
+        answer, failed = None, None
         try:
-            answer = (await self._answer(entry)).SerializeToString()
-            if len(answer) > PAYLOAD_BYTES:
-                raise InvalidInput("the answer does not fit in the ring; make this call by gRPC")
-            outcome = Outcome.answered
-        except HillInferError as error:
-            log.debug("call refused", error=name_of(error), reason=error)
-            self._tell_refused(name_of(error))
-            outcome, answer = Outcome.refused, _refused(name_of(error), str(error))
-        except Exception:
-            log.exception("unexpected error in a call on a ring")
-            message = "internal error; see the daemon's log"
-            self._tell_refused(HillInferError.__name__)
-            outcome, answer = Outcome.refused, _refused(HillInferError.__name__, message)
+            if entry.code not in self._methods:
+                raise InvalidInput(f"the ring has no method {entry.code}")
+            answer = await self._methods[entry.code](self._session, _request(entry), _deadline(entry))
+        except Exception as error:
+            failed = error
+        self._complete(entry, answer, failed)
+
+    def _complete(self, entry: Entry, answer: Message | None, error: Exception | None) -> None:
+        payload = b"" if answer is None else answer.SerializeToString()
+        if len(payload) > PAYLOAD_BYTES:
+            error = InvalidInput("the answer does not fit in the ring; make this call by gRPC")
+        if error is not None:
+            payload = self._refusal(error)
+        outcome = Outcome.answered if error is None else Outcome.refused
         try:
-            self._completions.put(Entry(entry.ticket, outcome, 0, answer))
+            self._completions.put(Entry(entry.ticket, outcome, 0, payload))
             ring_doorbell(self._fds.completed)
-        except HillInferError as error:
-            self._break(error)
+        except HillInferError as broken:
+            self._break(broken)
         except BrokenPipeError:
             self._end()
 
-    async def _answer(self, entry: Entry) -> Message:
-        kind = _REQUESTS.get(entry.code)
-        if kind is None:
-            raise InvalidInput(f"the ring has no method {entry.code}")
-        try:
-            request = kind.FromString(entry.payload)
-        except DecodeError:
-            raise InvalidInput(f"the payload is not a {kind.DESCRIPTOR.name}") from None
-        deadline = time.monotonic() + entry.timeout_ms / 1000 if entry.timeout_ms else None
-        return await self._calls[entry.code](self._session, request, deadline)
+    def _refusal(self, error: Exception) -> bytes:
+        if isinstance(error, HillInferError):
+            name, message = name_of(error), str(error)
+            log.debug("call refused", error=name, reason=error)
+        else:
+            name, message = HillInferError.__name__, "internal error; see the daemon's log"
+            log.exception("unexpected error in a call on a ring", error)
+        self._service.count_refused(name)
+        # A message may quote what the client sent; its end matters least.
+        return attach_pb2.Refused(error=name, message=message[: PAYLOAD_BYTES // 8]).SerializeToString()
 
     def _break(self, error: HillInferError) -> None:
         log.warning("a client broke its ring", session=self._session.session_id, reason=error)
@@ -133,6 +164,13 @@ class RingServer:
         self.broken.set()
 
 
-def _refused(name: str, message: str) -> bytes:
-    # A message may quote what the client sent; its end matters least.
-    return attach_pb2.Refused(error=name, message=message[: PAYLOAD_BYTES // 8]).SerializeToString()
+def _request(entry: Entry) -> Any:
+    kind = _REQUESTS[entry.code]
+    try:
+        return kind.FromString(entry.payload)
+    except DecodeError:
+        raise InvalidInput(f"the payload is not a {kind.DESCRIPTOR.name}") from None
+
+
+def _deadline(entry: Entry) -> float | None:
+    return time.monotonic() + entry.timeout_ms / 1000 if entry.timeout_ms else None

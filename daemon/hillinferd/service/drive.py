@@ -25,10 +25,11 @@ from ..worker import messages
 from . import admission, pieces, requests
 from .context_work import ContextWork
 from .durable_store import DurableStore
+from .evaluating import Evaluating, Prepared
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
 from .usage import Meter, Usage
-from .work_queue import Piece, Priority, WorkQueue
+from .work_queue import End, Piece, Priority, Result, WorkQueue
 
 log = get_logger(__name__)
 
@@ -84,9 +85,9 @@ class Drive:
         path, pool = settings.catalogue, Path(settings.driver.path)
         self._durables = DurableStore(path, pool) if path else None
         self._quotas = quotas
+        self._sessions = sessions
         self._contexts = self._empty(0)
         self.key_bytes = 0
-        self._sessions = sessions
         self._pool_id = ""
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -190,9 +191,11 @@ class Drive:
             await self._bulk("close", session, work, deadline)
         context.discarded = True
 
-    async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
+    async def save_context(
+        self, session: Session, context_id: int, gid: int | None, deadline: float | None
+    ) -> None:
         """Make a durable context complete and read-only."""
-        await self._bulk("save", session, lambda: self._contexts.save(session, context_id), deadline)
+        await self._bulk("save", session, lambda: self._contexts.save(session, context_id, gid), deadline)
 
     async def delete_context(self, session: Session, uid: int, name: str, deadline: float | None) -> int:
         """Delete a durable context that nobody has open; return the bytes freed."""
@@ -206,22 +209,29 @@ class Drive:
         work = self._contexts.append_tail if ask.tail else self._contexts.append
         return await self._bulk("append", session, lambda: work(session, ask), deadline)
 
-    async def evaluate(
-        self, session: Session, ask: requests.Evaluate, deadline: float | None
-    ) -> list[messages.Evaluated]:
-        """Rank tokens and bring missing rows; one result for each evaluation."""
+    def evaluate(
+        self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
+    ) -> None:
+        """Rank tokens and bring missing rows; ``result`` gets one ``messages.Evaluated`` for each evaluation.
 
-        async def prepare() -> list[messages.Evaluate]:
+        Raises nothing.
+        """
+
+        def prepare() -> Prepared:
             request = admission.evaluate(session, self.catalogue, ask)
             contexts = [
                 self.catalogue.get(session.session_id, item.context_id) for item in request.evaluations
             ]
+            return (
+                pieces.of_evaluate(request, [context.shape for context in contexts]),
+                [context for context in contexts if not context.loaded],
+            )
+
+        async def load(contexts: list[Context]) -> None:
             for context in contexts:
                 await self._contexts.ensure_loaded(context)
-            return pieces.of_evaluate(request, [context.shape for context in contexts])
 
-        done = await self._in_pieces("evaluate", session, prepare, Priority.decode, deadline)
-        return [result for piece in done for result in piece.evaluated]
+        Evaluating(self.queue, session, deadline, result, prepare=prepare, load=load, send=self._send).enter()
 
     async def fetch(
         self,
@@ -323,6 +333,14 @@ class Drive:
         self.key_bytes = done.key_bytes
         return done
 
+    def _send(self, request: messages.Evaluate, end: End) -> None:
+        def answered(done: messages.Done | None, error: Exception | None) -> None:
+            if done is not None:
+                self.key_bytes = done.key_bytes
+            end(done, error)
+
+        self.worker.send(request, answered)
+
     def _account(self, piece: Piece) -> None:
         # One piece at a time: what was moved since the last one was moved by this one.
         moved = self._meter.moved(self.worker.traffic)
@@ -409,4 +427,5 @@ class Drive:
     def _empty(self, capacity: int) -> ContextWork:
         # The first granule holds the pool's header.
         allocator = ExtentAllocator(capacity, reserved=GRANULE)
-        return ContextWork(Catalogue(allocator, self._quotas), self._durables, self._call)
+        catalogue = Catalogue(allocator, self._quotas)
+        return ContextWork(catalogue, self._durables, self._call, self._sessions.may_read)

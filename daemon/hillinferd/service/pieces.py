@@ -55,7 +55,7 @@ def of_evaluate(request: messages.Evaluate, shapes: Sequence[Shape]) -> list[mes
             spent = 0.0
         pieces[-1].append(item)
         spent += seconds
-    return [replace(request, evaluations=items) for items in pieces]
+    return [request._replace(evaluations=items) for items in pieces]
 
 
 class OfIds(Sequence[messages.FetchIds]):

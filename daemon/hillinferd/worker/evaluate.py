@@ -11,6 +11,7 @@ from hillinfer_core import kernel
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
+from hillinfer_core.rows import missing
 
 from ..driver.contract import Driver
 from . import messages, rows
@@ -53,18 +54,16 @@ def evaluate(
     if item.scores.length:
         arena.view(item.scores.offset, best.shape, np.int32)[:] = best
 
-    missing = [_missing(ids[head], held[head], item.end_token) for head in range(shape.kv_heads)]
-    counts = [len(tokens) for tokens in missing]
-    brought = min(sum(counts), item.rows.length // shape.row_bytes)
+    counts, heads, tokens = missing(ids, held, item.end_token)
+    brought = min(len(tokens), item.rows.length // shape.row_bytes)
     read = traffic.streamed - streamed
     if brought:
-        heads = np.repeat(np.arange(shape.kv_heads), counts)[:brought]
-        tokens = np.concatenate(missing)[:brought].astype(np.int64)
         out = arena.view(item.rows.offset, (brought, shape.row_bytes), np.uint8)
-        gathered = rows.gather(driver, store, heads, tokens, out)
+        gathered = rows.gather(driver, store, heads[:brought], tokens[:brought], out)
         traffic.read += gathered
         read += gathered
-    return messages.Evaluated(store.quantisation.generation, counts, brought, won.scanned, read, scan_s)
+    generation = store.quantisation.generation
+    return messages.Evaluated(generation, counts.tolist(), brought, won.scanned, read, scan_s)
 
 
 def _held(arena: Arena, item: messages.Evaluation, heads: int) -> npt.NDArray[np.uint32]:
@@ -72,12 +71,3 @@ def _held(arena: Arena, item: messages.Evaluation, heads: int) -> npt.NDArray[np
     if per_head == 0:
         return np.empty((heads, 0), np.uint32)
     return arena.view(item.held.offset, (heads, per_head), np.uint32).copy()
-
-
-def _missing(ids: npt.NDArray[np.uint32], held: npt.NDArray[np.uint32], end: int) -> npt.NDArray[np.uint32]:
-    if not len(held):
-        return ids
-    # A table is several times faster than np.isin at the thousands of ids there are here.
-    has = np.zeros(end, np.bool_)
-    has[held[held < end]] = True
-    return ids[~has[ids]]

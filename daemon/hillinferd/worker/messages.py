@@ -1,16 +1,13 @@
-"""Messages between daemon and device worker: pickled dataclasses, one a packet, one reply to each.
+"""Messages between daemon and device worker, one reply to each (:mod:`.packets`).
 
-Both ends are the same installation and the socket is private to them, so pickle is safe here. The daemon has
-checked regions, ids of contexts and numbers of tokens; the worker checks what only the arena's bytes tell.
+The daemon has checked regions, ids of contexts and numbers of tokens; the worker checks what only the arena's
+bytes tell.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import socket
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from hillinfer_core.layout import Reduction, Shape
 
@@ -21,11 +18,6 @@ from ..domain.placement import Placed
 from ..domain.quantisation import SealedKeys
 from ..domain.regions import Region
 from ..driver.contract import Identity
-
-MAX_MESSAGE = 192 * 1024
-"""Largest packet in bytes: what a local socket takes with Linux's default buffer of 212,992, less slack."""
-
-_IN_FILE = b"in file"
 
 MAX_EXTENTS = 1000
 """Extents in one :class:`Discard`: about 40 KB."""
@@ -107,8 +99,7 @@ class Append:
     durable: bool = False
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """One ranking of tokens ``first_token .. end_token - 1``; regions as in cold_pool.proto."""
 
     context_id: int
@@ -124,8 +115,7 @@ class Evaluation:
     scales: Region
 
 
-@dataclass(frozen=True)
-class Evaluate:
+class Evaluate(NamedTuple):
     """Rank tokens of one layer for several contexts of one session."""
 
     session_id: int
@@ -218,7 +208,7 @@ Request: TypeAlias = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Traffic:
     """Bytes written to and read from the drive, and bytes of evaluation keys scanned.
 
@@ -243,8 +233,7 @@ class Traffic:
         self.writes += other.writes
 
 
-@dataclass(frozen=True)
-class Evaluated:
+class Evaluated(NamedTuple):
     """The result of one :class:`Evaluation`; see ``EvaluationResult`` in cold_pool.proto."""
 
     generation: int
@@ -270,7 +259,7 @@ class Ready:
     identity: Identity
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Done:
     """A request was carried out.
 
@@ -300,44 +289,3 @@ class Failed:
 
 
 Reply: TypeAlias = Ready | Done | Failed
-
-
-def encode(message: Request) -> bytes:
-    """Return the packet for ``message``; raises ``ValueError`` above :data:`MAX_MESSAGE` bytes."""
-    packet = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    if len(packet) > MAX_MESSAGE:
-        raise ValueError(f"a message of {len(packet)} bytes exceeds {MAX_MESSAGE}")
-    return packet
-
-
-def send_reply(sock: socket.socket, reply: Reply) -> None:
-    """Send ``reply``; one that is too large for a packet in a file of its own."""
-    packet = pickle.dumps(reply, protocol=pickle.HIGHEST_PROTOCOL)
-    if len(packet) <= MAX_MESSAGE:
-        sock.send(packet)
-        return
-    fd = os.memfd_create("hillinfer-reply", os.MFD_CLOEXEC)
-    try:
-        with open(os.dup(fd), "wb") as file:
-            file.write(packet)
-        socket.send_fds(sock, [_IN_FILE], [fd])
-    finally:
-        os.close(fd)
-
-
-def receive_reply(sock: socket.socket) -> Reply | None:
-    """Return the next reply, None at hang-up; raises ``BlockingIOError`` if there is none yet."""
-    packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
-    if packet == _IN_FILE:
-        with open(fds[0], "rb") as file:
-            file.seek(0)
-            packet = file.read()
-    reply: Reply | None = pickle.loads(packet) if packet else None
-    return reply
-
-
-def receive_request(sock: socket.socket) -> tuple[Request | None, int | None]:
-    """Block for the next request and the descriptor that came with it; the request is None at hang-up."""
-    packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
-    request: Request | None = pickle.loads(packet) if packet else None
-    return request, (fds[0] if fds else None)
