@@ -80,13 +80,19 @@ class Attachment:
         self._trace = trace
 
     def new_cache(
-        self, *, durable: str | None = None, base: str | None = None, labels: Mapping[str, str] | None = None
+        self,
+        *,
+        durable: str | None = None,
+        base: str | None = None,
+        owner: str | int | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> HierarchicalCache:
         """Return a cache for one batch, to pass as `past_key_values` over several turns.
 
         It begins empty; with `durable`, a name, its one sequence can be kept
         with `HierarchicalCache.save`; with `base`, the name of a kept one, it
-        begins with all tokens of it. `labels` say what the context is made
+        begins with all tokens of it (of another `owner` where their group lets this
+        user read it). `labels` say what the context is made
         from, for example {"text": tokens_fingerprint(ids)}, and must be the
         same ones each time; the model's fingerprint and dtype go with them.
 
@@ -99,7 +105,14 @@ class Attachment:
             model, dtype = model_fingerprint(self.model), str(self.model.dtype).removeprefix("torch.")
             labels = {**(labels or {}), "model": model, "dtype": dtype}
         self._last = HierarchicalCache(
-            self.session, text, self._config, self._policy, durable=durable, base=base, labels=labels
+            self.session,
+            text,
+            self._config,
+            self._policy,
+            durable=durable,
+            base=base,
+            owner=owner,
+            labels=labels,
         )
         if self._trace:
             self._last.pipeline.timeline.spans = []

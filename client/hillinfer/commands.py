@@ -77,6 +77,14 @@ ContextNameOption = Annotated[
         "again. Without a running daemon, one is started that ends when it is idle.",
     ),
 ]
+ContextGroupOption = Annotated[
+    str | None,
+    typer.Option(metavar="GROUP", help="Members of this group of yours may read --context-name too."),
+]
+ContextOwnerOption = Annotated[
+    str | None,
+    typer.Option(metavar="USER", help="Whose --context-name is, if they let a group of yours read it."),
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Of weights and KV. [default: the model's own]", show_default=False)
 ]
@@ -97,6 +105,8 @@ def run_command(
     device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
+    context_group: ContextGroupOption = None,
+    context_owner: ContextOwnerOption = None,
     predictor: PredictorOption = Predictor.auto,
     profile: ProfileOption = None,
     trace: TraceOption = None,
@@ -125,6 +135,8 @@ def run_command(
         max_new_tokens,
         socket,
         context_name,
+        context_group,
+        context_owner,
         device_named(device),
         min_mass,
         predictor,
@@ -147,6 +159,8 @@ def demo_command(
     device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
+    context_group: ContextGroupOption = None,
+    context_owner: ContextOwnerOption = None,
     predictor: PredictorOption = Predictor.auto,
     profile: ProfileOption = None,
     trace: TraceOption = None,
@@ -180,6 +194,8 @@ def demo_command(
         max_new_tokens=LONGEST_ANSWER,
         socket=socket,
         context_name=context_name,
+        context_group=context_group,
+        context_owner=context_owner,
         device=device_named(device),
         min_mass=min_mass,
         predictor=predictor,

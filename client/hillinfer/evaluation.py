@@ -147,6 +147,12 @@ def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction, bring: bool =
     )
 
 
+def check_kept(items: Sequence[Any]) -> None:
+    """Raises `ContextLost` for items with a lost context, before there is any waiting for a daemon."""
+    for item in items:
+        item.context.check_kept()
+
+
 def check_query(
     query: npt.NDArray[Any], kv_heads: int, head_dim: int, query_heads: int | None = None
 ) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "Cancel",
     "Ranges",
     "Ranked",
+    "damaged_row",
     "data_checksums",
     "fit_ranges",
     "merge",
@@ -61,6 +62,7 @@ _FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 
 
 _BEAT = 64  # bytes; layout.py
 _MAX_THREADS = 1024
+_SEVERAL_THREADS_BYTES = 512 << 10  # of keys; for less `rank` takes one thread however many it may use
 _BLOCK_BYTES = 8 << 20  # keys of a block of rank_blocks: far more work than there is in starting it
 
 
@@ -73,7 +75,7 @@ _BEST = _VARIANTS[variants()[-1]]
 
 
 def _variant() -> int:
-    forced = os.environ.get("HILLINFER_KERNEL")
+    forced = _native.environment("HILLINFER_KERNEL")
     if not forced:
         return _BEST
     if forced not in variants():
@@ -85,9 +87,13 @@ def _variant() -> int:
 
 def threads() -> int:
     """Return how many threads ``rank`` and ``stream_read`` use at most; the caller's is one of them."""
-    asked = os.environ.get("HILLINFER_KERNEL_THREADS")
+    return _threads_asked() or len(os.sched_getaffinity(0))
+
+
+def _threads_asked() -> int:
+    asked = _native.environment("HILLINFER_KERNEL_THREADS")
     if not asked:
-        return len(os.sched_getaffinity(0))
+        return 0
     if not asked.isdecimal() or not 1 <= int(asked) <= _MAX_THREADS:
         raise ConfigError(f"HILLINFER_KERNEL_THREADS={asked}: unset it or use 1 to {_MAX_THREADS}")
     return int(asked)
@@ -194,31 +200,37 @@ def rank(
     Works on several threads (:func:`threads`), which sleep between calls; calls from several threads take
     turns. Raises :class:`Cancelled` soon after another thread calls ``cancel.set()``.
     """
+    # Messages only where they are wanted: making them would cost as much as a short scan.
     size = _check_query(q, precision)
     heads = parts[0].shape[0] if len(parts) and parts[0].ndim else q.shape[0]
     tokens = 0
     for part in parts:
         _require(part.dtype == np.uint8 and part.ndim == 3, "parts must be uint8 [H, T, tile bytes]")
-        _require(part.shape[0] == heads and part.shape[2] == size, f"a part must be [{heads}, T, {size}]")
+        if part.shape[0] != heads or part.shape[2] != size:
+            raise InvalidInput(f"a part must be [{heads}, T, {size}]")
         strides = part.strides
         _require(
             part.shape[1] > 0 and strides[1:] == (size, 1), "only the first axis of parts may be strided"
         )
         tokens += part.shape[1] * TILE_TOKENS
     rows = q.shape[0]
-    _require(heads > 0 and rows % heads == 0 and rows > 0, f"{rows} rows of queries for {heads} KV heads")
-    _require(origin >= 0 and origin % TILE_TOKENS == 0, f"origin must be a multiple of 16, not {origin}")
-    _require(
-        origin <= first <= end <= origin + tokens <= 1 << 32,
-        f"tokens {first} to {end} are not among {origin} to {origin + tokens}",
-    )
-    _require(k >= 0, f"k cannot be negative: {k}")
+    if heads <= 0 or rows <= 0 or rows % heads:
+        raise InvalidInput(f"{rows} rows of queries for {heads} KV heads")
+    if origin < 0 or origin % TILE_TOKENS:
+        raise InvalidInput(f"origin must be a multiple of 16, not {origin}")
+    if not origin <= first <= end <= origin + tokens <= 1 << 32:
+        raise InvalidInput(f"tokens {first} to {end} are not among {origin} to {origin + tokens}")
+    if k < 0:
+        raise InvalidInput(f"k cannot be negative: {k}")
     shape = rows, min(k, end - first)
     ids, best = np.empty(shape, np.uint32), np.empty(shape, np.int32)
     counts = np.zeros((rows, HISTOGRAM_BINS), np.uint32) if histogram else None
     sums = np.empty((len(parts), heads), np.uint32) if checksums else None
+    asked = _threads_asked()
+    if not asked:
+        asked = threads() if sum(part.nbytes for part in parts) >= _SEVERAL_THREADS_BYTES else 1
     done = _native.rank(
-        _variant(), threads(), parts, heads, q if q.flags.c_contiguous else q.copy(),
+        _variant(), asked, parts, heads, q if q.flags.c_contiguous else q.copy(),
         _checked_offsets(q, offsets), precision.bits, origin, first, end, ids, best, counts, sums, cancel,
     )  # fmt: skip
     if not done:
@@ -306,6 +318,16 @@ def row_checksums(rows: npt.NDArray[Any]) -> U32:
     return out
 
 
+def damaged_row(rows: U8, checksums: U32) -> int | None:
+    """Return the first of ``rows`` uint8 [n, row bytes] whose :func:`row_checksums` differs, None for none.
+
+    ``checksums`` are uint32 [n]; both are C-contiguous.
+    """
+    _require(rows.ndim == 2 and rows.shape[:1] == checksums.shape, "each row needs one checksum")
+    at = _native.first_difference(rows, checksums, _variant() != _VARIANTS["portable"])
+    return None if at < 0 else at
+
+
 def data_checksums(tiles: U8) -> U32:
     """Return the checksums, uint32 [H], of ``tiles`` uint8 [H, T, tile bytes].
 
@@ -338,7 +360,8 @@ def _check_query(q: npt.NDArray[Any], precision: Precision) -> int:
         "q must be int8 or int16 [H, R, D]",
     )
     dim = q.shape[2]
-    _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
+    if not 0 < dim <= MAX_HEAD_DIM or dim % 8:
+        raise InvalidInput(f"head dimension {dim} is not supported")
     return tile_bytes(dim, precision)
 
 
@@ -346,9 +369,12 @@ def _checked_offsets(q: Q, offsets: I32 | None) -> I32:
     if offsets is None:
         return np.zeros(q.shape[:2], np.int32)
     _require(offsets.dtype == np.int32 and offsets.shape == q.shape[:2], "offsets must be int32 [H, R]")
-    _require(q.dtype == np.int8 or not offsets.any(), "offsets are for 8-bit queries: others may overflow")
-    _require(bool(((offsets >= LEAST_OFFSET) & (offsets <= 0)).all()), f"offsets must be {LEAST_OFFSET} to 0")
-    return np.ascontiguousarray(offsets)
+    offsets = np.ascontiguousarray(offsets)
+    least, most = _native.extremes(offsets)
+    _require(q.dtype == np.int8 or least == most == 0, "offsets are for 8-bit queries: others may overflow")
+    if least < LEAST_OFFSET or most > 0:
+        raise InvalidInput(f"offsets must be {LEAST_OFFSET} to 0")
+    return offsets
 
 
 def _flat_bytes(array: npt.NDArray[Any]) -> U8:

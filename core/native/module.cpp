@@ -7,11 +7,13 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 
@@ -59,6 +61,20 @@ std::pair<uint64_t, uint64_t> py_quantise_keys(Bytes1 rows, int format, size_t t
         total.nonfinite += counts.nonfinite;
     }
     return {total.clipped, total.nonfinite};
+}
+
+// As the process has it now: os.environ of Python takes ten times as long.
+std::optional<std::string> environment(const char *name) {
+    const char *value = std::getenv(name);
+    return value ? std::optional<std::string>(value) : std::nullopt;
+}
+
+// The least and the greatest number, 0 and 0 of none.
+std::pair<int32_t, int32_t> extremes(Array<const int32_t, 2> numbers) {
+    const size_t count = numbers.size();
+    if (count == 0) return {0, 0};
+    const auto [least, most] = std::minmax_element(numbers.data(), numbers.data() + count);
+    return {*least, *most};
 }
 
 bool py_quantise_query(Array<const float, 2> query, Array<const float, 2> scale, Array<const float, 2> zero, bool sum,
@@ -131,6 +147,21 @@ uint64_t py_stream_read(int variant, size_t threads, Bytes1 data) {
 void py_row_checksums(bool hardware, Array<const uint8_t, 2> rows, Array<uint32_t, 1> out) {
     nb::gil_scoped_release released;
     row_checksums(hardware, rows.data(), rows.shape(0), rows.shape(1), out.data());
+}
+
+// The first row whose checksum is another one, or -1.
+int64_t first_difference(Array<const uint8_t, 2> rows, Array<const uint32_t, 1> checksums, bool hardware) {
+    nb::gil_scoped_release released;
+    constexpr size_t kRows = 256;
+    uint32_t found[kRows];
+    for (size_t first = 0; first < rows.shape(0); first += kRows) {
+        const size_t count = std::min(kRows, rows.shape(0) - first);
+        row_checksums(hardware, rows.data() + first * rows.shape(1), count, rows.shape(1), found);
+        const uint32_t *right = checksums.data() + first;
+        const uint32_t *other = std::mismatch(found, found + count, right).first;
+        if (other != found + count) return int64_t(first + (other - found));
+    }
+    return -1;
 }
 
 // Only the head axis of `tiles` may be strided.
@@ -234,6 +265,9 @@ void define_rank(nb::module_ &module) {
 
 NB_MODULE(_native, module) {
     module.def("supported", [](int variant) { return supported(Variant(variant)); });
+    module.def("environment", &environment);
+    module.def("extremes", &extremes, nb::arg().noconvert());
+    module.def("first_difference", &first_difference, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
     module.def("widen_keys", &py_widen_keys, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(),
                nb::arg().noconvert());
     module.def("quantise_keys", &py_quantise_keys, nb::arg().noconvert(), nb::arg(), nb::arg(),

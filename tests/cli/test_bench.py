@@ -158,11 +158,12 @@ def test_the_tables_of_the_sharing_bench():
 
 
 def test_the_transports_are_compared(tmp_path):
-    told = CliRunner().invoke(
-        app, ["bench", "transport", "--calls", "25", "--pool-dir", str(tmp_path), "--json"]
-    )
+    asked = ["--calls", "25", "--clients", "2", "--seconds", "0.2", "--pool-dir", str(tmp_path), "--json"]
+    told = CliRunner().invoke(app, ["bench", "transport", *asked])
     assert told.exit_code == 0, told.output
     figures = json.loads(told.output)
     assert set(figures) == {"grpc_stream", "ring"}
     for each in figures.values():
         assert 0 < each["p50_us"] <= each["p99_us"]
+        assert 0 < each["above_p50_us"] < each["p50_us"]
+        assert each["per_s"] > 0

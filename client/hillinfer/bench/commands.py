@@ -111,18 +111,27 @@ def placement_command(
 @app.command("transport")
 def transport_command(
     calls: Annotated[int, typer.Option(min=25, help="Evaluations by each transport.")] = 1000,
+    clients: Annotated[
+        int, typer.Option(min=0, max=64, help="Also measure what as many processes get together.")
+    ] = 0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long those ask.")] = 5.0,
     pool_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the pool lies.")] = Path("/dev/shm"),
     as_json: JsonOption = False,
 ) -> None:
     """Measure the round trip of the smallest evaluation, by gRPC and by the ring in shared memory."""
     from hillinfer.bench.transport import bench_transport
 
-    result = bench_transport(calls, pool_dir)
+    result = bench_transport(calls, pool_dir, clients, seconds)
     if as_json:
         print(json.dumps(result, indent=2))
         return
     for name, figures in result.items():
-        print(f"{name:12} p50 {figures['p50_us']:6,} us   p99 {figures['p99_us']:6,} us")
+        print(
+            f"{name:12} p50 {figures['p50_us']:6,} us   p99 {figures['p99_us']:6,} us   "
+            f"above the ranking: p50 {figures['above_p50_us']:6,} us   p99 {figures['above_p99_us']:6,} us"
+        )
+        if clients:
+            print(f"{'':12} {clients} clients together: {figures['per_s']:,} evaluations/s")
 
 
 @app.command("recall")

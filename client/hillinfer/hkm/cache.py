@@ -96,7 +96,7 @@ class HierarchicalCache(Cache):
 
     durable: the name under which `save` will keep the one sequence; base: the
     name of a saved one to begin with, as if the model had just read it (blocks;
-    raises UnknownContext, ContextMismatch). `labels` as in `Session.open_context`.
+    raises UnknownContext, ContextMismatch). `owner`, `labels` as in `Session.open_context`.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class HierarchicalCache(Cache):
         *,
         durable: str | None = None,
         base: str | None = None,
+        owner: str | int | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> None:
         self.session = session
@@ -128,6 +129,7 @@ class HierarchicalCache(Cache):
         self._named = durable is not None or base is not None
         self._durable = durable
         self._base = base
+        self._owner = owner
         self._labels = labels
         if self._named and len(self.full_layers) < len(self.layers):
             raise UnsupportedModel(
@@ -150,21 +152,21 @@ class HierarchicalCache(Cache):
         self.pipeline.policy = policy
 
     def _begin_with(self, name: str) -> None:
-        saved = self.session.find_context(name)
+        saved = self.session.find_context(name, self._owner)
         if saved is None:
             raise UnknownContext(f"there is no context named {name!r}: hillinferctl contexts lists them")
         # Heads and dtype are the stored ones until the model's first step shows its own, see `open_contexts`.
         shape = replace(saved.shape, layers=len(self.full_layers), precision=self.config.precision)
-        self._add_context(self.session.open_context(shape, base=name, labels=self._labels))
+        self._add_context(self.session.open_context(shape, base=name, owner=self._owner, labels=self._labels))
         for layer in self.full_layers:
             layer.begin_with(self.contexts[0].length(layer.index))
 
-    def save(self) -> None:
+    def save(self, group: str | int | None = None) -> None:
         """Keep what the cache holds under its `durable` name, complete and read-only, and go on after it.
 
         What is appended from here on belongs to this cache alone; it goes on
         exactly as one that begins with the name does. Blocks. Raises
-        InvalidInput for a cache without a name, and for one that holds padding.
+        InvalidInput for a cache without a name, and for one that holds padding. `group` as in `Context.save`.
         """
         self.check_usable()
         if self._durable is None or not self.contexts:
@@ -177,7 +179,7 @@ class HierarchicalCache(Cache):
             layer.append_window()
         if any(writer.length(layer.index) != layer.get_seq_length() for layer in self.full_layers):
             raise InvalidInput("a context with padding cannot be saved: give the text without any")
-        writer.save()
+        writer.save(group)
         self.contexts[0] = self.session.open_context(writer.shape, base=self._durable, labels=self._labels)
         self._base, self._durable = self._durable, None
         writer.close()
@@ -240,7 +242,9 @@ class HierarchicalCache(Cache):
             )
         new = None
         if self._base is not None:
-            new = self.session.open_context(old.shape, base=self._base, labels=self._labels)
+            new = self.session.open_context(
+                old.shape, base=self._base, owner=self._owner, labels=self._labels
+            )
             if new.length(0) > tokens:
                 new.close()
                 new, self._base = None, None

@@ -49,7 +49,7 @@ class Region(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class OpenContextRequest(_message.Message):
-    __slots__ = ("layers", "kv_heads", "head_dim", "dtype", "precision", "durable_name", "base_name", "labels")
+    __slots__ = ("layers", "kv_heads", "head_dim", "dtype", "precision", "durable_name", "base_name", "labels", "base_uid")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class OpenContextRequest(_message.Message):
     DURABLE_NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_NAME_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    BASE_UID_FIELD_NUMBER: _ClassVar[int]
     layers: int
     kv_heads: int
     head_dim: int
@@ -73,10 +74,11 @@ class OpenContextRequest(_message.Message):
     durable_name: str
     base_name: str
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., durable_name: _Optional[str] = ..., base_name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    base_uid: int
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., durable_name: _Optional[str] = ..., base_name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., base_uid: _Optional[int] = ...) -> None: ...
 
 class OpenContextResponse(_message.Message):
-    __slots__ = ("context_id", "append_unit", "append_limit", "layer_tokens", "tail_tokens", "evaluation_key_bytes", "checksum_bytes")
+    __slots__ = ("context_id", "append_unit", "append_limit", "layer_tokens", "tail_tokens", "evaluation_key_bytes", "checksum_bytes", "durable_id", "content_checksum")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     APPEND_UNIT_FIELD_NUMBER: _ClassVar[int]
     APPEND_LIMIT_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +86,8 @@ class OpenContextResponse(_message.Message):
     TAIL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_KEY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     context_id: int
     append_unit: int
     append_limit: int
@@ -91,7 +95,9 @@ class OpenContextResponse(_message.Message):
     tail_tokens: _containers.RepeatedScalarFieldContainer[int]
     evaluation_key_bytes: int
     checksum_bytes: int
-    def __init__(self, context_id: _Optional[int] = ..., append_unit: _Optional[int] = ..., append_limit: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., tail_tokens: _Optional[_Iterable[int]] = ..., evaluation_key_bytes: _Optional[int] = ..., checksum_bytes: _Optional[int] = ...) -> None: ...
+    durable_id: str
+    content_checksum: int
+    def __init__(self, context_id: _Optional[int] = ..., append_unit: _Optional[int] = ..., append_limit: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., tail_tokens: _Optional[_Iterable[int]] = ..., evaluation_key_bytes: _Optional[int] = ..., checksum_bytes: _Optional[int] = ..., durable_id: _Optional[str] = ..., content_checksum: _Optional[int] = ...) -> None: ...
 
 class CloseContextRequest(_message.Message):
     __slots__ = ("context_id",)
@@ -248,10 +254,12 @@ class FetchResponse(_message.Message):
     def __init__(self, read_bytes: _Optional[int] = ..., generation: _Optional[int] = ..., key_checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SaveContextRequest(_message.Message):
-    __slots__ = ("context_id",)
+    __slots__ = ("context_id", "gid")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
+    GID_FIELD_NUMBER: _ClassVar[int]
     context_id: int
-    def __init__(self, context_id: _Optional[int] = ...) -> None: ...
+    gid: int
+    def __init__(self, context_id: _Optional[int] = ..., gid: _Optional[int] = ...) -> None: ...
 
 class SaveContextResponse(_message.Message):
     __slots__ = ()
@@ -268,7 +276,7 @@ class ListContextsResponse(_message.Message):
     def __init__(self, contexts: _Optional[_Iterable[_Union[DurableContext, _Mapping]]] = ...) -> None: ...
 
 class DurableContext(_message.Message):
-    __slots__ = ("name", "uid", "saved", "tokens", "extent_bytes", "layers", "kv_heads", "head_dim", "dtype", "precision", "labels", "created_unix_s", "users", "drive")
+    __slots__ = ("name", "uid", "saved", "tokens", "extent_bytes", "layers", "kv_heads", "head_dim", "dtype", "precision", "labels", "created_unix_s", "users", "drive", "gid")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -290,6 +298,7 @@ class DurableContext(_message.Message):
     CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
     DRIVE_FIELD_NUMBER: _ClassVar[int]
+    GID_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: int
     saved: bool
@@ -304,7 +313,8 @@ class DurableContext(_message.Message):
     created_unix_s: int
     users: int
     drive: str
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[int] = ..., saved: bool = ..., tokens: _Optional[int] = ..., extent_bytes: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., created_unix_s: _Optional[int] = ..., users: _Optional[int] = ..., drive: _Optional[str] = ...) -> None: ...
+    gid: int
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[int] = ..., saved: bool = ..., tokens: _Optional[int] = ..., extent_bytes: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., created_unix_s: _Optional[int] = ..., users: _Optional[int] = ..., drive: _Optional[str] = ..., gid: _Optional[int] = ...) -> None: ...
 
 class DeleteContextRequest(_message.Message):
     __slots__ = ("name", "uid")

@@ -210,16 +210,15 @@ class Catalogue:
         return context
 
     def open_reader(
-        self, session_id: int, uid: int, name: str, shape: Shape, labels: Mapping[str, str]
+        self, session_id: int, uid: int, durable: Durable, shape: Shape, labels: Mapping[str, str]
     ) -> Context:
-        """Register a volatile context that begins with the saved durable context ``name``.
+        """Register a volatile context of the user that begins with a saved one, which may be another's.
 
-        Raises :class:`UnknownContext`, ``ContextMismatch``, or :class:`ContextInUse` for one not saved.
+        Raises :class:`ContextMismatch`, or :class:`ContextInUse` for one not saved.
         """
-        durable = self.find_durable(uid, name)
         durable.check_matches(shape, labels)
         if not durable.saved:
-            raise ContextInUse(f"context {name!r} is not saved yet; continue it, or delete it")
+            raise ContextInUse(f"context {durable.name!r} is not saved yet; continue it, or delete it")
         context = self._register(session_id, uid, shape, [layer.continued() for layer in durable.layers])
         context.base = durable
         durable.readers.add(context.context_id)

@@ -165,6 +165,7 @@ class AttachServer:
             arena_bytes=session.arena.nbytes,
             arena_generation=session.arena.generation,
             server_version=__version__,
+            instance=self._service.instance,
         )
         log.info(
             "session attached",

@@ -35,10 +35,14 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             DType.from_proto(request.dtype),
             Precision.from_proto(request.precision),
         )
-        ask = requests.OpenContext(shape, request.durable_name, request.base_name, dict(request.labels))
+        owner = request.base_uid if request.HasField("base_uid") else None
+        ask = requests.OpenContext(
+            shape, request.durable_name, request.base_name, dict(request.labels), owner
+        )
         if request.WhichOneof("kind") and not (ask.durable_name or ask.base_name):
             raise InvalidInput("the name of a durable context is empty")
         opened = await self._service.open_context(self._session(context), ask, deadline_of(context))
+        kept = opened.durable or opened.base
         return pb.OpenContextResponse(
             context_id=opened.context_id,
             append_unit=shape.append_unit,
@@ -47,6 +51,8 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             tail_tokens=opened.tails,
             evaluation_key_bytes=opened.evaluation_key_bytes,
             checksum_bytes=opened.checksum_bytes,
+            durable_id=kept.unique if kept else "",
+            content_checksum=opened.base.checksum if opened.base else 0,
         )
 
     async def CloseContext(
@@ -140,7 +146,10 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
 
     async def SaveContext(self, request: pb.SaveContextRequest, context: Context) -> pb.SaveContextResponse:
         """Make a durable context complete and read-only."""
-        await self._service.save_context(self._session(context), request.context_id, deadline_of(context))
+        gid = request.gid if request.HasField("gid") else None
+        await self._service.save_context(
+            self._session(context), request.context_id, gid, deadline_of(context)
+        )
         return pb.SaveContextResponse()
 
     async def ListContexts(
@@ -161,8 +170,7 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Describe device, pool and sessions; waits for nothing."""
-        self._session(context)
-        return status_response(self._service, __version__)
+        return status_response(self._service, __version__, self._session(context))
 
     def _session(self, context: Context) -> Session:
         return session_of(self._service, context)

@@ -85,8 +85,12 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     """Check a whole request; raises :class:`InvalidInput` or what ``Catalogue.get`` raises."""
     if not 1 <= len(ask.evaluations) <= MAX_EVALUATIONS:
         raise InvalidInput(f"a request takes 1 to {MAX_EVALUATIONS} evaluations, not {len(ask.evaluations)}")
-    checked = [_evaluation(session, catalogue, ask, evaluation) for evaluation in ask.evaluations]
-    heads = sum(catalogue.get(session.session_id, item.context_id).shape.kv_heads for item in checked)
+    contexts = [catalogue.get(session.session_id, item.context_id) for item in ask.evaluations]
+    checked = [
+        _evaluation(session, context, ask, item)
+        for context, item in zip(contexts, ask.evaluations, strict=True)
+    ]
+    heads = sum(context.shape.kv_heads for context in contexts)
     if heads > MAX_RESULTS:
         raise InvalidInput(
             f"{heads} evaluations times KV heads in one request; at most {MAX_RESULTS} are allowed"
@@ -95,7 +99,7 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     if rows > session.arena.nbytes:
         raise InvalidInput(f"the regions for rows have {rows} bytes together, more than the arena")
     scanned = sum(
-        scan_bytes(catalogue.get(session.session_id, item.context_id).shape, item, ask) for item in checked
+        scan_bytes(context.shape, item, ask) for context, item in zip(contexts, checked, strict=True)
     )
     if scanned > MAX_SCANNED:
         raise InvalidInput(
@@ -164,9 +168,8 @@ def scan_bytes(shape: Shape, item: messages.Evaluation, ask: requests.Evaluate |
 
 
 def _evaluation(
-    session: Session, catalogue: Catalogue, ask: requests.Evaluate, item: requests.Evaluation
+    session: Session, context: Context, ask: requests.Evaluate, item: requests.Evaluation
 ) -> messages.Evaluation:
-    context = catalogue.get(session.session_id, item.context_id)
     layer, shape = context.layer(ask.layer), context.shape
     heads = shape.kv_heads
     if ask.query_heads == 0 or ask.query_heads % heads:

@@ -85,9 +85,9 @@ class Drive:
         path, pool = settings.catalogue, Path(settings.driver.path)
         self._durables = DurableStore(path, pool) if path else None
         self._quotas = quotas
+        self._sessions = sessions
         self._contexts = self._empty(0)
         self.key_bytes = 0
-        self._sessions = sessions
         self._pool_id = ""
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -191,9 +191,11 @@ class Drive:
             await self._bulk("close", session, work, deadline)
         context.discarded = True
 
-    async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
+    async def save_context(
+        self, session: Session, context_id: int, gid: int | None, deadline: float | None
+    ) -> None:
         """Make a durable context complete and read-only."""
-        await self._bulk("save", session, lambda: self._contexts.save(session, context_id), deadline)
+        await self._bulk("save", session, lambda: self._contexts.save(session, context_id, gid), deadline)
 
     async def delete_context(self, session: Session, uid: int, name: str, deadline: float | None) -> int:
         """Delete a durable context that nobody has open; return the bytes freed."""
@@ -425,4 +427,5 @@ class Drive:
     def _empty(self, capacity: int) -> ContextWork:
         # The first granule holds the pool's header.
         allocator = ExtentAllocator(capacity, reserved=GRANULE)
-        return ContextWork(Catalogue(allocator, self._quotas), self._durables, self._call)
+        catalogue = Catalogue(allocator, self._quotas)
+        return ContextWork(catalogue, self._durables, self._call, self._sessions.may_read)

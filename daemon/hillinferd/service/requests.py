@@ -25,6 +25,7 @@ class OpenContext:
     durable_name: str = ""
     base_name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    base_uid: int | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hillinfer_core.layout import PAGE
 from hillinfer_core.ring import RingFds, create_ring
 from hillinfer_core.units import format_bytes
 
+from ..domain.durable import Durable
 from ..domain.regions import ArenaSpace
 from .drain import Drain
 from .limits import Limits
@@ -208,6 +209,23 @@ class Sessions:
             raise NotAllowed(
                 f"user {session.peer.uid} may not administer the daemon; ask as root, as the daemon's user, "
                 "or as a user in one of its admin_groups"
+            )
+
+    def seen_by(self, session: Session) -> list[Session]:
+        """Return the sessions of the session's user; of everybody for who may administer."""
+        uid = session.peer.uid
+        return list(self if self._limits.may_administer(uid) else self._of_user(uid))
+
+    def may_read(self, session: Session, durable: Durable) -> bool:
+        """Say whether the session's user may begin with a durable context, by the groups they are in now."""
+        return self._limits.may_read(session.peer.uid, durable)
+
+    def check_may_share(self, session: Session, gid: int) -> None:
+        """Raise :class:`NotAllowed` unless the session's user is in the group, or root."""
+        if not self._limits.may_share(session.peer.uid, gid):
+            raise NotAllowed(
+                f"user {session.peer.uid} is not in group {gid} and may not have it read a context; name a "
+                "group of your own"
             )
 
     def is_open(self, session: Session) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from hillinfer_core.errors import DeadlineExceeded, HillInferError
 
@@ -43,8 +43,7 @@ class Flow(Protocol):
         """Above 0; looked at whenever the session was served."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One piece of work that left the queue: times in seconds.
 
     ``error`` is what it failed with, also without having run (``service_s`` is 0 then): cancelled, or
@@ -114,7 +113,7 @@ class WorkQueue:
         self._clock = clock
         self._waiting: dict[int, deque[_Entry]] = {}
         self._urgent: deque[_Entry] = deque()
-        self._shares = {priority: FairShare() for priority in Priority}
+        self._decode, self._bulk = FairShare(), FairShare()
         self._bulk_due = 0.0
 
     @property
@@ -177,8 +176,8 @@ class WorkQueue:
         """Fail everything that waits for the session with ``error``."""
         for entry in self._waiting.pop(session_id, ()):
             self._drop(entry, error)
-        for share in self._shares.values():
-            share.forget(session_id)
+        self._decode.forget(session_id)
+        self._bulk.forget(session_id)
 
     def cancel_all(self, error: HillInferError) -> None:
         """Fail everything that waits, urgent work excepted, with ``error``."""
@@ -273,21 +272,23 @@ class WorkQueue:
             entry = self._urgent.popleft()
             if not entry.result.done():
                 return entry
-        waiting = self._heads()
-        if not waiting[Priority.decode] and not waiting[Priority.bulk]:
+        decode, bulk = self._heads()
+        if not decode and not bulk:
             # Nobody waits, so nobody is ahead of anybody.
             self._waiting.clear()
-            for share in self._shares.values():
-                share.reset()
+            self._decode.reset()
+            self._bulk.reset()
             self._bulk_due = 0.0
             return None
-        priority = self._choose(waiting)
-        return self._waiting[self._shares[priority].first(waiting[priority])].popleft()
+        if self._is_bulks_turn(decode, bulk):
+            return self._waiting[self._bulk.first(bulk)].popleft()
+        return self._waiting[self._decode.first(decode)].popleft()
 
-    def _heads(self) -> dict[Priority, list[int]]:
-        """Return sessions by the priority of what they would run next, having dropped what will not run."""
+    def _heads(self) -> tuple[list[int], list[int]]:
+        """Return sessions whose next piece is decode, and bulk, having dropped what will not run any more."""
         now = self._clock()
-        waiting: dict[Priority, list[int]] = {priority: [] for priority in Priority}
+        decode: list[int] = []
+        bulk: list[int] = []
         # A list: whoever hears of an error may submit something else at once.
         for session_id, entries in list(self._waiting.items()):
             while entries and (entries[0].result.done() or _is_late(entries[0], now)):
@@ -295,27 +296,24 @@ class WorkQueue:
                     entries.popleft(), DeadlineExceeded("the deadline passed before the work's turn came")
                 )
             if entries:
-                priority = entries[0].priority
-                assert priority is not None
-                waiting[priority].append(session_id)
-        return waiting
+                (decode if entries[0].priority is Priority.decode else bulk).append(session_id)
+        return decode, bulk
 
-    def _choose(self, waiting: dict[Priority, list[int]]) -> Priority:
-        if not waiting[Priority.bulk]:
+    def _is_bulks_turn(self, decode: list[int], bulk: list[int]) -> bool:
+        if not bulk:
             # Who does not wait is owed nothing.
             self._bulk_due = 0.0
-            return Priority.decode
-        if not waiting[Priority.decode]:
-            return Priority.bulk
+            return False
         # Never above 0 after a piece of bulk, so that decode is next after it.
-        return Priority.bulk if self._bulk_due > 0 else Priority.decode
+        return not decode or self._bulk_due > 0
 
     def _charge(self, entry: _Entry, seconds: float, contended: bool) -> None:
         if entry.flow is None or entry.priority is None:
             return
         # Not to a session that ended meanwhile: nobody would forget it again.
         if entry.flow.session_id in self._waiting:
-            self._shares[entry.priority].charge(entry.flow.session_id, entry.flow.weight, seconds)
+            share = self._decode if entry.priority is Priority.decode else self._bulk
+            share.charge(entry.flow.session_id, entry.flow.weight, seconds)
         if entry.priority is Priority.bulk:
             paid = seconds * (1 - BULK_SHARE) if contended else 0.0
             self._bulk_due = min(0.0, self._bulk_due - paid)

@@ -208,7 +208,7 @@ Request: TypeAlias = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Traffic:
     """Bytes written to and read from the drive, and bytes of evaluation keys scanned.
 
@@ -259,7 +259,7 @@ class Ready:
     identity: Identity
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Done:
     """A request was carried out.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -59,7 +59,8 @@ class Operations:
     def carry_out(self, request: messages.Request, fd: int | None) -> messages.Reply:
         """Carry out ``request`` with the descriptor that came along, and return the reply; raises nothing."""
         traffic = Traffic()
-        before = replace(self._driver.requests)
+        requests = self._driver.requests
+        reads, writes = requests.reads, requests.writes
         try:
             return self._carry_out(request, fd, traffic)
         except HillInferError as error:
@@ -73,8 +74,8 @@ class Operations:
                 HillInferError.__name__, f"internal error in the worker: {error!r}", traffic
             )
         finally:
-            traffic.reads = self._driver.requests.reads - before.reads
-            traffic.writes = self._driver.requests.writes - before.writes
+            traffic.reads = requests.reads - reads
+            traffic.writes = requests.writes - writes
 
     def _carry_out(self, request: messages.Request, fd: int | None, traffic: Traffic) -> messages.Reply:
         match request:

@@ -55,10 +55,9 @@ def read_range(
 
 
 def _verify(checksums: U32, heads: Heads, tokens: Tokens, out: npt.NDArray[np.uint8]) -> None:
-    wrong = kernel.row_checksums(out) != checksums
-    if wrong.any():
-        first = int(wrong.argmax())
+    first = kernel.damaged_row(out, checksums)
+    if first is not None:
         raise CorruptData(
-            f"{np.count_nonzero(wrong)} of {len(tokens)} rows read back are damaged, the first is token "
-            f"{tokens[first]} of head {heads[first]}; close the context, fill a new one, and check the drive"
+            f"of {len(tokens)} rows read back, that of token {tokens[first]} of head {heads[first]} is the "
+            "first that is damaged; close the context, fill a new one, and check the drive"
         )

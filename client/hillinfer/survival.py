@@ -1,0 +1,53 @@
+"""How calls go through a restart of the daemon: once more, with the session attached to the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from hillinfer_core.errors import DaemonUnavailable, DeadlineExceeded, DeviceUnavailable, Draining
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+RESTART_S = 10.0
+"""How long a call waits for a daemon that went away to be back: systemd takes a second or two. Our choice."""
+
+RETRY_S = 0.05
+LEAST_ATTACH_S = 1.0
+"""For the one attempt when that time is over: a socket of systemd takes anyone in at once. Our choice."""
+
+
+class DaemonGone(DaemonUnavailable):
+    """The daemon ended the session, most likely with itself."""
+
+
+AWAY = (DaemonUnavailable, Draining, DeadlineExceeded, DeviceUnavailable)
+"""What a daemon answers, or not, that is about to stop or not yet ready: worth another try."""
+
+
+def survives(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Have a method of a Session or Context begin anew, once, when the daemon is gone.
+
+    Once, as it may be this very call that the daemon dies of. The method must be such that beginning anew
+    is right: it changes nothing in this process before the daemon answered.
+    """
+
+    @wraps(method)
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        session: Any = getattr(self, "session", self)
+        with session.lock:
+            try:
+                try:
+                    return method(self, *args, **kwargs)
+                except DaemonGone:
+                    session.note_gone()
+                    return method(self, *args, **kwargs)
+            except DaemonGone:
+                session.note_gone()
+                raise
+
+    return call
