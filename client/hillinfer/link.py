@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,22 @@ class Link:
         with self._awaiting(method):
             return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
 
-    def ask(self, request: cold_pool_pb2.EvaluateRequest, timeout_s: float) -> cold_pool_pb2.EvaluateResponse:
-        """Make an evaluation: by the ring, or on a stream of its own."""
+    def ask(
+        self,
+        request: cold_pool_pb2.EvaluateRequest,
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> cold_pool_pb2.EvaluateResponse:
+        """Make an evaluation: by the ring, or on a stream of its own; do `meanwhile` once it is sent."""
         if self._ring is not None and self._ring.takes(request):
-            response: cold_pool_pb2.EvaluateResponse = self._ask_ring("Evaluate", request, timeout_s)
+            response: cold_pool_pb2.EvaluateResponse = self._ask_ring(
+                "Evaluate", request, timeout_s, meanwhile
+            )
             return response
         if self._stream is None:
             self._stream = self.new_stream(timeout_s)
         with self._awaiting("Evaluate"):
-            return self._stream.ask(request)
+            return self._stream.ask(request, meanwhile)
 
     def new_stream(self, timeout_s: float) -> EvaluateStream:
         """Return another evaluation stream of this attachment."""
@@ -99,10 +106,12 @@ class Link:
         self._connection.close()
         self._staging = None
 
-    def _ask_ring(self, method: str, request: Any, timeout_s: float) -> Any:
+    def _ask_ring(
+        self, method: str, request: Any, timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> Any:
         assert self._ring is not None
         with self._awaiting(method):
-            answer = self._ring.ask(Method[method], request, timeout_s)
+            answer = self._ring.ask(Method[method], request, timeout_s, meanwhile)
             if answer.code == Outcome.refused:
                 refused = attach_pb2.Refused.FromString(answer.payload)
                 raise _AnsweredError(errors.by_name(refused.error)(refused.message))

@@ -120,14 +120,17 @@ class RingServer:
             self._calls[number] = call
 
     async def _serve(self, entry: Entry) -> None:
-        answer, failed = None, None
         try:
             if entry.code not in self._methods:
                 raise InvalidInput(f"the ring has no method {entry.code}")
             answer = await self._methods[entry.code](self._session, _request(entry), _deadline(entry))
         except Exception as error:
-            failed = error
-        self._complete(entry, answer, failed)
+            self._complete(entry, None, error)
+            # The future that raised it keeps it, and its traceback this frame and so the ring's memory: a
+            # cycle, and a descriptor that would go when garbage is next collected.
+            error.__traceback__ = None
+        else:
+            self._complete(entry, answer, None)
 
     def _complete(self, entry: Entry, answer: Message | None, error: Exception | None) -> None:
         payload = b"" if answer is None else answer.SerializeToString()
