@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import grpc
 
 from hillinfer import wire
+from hillinfer.evaluation import EvaluateItem, Plan
 from hillinfer.ring import RingTransport
 from hillinfer.stream import EvaluateStream
 from hillinfer.survival import DaemonGone
 from hillinfer_core import errors, protocol
 from hillinfer_core.errors import DaemonUnavailable, ForeignToken, HillInferError, InvalidInput
-from hillinfer_core.ring import Method, Outcome
+from hillinfer_core.packed import Evaluated, unpack_results
+from hillinfer_core.ring import PAYLOAD_BYTES, Method, Outcome
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
 _ON_RING: dict[str, Any] = {
@@ -85,6 +87,26 @@ class Link:
         with self._awaiting("Evaluate"):
             return self._stream.ask(request)
 
+    def evaluate(
+        self, plan: Plan, layer: int, items: Sequence[EvaluateItem], timeout_s: float
+    ) -> list[Evaluated]:
+        """Make the evaluation of `plan`, which is filled: by the ring, or on a stream of its own."""
+        if self._ring is not None:
+            packed = plan.packed(layer, items)
+            if len(packed) <= PAYLOAD_BYTES:
+                return unpack_results(self._answer(Method.EvaluatePacked, packed, timeout_s))
+        return [
+            Evaluated(
+                result.generation,
+                list(result.missing_per_head),
+                result.rows_brought,
+                result.evaluated_bytes,
+                result.read_bytes,
+                result.scan_s,
+            )
+            for result in self.ask(plan.message(layer, items), timeout_s).results
+        ]
+
     def new_stream(self, timeout_s: float) -> EvaluateStream:
         """Return another evaluation stream of this attachment."""
         return EvaluateStream(self._stub, self._metadata, timeout_s)
@@ -100,13 +122,17 @@ class Link:
         self._staging = None
 
     def _ask_ring(self, method: str, request: Any, timeout_s: float) -> Any:
+        answer = self._answer(Method[method], request.SerializeToString(), timeout_s)
+        return _ON_RING[method].FromString(answer)
+
+    def _answer(self, method: Method, payload: bytes, timeout_s: float) -> bytes:
         assert self._ring is not None
-        with self._awaiting(method):
-            answer = self._ring.ask(Method[method], request, timeout_s)
+        with self._awaiting(method.name):
+            answer = self._ring.ask(method, payload, timeout_s)
             if answer.code == Outcome.refused:
                 refused = attach_pb2.Refused.FromString(answer.payload)
                 raise _AnsweredError(errors.by_name(refused.error)(refused.message))
-        return _ON_RING[method].FromString(answer.payload)
+        return answer.payload
 
     @contextmanager
     def _awaiting(self, method: str) -> Iterator[None]:

@@ -44,8 +44,10 @@ class RingTransport:
         """Whether `request` fits in an entry of the ring."""
         return request.ByteSize() <= PAYLOAD_BYTES
 
-    def ask(self, method: Method, request: Message, timeout_s: float) -> Entry:
-        """Sends `request` and waits for its completion, `timeout_s` seconds at most; sleeps meanwhile.
+    def ask(self, method: Method, payload: bytes, timeout_s: float) -> Entry:
+        """Sends the request in `payload` and waits for its completion, `timeout_s` seconds at most.
+
+        Sleeps meanwhile.
 
         Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
         when there will be none. An answer that comes after these is dropped by the next `ask`.
@@ -53,7 +55,7 @@ class RingTransport:
         ticket = next(self._tickets)
         deadline = time.monotonic() + timeout_s
         timeout_ms = max(1, int(timeout_s * 1000))
-        self._submissions.put(Entry(ticket, method, timeout_ms, request.SerializeToString()))
+        self._submissions.put(Entry(ticket, method, timeout_ms, payload))
         with suppress(BrokenPipeError):  # The end of the connection says it below.
             ring_doorbell(self._fds.submitted)
         while True:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -255,11 +255,13 @@ class Session:
                         layer, items[half:], reduction, bring
                     )
                 self._plan = plan
-            results = self.ask(plan.fill(layer, items)).results
+            plan.fill(items)
+            results = self._attached().evaluate(plan, layer, items, self.timeout_s)
+            self._count(results)
             return [
                 Brought(
                     buffers.ids.copy(),
-                    list(result.missing_per_head),
+                    result.missing_per_head,
                     buffers.rows[: result.rows_brought].copy(),
                     result.generation,
                     result.evaluated_bytes,
@@ -335,10 +337,13 @@ class Session:
     def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: an evaluation, counted."""
         response = self._attached().ask(request, self.timeout_s)
-        for result in response.results:
+        self._count(response.results)
+        return response
+
+    def _count(self, results: Iterable[Any]) -> None:
+        for result in results:
             self.counters.evaluated_bytes += result.evaluated_bytes
             self.counters.read_bytes += result.read_bytes
-        return response
 
     def new_stream(self) -> EvaluateStream:
         """For the library's own use: another evaluation stream of this session, not counted, not locked."""
