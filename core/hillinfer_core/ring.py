@@ -30,7 +30,7 @@ ENTRY_BYTES = 8192
 """Of an entry, its header included: an evaluation takes about 100 bytes for each sequence. Our choice."""
 
 _HEADER = struct.Struct("<QIII")  # ticket, code, timeout in ms, payload bytes
-_COUNTER = struct.Struct("<I")
+_LINE = 16  # counters in a cache line
 _WRAP = 1 << 32
 
 PAYLOAD_BYTES = ENTRY_BYTES - _HEADER.size
@@ -146,20 +146,21 @@ class _Lane:
     """Memory of one ring: its two counters and its entries."""
 
     def __init__(self, memory: Arena, number: int) -> None:
-        self._counters = memory.buffer(number * 128, 128)
+        # An array stores at once; struct.pack_into writes zeros before, which the other side would see.
+        self._counters = memory.buffer(number * 128, 128).cast("I")
         self._entries = memory.buffer(PAGE + number * ENTRIES * ENTRY_BYTES, ENTRIES * ENTRY_BYTES)
 
     def put(self) -> int:
-        return int(_COUNTER.unpack_from(self._counters, 0)[0])
+        return self._counters[0]
 
     def set_put(self, count: int) -> None:
-        _COUNTER.pack_into(self._counters, 0, count)
+        self._counters[0] = count
 
     def taken(self) -> int:
-        return int(_COUNTER.unpack_from(self._counters, 64)[0])
+        return self._counters[_LINE]
 
     def set_taken(self, count: int) -> None:
-        _COUNTER.pack_into(self._counters, 64, count)
+        self._counters[_LINE] = count
 
     def write(self, count: int, entry: Entry) -> None:
         at = count % ENTRIES * ENTRY_BYTES

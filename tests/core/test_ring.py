@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import settings
@@ -118,3 +122,27 @@ def test_a_senseless_length_is_refused(memory: Arena) -> None:
     memory.view(length, (1,), "<u4")[0] = PAYLOAD_BYTES + 1
     with pytest.raises(InvalidInput, match="bytes"):
         take.take()
+
+
+def test_the_other_side_never_sees_half_of_a_change(memory: Arena) -> None:
+    """Both sides in processes of their own, neither waiting for a doorbell: the counters are all there is."""
+    count = 30_000
+    producer, consumer = client_ends(memory)[0], daemon_ends(memory)[0]
+    child = os.fork()
+    if child == 0:
+        for number in range(count):
+            while True:
+                with suppress(QuotaExceeded):
+                    producer.put(entry(number))
+                    break
+        os._exit(0)
+    found: list[Entry] = []
+    try:
+        deadline = time.monotonic() + 60
+        while len(found) < count:
+            found += consumer.take()
+            assert time.monotonic() < deadline
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert [each.ticket for each in found] == list(range(count))

@@ -6,12 +6,11 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
+from absurd import NUMBERS, STRINGS, changes, outcome, right_requests
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -45,19 +44,6 @@ NO_MESSAGES = {
 }
 
 TOO_LARGE = bytes([0x0A]) + b"\x80\x80\x80\x04" + bytes(8 << 20)
-
-NUMBERS = [0, 1, 2, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
-
-STRINGS = [
-    "",
-    "x" * 100_000,
-    "../../etc/passwd",
-    "a\0b",
-    "\x1b[2J",
-    " ",
-    "'; DROP TABLE record; --",
-    "\U0010ffff",
-]
 
 
 def _raw(client: RawClient, method: str, payload: bytes) -> grpc.RpcError:
@@ -109,92 +95,7 @@ def requests(daemon: Path) -> Iterator[tuple[RawClient, Callable[[], dict[str, l
     with RawClient(daemon, 4 << 20) as client:
         context = client.open(SHAPE)
         client.append(context, 0, 0, random_rows(np.random.default_rng(0), SHAPE, TOKENS))
-        yield client, lambda: _right(client, context)
-
-
-def _right(client: RawClient, context: int) -> dict[str, list[Message]]:
-    region = client.region
-    assert client.arena is not None
-    client.arena.view(0, (2048,), np.float32)[:] = 1
-    client.arena.view(1 << 20, (64,), np.uint32)[:] = 3
-    item = pb.Evaluation(
-        context_id=context, end_token=TOKENS, k=8, query=region(0, 1024), ids=region(4096, 64)
-    )
-    for name, at in (("scores", 8192), ("held", 1 << 20), ("rows", 2 << 20)):
-        getattr(item, name).CopyFrom(region(at, 64))
-    apart = pb.Evaluation(
-        context_id=context, end_token=TOKENS, k=8, query=region(0, 1024), ids=region(4096, 128)
-    )
-    apart.histogram.CopyFrom(region(1 << 20, 4 * 8192))
-    apart.scales.CopyFrom(region(8192, 4 * 48))
-    rows = region(2 << 20, TOKENS * SHAPE.kv_heads * SHAPE.row_bytes)
-    ids = pb.Ids(count_per_head=[3, 5], ids=region(1 << 20, 32))
-    keys = pb.KeyRange(end_token=TOKENS, scales=region(0, 512))
-    shape = {"layers": 1, "kv_heads": 2, "head_dim": 64, "dtype": 1, "precision": 1}
-    return {
-        "OpenContext": [
-            pb.OpenContextRequest(**shape),
-            pb.OpenContextRequest(**shape, durable_name="a", labels={"b": "c"}),
-            pb.OpenContextRequest(**shape, base_name="a"),
-        ],
-        "CloseContext": [pb.CloseContextRequest(context_id=1 << 40)],
-        "Append": [
-            pb.AppendRequest(
-                context_id=context, layer=0, first_token=TOKENS, tokens=64, rows=region(0, 32768)
-            ),
-            pb.AppendRequest(
-                context_id=context, first_token=TOKENS, tokens=3, rows=region(0, 1536), tail=True
-            ),
-        ],
-        "Evaluate": [
-            pb.EvaluateRequest(query_heads=4, reduction=1, evaluations=[item]),
-            pb.EvaluateRequest(query_heads=4, reduction=2, evaluations=[item, item]),
-            pb.EvaluateRequest(query_heads=4, reduction=3, evaluations=[apart]),
-        ],
-        "Fetch": [
-            pb.FetchRequest(context_id=context, by_ids=ids, rows=rows),
-            pb.FetchRequest(context_id=context, range=pb.TokenRange(count=TOKENS), rows=rows),
-            pb.FetchRequest(context_id=context, keys=keys, rows=rows),
-            pb.FetchRequest(context_id=context, tail=pb.Tail(), rows=rows),
-        ],
-        "SaveContext": [pb.SaveContextRequest(context_id=context)],
-        "DeleteContext": [pb.DeleteContextRequest(name="a", uid=0)],
-    }
-
-
-def _changes(message: Message) -> Iterator[Callable[[Message], None]]:
-    """Everything that sets one field, however deep, to something absurd, or drops it."""
-    for field in message.DESCRIPTOR.fields:
-        path = field.name
-        yield lambda at, path=path: at.ClearField(path)
-        if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            yield lambda at, path=path: getattr(at, path).update({text: text for text in STRINGS})
-            yield lambda at, path=path: getattr(at, path).update({str(each): "" for each in range(5000)})
-        elif field.message_type is not None and field.is_repeated:
-            yield lambda at, path=path: getattr(at, path).extend(list(getattr(at, path)) * 300)
-            for change in _changes(next(iter(getattr(message, path)), field.message_type._concrete_class())):
-                yield lambda at, path=path, change=change: change(getattr(at, path)[-1])
-        elif field.message_type is not None:
-            for change in _changes(getattr(message, path)):
-                yield lambda at, path=path, change=change: change(getattr(at, path))
-        elif field.is_repeated:
-            for value in _values(field):
-                yield lambda at, path=path, value=value: getattr(at, path).__setitem__(0, value)
-            yield lambda at, path=path: getattr(at, path).extend([1] * 100_000)
-        else:
-            for value in _values(field):
-                yield lambda at, path=path, value=value: setattr(at, path, value)
-
-
-def _values(field: FieldDescriptor) -> list[Any]:
-    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
-        return STRINGS
-    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
-        return [False, True]
-    if field.cpp_type == FieldDescriptor.CPPTYPE_ENUM:
-        return [0, 3, 99, (1 << 31) - 1, -1, -(1 << 31)]
-    wide = field.cpp_type == FieldDescriptor.CPPTYPE_UINT64
-    return [number for number in NUMBERS if wide or number < 1 << 32]
+        yield client, lambda: right_requests(client, context)
 
 
 def test_any_field_may_be_absurd(
@@ -205,30 +106,17 @@ def test_any_field_may_be_absurd(
     outcomes: Counter[str] = Counter()
     for method, messages in right().items():
         for number, message in enumerate(messages):
-            for change in _changes(message):
+            for change in changes(message):
                 request = right()[method][number]
                 try:
                     change(request)
                 except (IndexError, ValueError):
                     continue  # not in this request
-                outcomes[_outcome(client, method, request)] += 1
+                outcomes[outcome(client, method, request)] += 1
         honest.check()
     print(dict(outcomes))
     assert sum(outcomes.values()) > 400
     assert {"InvalidInput", "UnknownContext", "OutOfOrder", "done"} <= set(outcomes)
-
-
-def _outcome(client: RawClient, method: str, request: Message) -> str:
-    """Make the call; return "done" or the name of the error, whose status must be that of the call."""
-    try:
-        client.call(method, request)
-    except Refused as error:
-        refused = error
-    else:
-        return "done"
-    assert refused.error not in ("", "HillInferError"), (method, request, refused)
-    assert refused.code is grpc.StatusCode[by_name(refused.error).status]
-    return refused.error
 
 
 @pytest.mark.parametrize("method", ["CloseSession", "CecStatus", "CecLoad", "CecRollback"])

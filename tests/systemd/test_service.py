@@ -152,10 +152,16 @@ def test_reload_applies_what_it_can_and_says_what_needs_a_restart(machine: Machi
         assert json.loads(machine.client("once", check=False))["error"] == "QuotaExceeded"
 
     (machine.root / "etc/hillinfer/hillinferd.toml").write_text("session_limit = 0\n")
-    machine.run("systemctl", "reload", "hillinferd")
-    wait_for(lambda: events(machine, "configuration not reloaded"))
-    assert "session_limit: 0 is not allowed" in machine.journal()
+    refused = subprocess.run(
+        machine.command("systemctl", "reload", "hillinferd"), capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1, refused
+    assert "failed" in refused.stderr
+    reason = "session_limit: 0 is not allowed"
+    assert reason in machine.journal()
+    assert reason in machine.run("systemctl", "status", "--no-pager", "hillinferd")
     assert machine.daemon == before
+    assert events(machine, "configuration not reloaded") == 0
     with load(machine):
         assert json.loads(machine.client("once", check=False))["error"] == "QuotaExceeded"
 

@@ -125,15 +125,18 @@ class RingServer:
             self._calls[number] = call
 
     async def _serve(self, entry: Entry) -> None:
-        answer, failed = b"", None
         try:
             if entry.code not in self._methods:
                 raise InvalidInput(f"the ring has no method {entry.code}")
             message = await self._methods[entry.code](self._session, _request(entry), _deadline(entry))
             answer = message.SerializeToString()
         except Exception as error:
-            failed = error
-        self._complete(entry, answer, failed)
+            self._complete(entry, b"", error)
+            # The future that raised it keeps it, and its traceback this frame and so the ring's memory: a
+            # cycle, and a descriptor that would go when garbage is next collected.
+            error.__traceback__ = None
+        else:
+            self._complete(entry, answer, None)
 
     def _complete(self, entry: Entry, payload: bytes, error: Exception | None) -> None:
         if error is None and len(payload) > PAYLOAD_BYTES:

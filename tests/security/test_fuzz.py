@@ -1,0 +1,189 @@
+"""Messages by chance, seeded, over the attach socket, gRPC and the ring: 5,000, and 100,000 that are long.
+
+Each is answered, with a typed error unless it was right; nobody else notices.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from absurd import right_requests
+from google.protobuf.message import Message
+from honest import SHAPE, TOKENS, Honest
+from raw_client import CALL_S, RawClient, attach_request, log_of, random_rows, wait_for
+from raw_ring import RawRing
+
+from hillinfer_core.attach_socket import connect
+from hillinfer_core.errors import by_name
+from hillinfer_core.protocol import ERROR_KEY, TOKEN_KEY, attach_socket
+from hillinfer_core.ring import ENTRIES, PAYLOAD_BYTES, Entry, Method, Outcome, ring_doorbell
+from hillinfer_core.v1 import attach_pb2
+from hillinfer_core.v1 import cold_pool_pb2 as pb
+
+BATCH = 250
+"""Messages between two looks at the honest session, and of one session that sends them."""
+
+ROWS = random_rows(np.random.default_rng(0), SHAPE, TOKENS)
+BYTES = (0, 1, 0x7F, 0x80, 0xFF)
+
+TYPED = "typed"
+DONE = "done"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_thousands_of_messages_by_chance(daemon: Path, honest: Honest, seed: int) -> None:
+    _fuzz(daemon, honest, seed, 2500)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_a_hundred_thousand_messages_by_chance(daemon: Path, honest: Honest, seed: int) -> None:
+    _fuzz(daemon, honest, seed, 10_000)
+
+
+def _fuzz(daemon: Path, honest: Honest, seed: int, count: int) -> None:
+    rng = random.Random(seed)
+    pid = int((daemon / "lock").read_text())
+    fds = len(os.listdir(f"/proc/{pid}/fd"))
+    outcomes: Counter[str] = Counter()
+    slowest = 0.0
+    for batch in range(count // BATCH):
+        transport = (_by_attach, _by_grpc, _by_ring)[batch % 3]
+        transport(daemon, rng, outcomes)
+        slowest = max(slowest, honest.check())
+    assert sum(outcomes.values()) == count // BATCH * BATCH
+    wait_for(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= fds, CALL_S)
+    log = log_of(daemon)
+    assert "unexpected" not in log
+    print(
+        f"seed {seed}: {dict(sorted(outcomes.items()))}, evaluations beside it {slowest * 1e3:.0f} ms at most"
+    )
+
+
+def _mutated(rng: random.Random, message: bytes, others: list[bytes]) -> bytes:
+    """Bytes or parts of the message changed, lost, doubled, or those of another; at times all by chance."""
+    if rng.random() < 0.05:
+        return rng.randbytes(rng.randrange(200))
+    data = bytearray(message)
+    for _ in range(rng.randrange(1, 6)):
+        at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        match rng.randrange(6):
+            case 0 if data:
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            case 1 if data:
+                data[rng.randrange(len(data))] = rng.choice(BYTES)
+            case 2:
+                data[at:at] = rng.randbytes(rng.randrange(1, 12))
+            case 3:
+                del data[at : min(end, at + 8)]
+            case 4:
+                data[at:at] = data[at:end]
+            case 5:
+                data[at:end] = rng.choice(others)[at:end]
+    return bytes(data[:16_000])
+
+
+def _by_attach(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None:
+    right = [attach_request(size, ring=bool(size)) for size in (0, 4096, 1 << 20)]
+    for _ in range(BATCH):
+        packet = _mutated(rng, rng.choice(right), right)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connect(connection, attach_socket(daemon), CALL_S)
+            if packet:
+                connection.send(packet)
+            else:
+                connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(65536)
+            reply = attach_pb2.AttachReply.FromString(answer)
+            if error := reply.refused.error:
+                assert by_name(error).__name__ == error != "HillInferError"
+            else:
+                assert not packet or reply.HasField("accepted")
+            outcomes["attach: " + (TYPED if error else DONE)] += 1
+
+
+def _right(client: RawClient) -> list[tuple[str, Message]]:
+    context = client.open(SHAPE)
+    client.append(context, 0, 0, ROWS)
+    found = right_requests(client, context)
+    return [(method, message) for method, messages in found.items() for message in messages]
+
+
+def _by_grpc(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None:
+    with RawClient(daemon, 4 << 20) as client:
+        right = _right(client)
+        others = [message.SerializeToString() for _, message in right]
+        # Those without fields are as good as any other; of the administrator's, those that change nothing.
+        services = [f"ColdPool/{method}" for method, _ in right]
+        services += ["ColdPool/Status", "ColdPool/ListContexts", "Admin/CecStatus", "Admin/CecLoad"]
+        metadata = ((TOKEN_KEY, client.token),)
+        for _ in range(BATCH):
+            number = rng.randrange(len(services))
+            data = _mutated(rng, others[number % len(others)], others)
+            call = client.channel.stream_stream(f"/hillinfer.v1.{services[number]}")
+            try:
+                list(call(iter([data]), timeout=CALL_S, metadata=metadata))
+                outcomes["grpc: " + DONE] += 1
+            except grpc.RpcError as error:
+                outcomes["grpc: " + _typed(error, data)] += 1
+
+
+def _typed(error: grpc.RpcError, data: bytes) -> str:
+    name = dict(error.trailing_metadata()).get(ERROR_KEY, "")
+    assert name not in ("", "HillInferError"), (error, data)
+    assert error.code() is grpc.StatusCode[by_name(name).status], (error, data)
+    return TYPED
+
+
+def _by_ring(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None:
+    ring, left, ticket = RawRing(daemon), BATCH, 0
+    messages = _ring_messages()
+    while left:
+        batch = min(left, rng.randrange(1, ENTRIES + 1))
+        if rng.random() < 0.1:
+            # Counters by chance, mostly senseless: that ends the session.
+            for where in (0, 64, 128, 192):
+                struct.pack_into("<I", ring.memory.buffer(where, 4), 0, rng.randrange(20))
+            with suppress(BrokenPipeError):
+                ring_doorbell(ring.fds.submitted)
+            ring.close()
+            ring = RawRing(daemon)
+            outcomes["ring: ended"] += batch
+        else:
+            for _ in range(batch):
+                ticket += 1
+                code = rng.choice([*Method, *Method, *Method, 0, 77, (1 << 32) - 1])
+                data = _mutated(rng, rng.choice(messages), messages)[:PAYLOAD_BYTES]
+                timeout = rng.choice([0, 0, 1, 60_000, (1 << 32) - 1])
+                ring.submissions.put(Entry(ticket, code, timeout, data))
+            ring_doorbell(ring.fds.submitted)
+            for entry in ring.completed(batch):
+                if entry.code == Outcome.refused:
+                    error = ring.refusal(entry).error
+                    assert by_name(error).__name__ == error != "HillInferError"
+                outcomes["ring: " + (TYPED if entry.code == Outcome.refused else DONE)] += 1
+        left -= batch
+    ring.close()
+
+
+def _ring_messages() -> list[bytes]:
+    region = pb.Region(offset=4096, length=64, generation=1)
+    item = pb.Evaluation(context_id=1, end_token=TOKENS, k=8, query=region, ids=region, held=region)
+    return [
+        message.SerializeToString()
+        for message in (
+            pb.EvaluateRequest(query_heads=2, reduction=1, evaluations=[item] * 3),
+            pb.AppendRequest(context_id=1, tokens=64, rows=region),
+            pb.FetchRequest(context_id=1, range=pb.TokenRange(count=16), rows=region),
+            pb.FetchRequest(context_id=1, by_ids=pb.Ids(count_per_head=[2, 2], ids=region), rows=region),
+        )
+    ]
