@@ -58,6 +58,8 @@ class Brought:
     """int32 [kv_heads, k], of the same order as `ids`, from `Session.rank` only."""
     scan_s: float = 0.0
     """Seconds that ranking alone took on the device; 0 where nothing says so."""
+    answered_at: float = 0.0
+    """When the daemon answered, as `time.monotonic` has it; 0 where nothing says so."""
 
 
 class _Buffers(NamedTuple):

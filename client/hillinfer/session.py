@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -227,18 +227,30 @@ class Session:
 
     @survives
     def rank(
-        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction = Reduction.sum
+        self,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        reduction: Reduction = Reduction.sum,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Brought]:
         """As `evaluate_and_bring`, but with the winners' `Brought.scores` and without rows.
 
-        All winners are counted as missing that are not held.
+        All winners are counted as missing that are not held. `meanwhile` is called in this thread once the
+        drive was asked, again if another daemon has to be, and must not raise or use the session.
         """
-        return self._evaluate(layer, items, reduction, bring=False)
+        return self._evaluate(layer, items, reduction, bring=False, meanwhile=meanwhile)
 
     def _evaluate(
-        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction, bring: bool
+        self,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        reduction: Reduction,
+        bring: bool,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Brought]:
         if not items:
+            if meanwhile is not None:
+                meanwhile()
             return []
         with self.lock:
             evaluation.check_kept(items)
@@ -251,13 +263,13 @@ class Session:
                     if len(items) == 1:
                         raise
                     half = len(items) // 2
-                    return self._evaluate(layer, items[:half], reduction, bring) + self._evaluate(
+                    return self._evaluate(layer, items[:half], reduction, bring, meanwhile) + self._evaluate(
                         layer, items[half:], reduction, bring
                     )
                 self._plan = plan
             plan.fill(items)
-            results = self._attached().evaluate(plan, layer, items, self.timeout_s)
-            self._count(results)
+            answer = self._attached().evaluate(plan, layer, items, self.timeout_s, meanwhile)
+            self._count(answer.results)
             return [
                 Brought(
                     buffers.ids.copy(),
@@ -268,8 +280,9 @@ class Session:
                     result.read_bytes,
                     None if bring else buffers.scores.copy(),
                     result.scan_s,
+                    answer.answered_at,
                 )
-                for buffers, result in zip(plan.buffers, results, strict=True)
+                for buffers, result in zip(plan.buffers, answer.results, strict=True)
             ]
 
     @survives

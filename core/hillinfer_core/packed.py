@@ -16,6 +16,7 @@ from .errors import InvalidInput
 _HEADER = struct.Struct("<IIHBxI")  # layer, query heads, items, Reduction of cold_pool.proto, generation
 _ITEM = struct.Struct("<QIII14Q")  # as Item; of each region offset and length
 _RESULT = struct.Struct("<IIQQdI")  # as Evaluated, KV heads in place of what is missing; then uint32 for each
+_ANSWERED = struct.Struct("<d")  # answered_at; the results
 _LAYER = struct.Struct("<I")
 _TOKENS = struct.Struct("<II")
 _FIRST_TOKEN_AT = 8  # in an item
@@ -67,6 +68,13 @@ class Evaluated(NamedTuple):
     evaluated_bytes: int
     read_bytes: int
     scan_s: float
+
+
+class Answer(NamedTuple):
+    """See ``EvaluateResponse`` in cold_pool.proto."""
+
+    answered_at: float
+    results: list[Evaluated]
 
 
 def pack_request(request: Request) -> bytearray:
@@ -124,3 +132,14 @@ def unpack_results(packed: bytes) -> list[Evaluated]:
         results.append(Evaluated(generation, list(missing), brought, evaluated, read, scan_s))
         at += _RESULT.size + heads * _COUNT_BYTES
     return results
+
+
+def pack_answer(answered_at: float, results: bytes) -> bytes:
+    """Return the bytes of an answer of packed ``results``."""
+    return _ANSWERED.pack(answered_at) + results
+
+
+def unpack_answer(packed: bytes) -> Answer:
+    """Return what ``packed`` says; raises ``struct.error`` if it is cut short."""
+    (answered_at,) = _ANSWERED.unpack_from(packed)
+    return Answer(answered_at, unpack_results(packed[_ANSWERED.size :]))

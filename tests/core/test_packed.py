@@ -13,8 +13,10 @@ from hillinfer_core.packed import (
     Region,
     Request,
     ask_again,
+    pack_answer,
     pack_request,
     pack_results,
+    unpack_answer,
     unpack_request,
     unpack_results,
 )
@@ -42,7 +44,9 @@ def test_a_request_comes_out_as_it_went_in(request_, data):
 
 @given(st.lists(results, max_size=4), st.lists(results, max_size=4))
 def test_results_come_out_as_they_went_in_also_joined(some, others):
-    assert unpack_results(pack_results(some) + pack_results(others)) == some + others
+    packed = pack_results(some) + pack_results(others)
+    assert unpack_results(packed) == some + others
+    assert unpack_answer(pack_answer(1.5, packed)) == (1.5, some + others)
 
 
 @given(requests, st.integers(-200, 200).filter(bool))

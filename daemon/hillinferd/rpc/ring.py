@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import HillInferError, InvalidInput, name_of
 from hillinfer_core.layout import Reduction
-from hillinfer_core.packed import unpack_request, unpack_results
+from hillinfer_core.packed import pack_answer, unpack_request, unpack_results
 from hillinfer_core.ring import (
     ENTRIES,
     PAYLOAD_BYTES,
@@ -111,9 +111,13 @@ class RingServer:
 
         def answer(results: bytes, error: Exception | None) -> None:
             self._calls.pop(number, None)
-            if error is None and entry.code == Method.Evaluate:
-                results = evaluate_response(unpack_results(results)).SerializeToString()
-            self._complete(entry, results, error)
+            if error is not None:
+                payload = b""
+            elif entry.code == Method.Evaluate:
+                payload = evaluate_response(unpack_results(results)).SerializeToString()
+            else:
+                payload = pack_answer(time.monotonic(), results)
+            self._complete(entry, payload, error)
 
         try:
             ask = _unpacked(entry.payload) if entry.code != Method.Evaluate else evaluate_ask(_request(entry))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 from hillinfer_core.errors import InvalidInput
@@ -196,7 +197,9 @@ def evaluate_response(results: list[Evaluated]) -> pb.EvaluateResponse:
                 scan_s=result.scan_s,
             )
             for result in results
-        ]
+        ],
+        # A client whose cores are busy sees the answer late; this is when it was there.
+        answered_at=time.monotonic(),
     )
 
 
