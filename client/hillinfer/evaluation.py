@@ -62,6 +62,18 @@ class Brought:
     """When the daemon answered, as `time.monotonic` has it; 0 where nothing says so."""
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The highest-ranked tokens of each KV head."""
+
+    ids: npt.NDArray[np.uint32]
+    """uint32 [kv_heads, k], ascending in each head."""
+    scores: npt.NDArray[np.int32]
+    """int32 [kv_heads, k], of the same order; they compare within a head and generation only."""
+    evaluated_bytes: int
+    """Evaluation keys scanned."""
+
+
 class _Buffers(NamedTuple):
     query: npt.NDArray[Any]
     held: npt.NDArray[Any]
