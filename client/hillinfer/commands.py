@@ -12,7 +12,14 @@ import typer
 
 from hillinfer.bench.commands import app as bench_app
 from hillinfer.eval.commands import eval_command, report_command
-from hillinfer.options import DeviceOption, PredictorOption, ProfileOption, TraceOption, TracePlotOption
+from hillinfer.options import (
+    CpuShareOption,
+    DeviceOption,
+    PredictorOption,
+    ProfileOption,
+    TraceOption,
+    TracePlotOption,
+)
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.simulate.commands import simulate_command
 from hillinfer_core.errors import InvalidInput
@@ -108,6 +115,7 @@ def run_command(
     context_group: ContextGroupOption = None,
     context_owner: ContextOwnerOption = None,
     predictor: PredictorOption = Predictor.auto,
+    cpu_share: CpuShareOption = None,
     profile: ProfileOption = None,
     trace: TraceOption = None,
     trace_plot: TracePlotOption = None,
@@ -140,6 +148,7 @@ def run_command(
         device_named(device),
         min_mass,
         predictor,
+        cpu_share,
         profile,
         trace,
         trace_plot,
@@ -162,6 +171,7 @@ def demo_command(
     context_group: ContextGroupOption = None,
     context_owner: ContextOwnerOption = None,
     predictor: PredictorOption = Predictor.auto,
+    cpu_share: CpuShareOption = None,
     profile: ProfileOption = None,
     trace: TraceOption = None,
     trace_plot: TracePlotOption = None,
@@ -199,6 +209,7 @@ def demo_command(
         device=device_named(device),
         min_mass=min_mass,
         predictor=predictor,
+        cpu_share=cpu_share,
         profile=profile,
         trace=trace,
         trace_plot=trace_plot,

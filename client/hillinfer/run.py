@@ -23,6 +23,7 @@ from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
 from hillinfer.report import Answer, KvUse, RunReport
 from hillinfer.session import Session
+from hillinfer.split.ranking import parse_cpu_share
 from hillinfer.users import check_own_group
 from hillinfer_core.errors import BudgetTooSmall, DaemonUnavailable, InvalidInput
 from hillinfer_core.layout import Precision
@@ -49,8 +50,8 @@ class Job:
     another user whose it is. min_mass: attend to what holds
     this share of the attention, and not to a budget. precision: None for INT4, or
     INT8 with min_mass. device: where the model runs, as torch names it.
-    predictor: see `Predictor`. profile: of a private daemon's drive, which then lies in
-    memory. trace, trace_plot: files for the trace of decode steps and its picture.
+    predictor: see `Predictor`. cpu_share: as `attach` has it. profile: of a private daemon's
+    drive, which then lies in memory. trace, trace_plot: files for the trace of decode steps and its picture.
     """
 
     context: str
@@ -66,6 +67,7 @@ class Job:
     device: str = "cpu"
     min_mass: float | None = None
     predictor: str = "auto"
+    cpu_share: str | None = None
     profile: str | None = None
     trace: Path | None = None
     trace_plot: Path | None = None
@@ -115,6 +117,7 @@ def run(
                 sinks=SINKS,
                 recent=RECENT,
                 predictor=job.predictor,
+                cpu_share=job.cpu_share,
                 trace=bool(job.trace or job.trace_plot),
             ) as attachment,
             torch.inference_mode(),
@@ -265,6 +268,8 @@ def _check(job: Job, directory: ModelDirectory, context_tokens: int, question_to
         raise InvalidInput("ask at least one question, and none that is empty")
     if not job.context.strip():
         raise InvalidInput("the context is empty")
+    if job.cpu_share is not None:
+        parse_cpu_share(job.cpu_share)
     if job.max_new_tokens < 1:
         raise InvalidInput(f"max-new-tokens must be at least 1, not {job.max_new_tokens}")
     needed = context_tokens + question_tokens + len(job.questions) * (job.max_new_tokens + 1)

@@ -23,7 +23,7 @@ from hillinfer.hkm.tensors import row_dtype
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.pipeline.prefetch import Pipeline
 from hillinfer.session import Session
-from hillinfer.split.ranking import SplitRanking
+from hillinfer.split.ranking import CpuShare, SplitRanking
 from hillinfer_core.errors import (
     BudgetTooSmall,
     ContextMismatch,
@@ -38,9 +38,7 @@ from hillinfer_core.units import Budget
 Observer = Callable[["HierarchicalCache", int, torch.Tensor, float], None]
 """Sees the cache, the layer, its queries [B, H, n, D] and their scaling after every attended step."""
 
-MIRROR_SHARE = 2
-"""Of what slots leave, mirrored keys get at most one part in so many, the hot pool the rest. Our choice."""
-
+_MIRROR_SHARE = 2  # of what slots leave, mirrored keys get at most one part in so many: our choice
 _HOT_STEP = 16  # rows by which a hot pool grows or shrinks, so that it is not resized at every step
 
 
@@ -53,7 +51,8 @@ class HkmConfig:
         attention (0 to 1) of every query head, and not to a budget; resident:
         bytes held in memory, client and daemon together; sinks, recent: pinned
         tokens (recent is raised to the append unit of the rows where that is larger);
-        predictor: the query that ranks them, see `Predictor`; without effect under min_mass.
+        predictor: the query that ranks them, see `Predictor`; without effect under min_mass;
+        cpu_share: of the tokens, ranked by the CPU beside the drive, see `SplitRanking`; None for none.
     """
 
     budget: Budget
@@ -63,6 +62,7 @@ class HkmConfig:
     recent: int = 32
     min_mass: float | None = None
     predictor: Predictor = Predictor.exact
+    cpu_share: CpuShare | None = None
 
     def __post_init__(self) -> None:
         if self.sinks < 1 or self.recent < 1:
@@ -122,9 +122,8 @@ class HierarchicalCache(Cache):
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
         super().__init__(layers=[self._layer(layer) for layer in kept_layers(model_config)])
-        self.pipeline = Pipeline(
-            session, policy or ColdPoolRanking(), config.predictor, len(self.full_layers)
-        )
+        own = ColdPoolRanking() if config.cpu_share is None else SplitRanking.with_share(config.cpu_share)
+        self.pipeline = Pipeline(session, policy or own, config.predictor, len(self.full_layers))
         self.guarantee = None if config.min_mass is None else Guarantee(self, config.min_mass)
         self._named = durable is not None or base is not None
         self._durable = durable
@@ -330,9 +329,8 @@ class HierarchicalCache(Cache):
         prefetch = 0 if self.config.predictor is Predictor.exact else a_layers_rows - self.pipeline.nbytes
         slot_bytes = selected * row * streams // len(self.full_layers) + hits + max(0, prefetch)
         if isinstance(self.policy, SplitRanking):
-            fixed += self.policy.reserve(
-                (self.config.resident - fixed - slot_bytes) // MIRROR_SHARE, self.contexts
-            )
+            left = self.config.resident - fixed - slot_bytes
+            fixed += self.policy.reserve(left // _MIRROR_SHARE, self.contexts)
         room = divide(self.config.resident, fixed, slot_bytes, row, streams)
         return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
@@ -394,6 +392,8 @@ def _check_croppable(layer: DynamicSlidingWindowLayer, removed: int) -> None:
 
 def _close_all(pipeline: Pipeline, contexts: list[Context]) -> None:
     pipeline.close()
+    if isinstance(pipeline.policy, SplitRanking):
+        pipeline.policy.forget(contexts)
     while contexts:
         # A session or a daemon that is gone has freed its contexts already.
         with suppress(HillInferError):

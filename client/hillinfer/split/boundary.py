@@ -10,8 +10,8 @@ from hillinfer.split.estimates import Estimate
 BLOCK_TOKENS = 256
 """Tokens that the boundary moves by: some 16 KiB of keys a head, read in one request. Our choice."""
 
-HYSTERESIS = 0.05
-"""Imbalance, of the larger time, up to which the boundary stays. Our choice: a third of the 15 % aimed at."""
+HYSTERESIS = 0.075
+"""Imbalance, of the larger time, up to which the boundary stays. Our choice: half of the 15 % aimed at."""
 
 LEAST_GAIN = 0.1
 """Share of the drive's time alone that a split must save, else the drive ranks everything. Our choice."""

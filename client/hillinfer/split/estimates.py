@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-LATEST = 9
-"""Observations of which a median is taken. Our choice: four outliers move nothing, and a lasting change
-counts after five, well within the 20 steps in which a boundary is to have followed."""
+LATEST = 7
+"""Observations of which a median is taken. Our choice: three outliers move nothing, and a lasting change
+counts after four, well within the 20 steps in which a boundary is to have followed."""
 
 
 class Latest:

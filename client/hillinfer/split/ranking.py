@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from hillinfer.context import Context
-from hillinfer.evaluation import EMPTY
 from hillinfer.session import Brought, EvaluateItem, Session
 from hillinfer.split.boundary import BLOCK_TOKENS, LEAST_GAIN, Boundary
 from hillinfer.split.controller import Controller, Times
@@ -21,6 +20,22 @@ from hillinfer_core import kernel
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import TILE_TOKENS, Reduction
 from hillinfer_core.reference import U32, Ranges, Ranked
+
+CpuShare = float | Literal["auto"]
+"""Of the tokens, ranked by the CPU: 0 to 1, or as many as it takes for both sides to finish together."""
+
+
+def parse_cpu_share(text: str | float) -> CpuShare:
+    """Read "auto", or a share as "0.25" or 0.25; raises InvalidInput."""
+    if text == "auto":
+        return "auto"
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise InvalidInput(f"the CPU's share of the tokens is auto, or 0 to 1, not {text!r}")
+    return share
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class _Host:
     nbytes: int = 0
     scan_s: float = 0.0
     ended: float = 0.0
+    error: Exception | None = None
 
 
 class SplitRanking:
@@ -65,20 +81,26 @@ class SplitRanking:
         *,
         least_gain: float = LEAST_GAIN,
     ) -> None:
-        if share is not None and not 0 <= share <= 1:
-            raise InvalidInput(f"the CPU's share must be 0 to 1, not {share}")
+        if share is not None:
+            parse_cpu_share(share)
         self.limit_bytes = limit_bytes
-        self.controller = Controller(share, least_gain)
+        self.controllers: dict[int, Controller] = {}
+        """Of the layers ranked so far."""
         self.cpu_repeats = 1
         """How often the CPU ranks the same: above 1 it is slowed on purpose, for measurements."""
         self.latest: Times | None = None
         """Of the last ranking; None if the drive ranked alone."""
         self._granted: int | None = None
-        self._wanted = 0
+        self._wanted: dict[int, int] = {}
+        self._share, self._least_gain = share, least_gain
         self._mirrors: WeakKeyDictionary[Context, dict[int, Mirror]] = WeakKeyDictionary()
         self._imbalance: dict[int, Latest] = {}
         self._cpu_tokens = self._tokens = 0
-        self._worker = ThreadPoolExecutor(1, "hillinfer-cpu-ranking")
+
+    @classmethod
+    def with_share(cls, share: CpuShare) -> Self:
+        """Return one for a share as `parse_cpu_share` gives it, whose bytes a cache grants."""
+        return cls(None if share == "auto" else share)
 
     @property
     def mirrored_bytes(self) -> int:
@@ -97,27 +119,34 @@ class SplitRanking:
         To be called before a step's rankings by whoever holds these contexts and counts their bytes. The
         boundary moves within what was granted, so that it may be a step behind what it wants.
         """
-        self._granted = max(0, min(room, self._wanted))
+        self._granted = max(0, min(room, max(self._wanted.values(), default=0)))
         return max(self._granted, self.held_bytes(contexts))
 
     def report(self) -> SplitReport:
         """Report where the boundaries are and why."""
         return SplitReport(
-            dict(self.controller.boundaries),
+            {layer: each.boundary for layer, each in self.controllers.items()},
             {layer: each.median for layer, each in self._imbalance.items()},
             self.mirrored_bytes,
             self._cpu_tokens,
             self._tokens,
         )
 
+    def forget(self, contexts: Iterable[Context]) -> None:
+        """Drop the mirrored keys of these contexts."""
+        for context in contexts:
+            self._mirrors.pop(context, None)
+
     def close(self) -> None:
-        """Drop all mirrored keys and end the worker; idempotent."""
+        """Drop all mirrored keys; idempotent."""
         self._mirrors.clear()
-        self._worker.shutdown()
 
     def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought]:
         """See `SelectionPolicy.select`."""
-        boundaries = [self._boundary(layer, item, len(items)) for item in items]
+        controller = self.controllers.get(layer)
+        if controller is None:
+            controller = self.controllers[layer] = Controller(self._share, self._least_gain, layer)
+        boundaries = [self._boundary(controller, layer, item, len(items)) for item in items]
         starts = [
             max(item.first, (item.end - each.cpu_tokens) // TILE_TOKENS * TILE_TOKENS)
             if each.cpu_tokens
@@ -128,64 +157,81 @@ class SplitRanking:
         if all(start == item.end for start, item in zip(starts, items, strict=True)):
             for item in items:
                 self._mirrors.setdefault(item.context, {}).pop(layer, None)
-            return self._alone(session, layer, items)
-        if self.controller.is_due_alone():
-            return self._alone(session, layer, items)
+            return self._alone(session, controller, layer, items)
+        if controller.is_due_alone():
+            return self._alone(session, controller, layer, items)
         self._cpu_tokens += sum(item.end - start for item, start in zip(items, starts, strict=True))
-        return self._together(session, layer, items, starts)
+        return self._together(session, controller, layer, items, starts)
 
-    def _boundary(self, layer: int, item: EvaluateItem, batch: int) -> Boundary:
+    def _boundary(self, controller: Controller, layer: int, item: EvaluateItem, batch: int) -> Boundary:
         tokens, shape = item.end - item.first, item.context.shape
-        per_token = shape.kv_heads * shape.key_tile_bytes // TILE_TOKENS
+        per_token = _token_bytes(item)
         of_a_token = shape.layers * batch * per_token
-        limit = None if self.limit_bytes is None else _within(self.limit_bytes, of_a_token)
-        most = tokens if limit is None else limit
-        chosen = self.controller.choose(layer, tokens, most, per_token * batch)
-        self._wanted = (chosen.cpu_tokens + BLOCK_TOKENS) * of_a_token if chosen.cpu_tokens else 0
-        if self._granted is not None:
-            granted = _within(self._granted, of_a_token)
-            if granted < chosen.cpu_tokens:
-                chosen = self.controller.choose(layer, tokens, granted, per_token * batch)
-        self.controller.boundaries[layer] = chosen
+        most = tokens if self.limit_bytes is None else _within(self.limit_bytes, of_a_token)
+        chosen = controller.choose(tokens, most, per_token * batch)
+        # As if all layers wanted as much: they differ little.
+        self._wanted[layer] = (chosen.cpu_tokens + BLOCK_TOKENS) * of_a_token if chosen.cpu_tokens else 0
+        if self._granted is not None and _within(self._granted, of_a_token) < chosen.cpu_tokens:
+            chosen = controller.choose(tokens, _within(self._granted, of_a_token), per_token * batch)
+        controller.boundary = chosen
         return chosen
 
-    def _alone(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought]:
-        began = time.perf_counter()
+    def _alone(
+        self, session: Session, controller: Controller, layer: int, items: Sequence[EvaluateItem]
+    ) -> list[Brought]:
+        began = time.monotonic()
         brought = session.evaluate_and_bring(layer, items)
-        waited_s = time.perf_counter() - began
-        scanned = sum(each.evaluated_bytes for each in brought)
-        self.controller.saw_alone(scanned, waited_s, sum(each.scan_s for each in brought))
+        waited_s = time.monotonic() - began
+        asked = sum((item.end - item.first) * _token_bytes(item) for item in items)
+        controller.saw_alone(asked, waited_s, sum(each.scan_s for each in brought))
         self.latest = None
         return brought
 
     def _together(
-        self, session: Session, layer: int, items: Sequence[EvaluateItem], starts: Sequence[int]
+        self,
+        session: Session,
+        controller: Controller,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        starts: Sequence[int],
     ) -> list[Brought]:
         mirrors = [self._mirror(layer, item, start) for item, start in zip(items, starts, strict=True)]
-        # Both clocks start here: a thread that starts late is a part of the CPU's time.
-        began = time.perf_counter()
-        on_cpu = self._worker.submit(self._rank_on_cpu, items, starts, mirrors)
-        try:
-            asked = [(at, item) for at, item in enumerate(items) if starts[at] > item.first]
-            ranked = session.rank(layer, [_older(item, starts[at]) for at, item in asked])
-            drive_s = time.perf_counter() - began
-        finally:
-            on_cpu.exception()
-        host = on_cpu.result()
+        host = _Host()
+        began = time.monotonic()
+        asked = [(at, item) for at, item in enumerate(items) if starts[at] > item.first]
+        ranked = session.rank(
+            layer,
+            [_older(item, starts[at]) for at, item in asked],
+            meanwhile=lambda: self._rank_on_cpu(host, items, starts, mirrors),
+        )
+        seen = time.monotonic()
+        if host.error is not None:
+            raise host.error
         answers = {at: answer for (at, _), answer in zip(asked, ranked, strict=True)}
-        scanned, drive_scan_s = (
-            sum(each.evaluated_bytes for each in ranked),
+        # What was asked for, as the boundary counts it: a drive that streams keys scans whole segments.
+        drive_bytes = sum((starts[at] - item.first) * _token_bytes(item) for at, item in asked)
+        # When it was there, not when this thread, busy with its own side, came to see it.
+        answered = max((each.answered_at for each in ranked), default=0.0)
+        drive_s = (answered if began < answered < seen else seen) - began
+        times = Times(
+            host.nbytes,
+            host.ended - began,
+            host.scan_s,
+            drive_bytes,
+            drive_s,
             sum(each.scan_s for each in ranked),
         )
-        times = Times(host.nbytes, host.ended - began, host.scan_s, scanned, drive_s, drive_scan_s)
-        self.controller.saw(times)
+        controller.saw(times)
         self.latest = times
         if asked:
             self._imbalance.setdefault(layer, Latest()).add(times.imbalance)
-        return [
+        ranked_at = time.monotonic()
+        brought = [
             self._finish(session, layer, item, mirrors[at], host.ranked[at], answers.get(at))
             for at, item in enumerate(items)
         ]
+        controller.rows.add(time.monotonic() - ranked_at)
+        return brought
 
     def _mirror(self, layer: int, item: EvaluateItem, start: int) -> Mirror:
         mirror = self._mirrors.setdefault(item.context, {}).setdefault(layer, Mirror())
@@ -195,26 +241,30 @@ class SplitRanking:
         return mirror
 
     def _rank_on_cpu(
-        self, items: Sequence[EvaluateItem], starts: Sequence[int], mirrors: Sequence[Mirror]
-    ) -> _Host:
-        host = _Host()
-        for item, start, mirror in zip(items, starts, mirrors, strict=True):
-            if start >= item.end or mirror.scale is None:
-                host.ranked.append(None)
-                continue
-            shape = item.context.shape
-            # With the sum a query is quantised by the scale alone: zero shifts all scores of a head alike.
-            q, _, _ = kernel.quantise_query(item.query, Ranges(mirror.scale, mirror.scale), Reduction.sum)
-            began = time.perf_counter()
-            for _ in range(self.cpu_repeats):
-                best = kernel.rank(
-                    mirror.parts, q, shape.precision, start, item.end, item.k, origin=mirror.first
-                )
-            host.scan_s += time.perf_counter() - began
-            host.ranked.append(best)
-            host.nbytes += (item.end - start) * shape.kv_heads * shape.key_tile_bytes // TILE_TOKENS
-        host.ended = time.perf_counter()
-        return host
+        self, host: _Host, items: Sequence[EvaluateItem], starts: Sequence[int], mirrors: Sequence[Mirror]
+    ) -> None:
+        # Anew each time: it is asked again where a daemon went away.
+        host.ranked, host.nbytes, host.scan_s, host.error = [], 0, 0.0, None
+        try:
+            for item, start, mirror in zip(items, starts, mirrors, strict=True):
+                if start >= item.end or mirror.scale is None:
+                    host.ranked.append(None)
+                    continue
+                shape = item.context.shape
+                # With the sum the scale alone quantises a query: zero shifts all scores of a head alike.
+                q, _, _ = kernel.quantise_query(item.query, Ranges(mirror.scale, mirror.scale), Reduction.sum)
+                began = time.monotonic()
+                for _ in range(self.cpu_repeats):
+                    best = kernel.rank(
+                        mirror.parts, q, shape.precision, start, item.end, item.k, origin=mirror.first
+                    )
+                host.scan_s += time.monotonic() - began
+                host.ranked.append(best)
+                host.nbytes += (item.end - start) * _token_bytes(item)
+        except Exception as error:
+            # The drive's answer must be waited for all the same.
+            host.error = error
+        host.ended = time.monotonic()
 
     def _finish(
         self,
@@ -236,11 +286,10 @@ class SplitRanking:
         if host is not None:
             blocks.append(host)
         best = kernel.merge(blocks, item.k)
-        missing = [_lacking(ids, held) for ids, held in zip(best.ids, item.held, strict=True)]
+        missing = _lacking(best.ids, item.held, item.end)
         counts = [len(each) for each in missing]
-        before, began = session.counters.read_bytes, time.perf_counter()
+        before = session.counters.read_bytes
         rows = item.context.fetch_rows(layer, missing)
-        self.controller.rows.add(time.perf_counter() - began)
         read = session.counters.read_bytes - before
         generation = mirror.generation if drive is None else drive.generation
         scanned = 0 if drive is None else drive.evaluated_bytes
@@ -252,11 +301,19 @@ def _within(nbytes: int, of_a_token: int) -> int:
     return max(0, nbytes // of_a_token - BLOCK_TOKENS)
 
 
+def _token_bytes(item: EvaluateItem) -> int:
+    return item.context.shape.kv_heads * item.context.shape.key_tile_bytes // TILE_TOKENS
+
+
 def _older(item: EvaluateItem, end: int) -> EvaluateItem:
     nothing = np.empty((len(item.held), 0), np.uint32)
     return item._replace(end=end, k=min(item.k, end - item.first), held=nothing)
 
 
-def _lacking(ids: U32, held: U32) -> U32:
-    has = held[held != EMPTY]
-    return ids[~np.isin(ids, has)]
+def _lacking(ids: U32, held: U32, end: int) -> list[U32]:
+    # A table is several times faster than np.isin at the thousands of ids there are here.
+    has = np.zeros((len(ids), end), np.bool_)
+    heads, columns = np.nonzero(held < end)
+    has[heads, held[heads, columns]] = True
+    known = np.take_along_axis(has, ids.astype(np.intp), axis=1)
+    return [winners[~each] for winners, each in zip(ids, known, strict=True)]

@@ -174,10 +174,12 @@ class Evaluation(_message.Message):
     def __init__(self, context_id: _Optional[int] = ..., first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., k: _Optional[int] = ..., query: _Optional[_Union[Region, _Mapping]] = ..., ids: _Optional[_Union[Region, _Mapping]] = ..., scores: _Optional[_Union[Region, _Mapping]] = ..., held: _Optional[_Union[Region, _Mapping]] = ..., rows: _Optional[_Union[Region, _Mapping]] = ..., histogram: _Optional[_Union[Region, _Mapping]] = ..., scales: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
 
 class EvaluateResponse(_message.Message):
-    __slots__ = ("results",)
+    __slots__ = ("results", "answered_at")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_AT_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[EvaluationResult]
-    def __init__(self, results: _Optional[_Iterable[_Union[EvaluationResult, _Mapping]]] = ...) -> None: ...
+    answered_at: float
+    def __init__(self, results: _Optional[_Iterable[_Union[EvaluationResult, _Mapping]]] = ..., answered_at: _Optional[float] = ...) -> None: ...
 
 class EvaluationResult(_message.Message):
     __slots__ = ("generation", "missing_per_head", "rows_brought", "evaluated_bytes", "read_bytes", "scan_s")
