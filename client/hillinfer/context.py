@@ -3,52 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from hillinfer.evaluation import check_query
+from hillinfer.evaluation import Selection, check_query
+from hillinfer.keys import MirroredKeys, fetch_keys
 from hillinfer.origin import Origin
 from hillinfer.rows import Array, check_finite, storage_rows
 from hillinfer.survival import DaemonGone, survives
 from hillinfer.users import gid_of
 from hillinfer.wire import number
-from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData, HillInferError, InvalidInput
-from hillinfer_core.layout import PAGE, TILE_TOKENS, Reduction, Shape
+from hillinfer_core.layout import PAGE, Reduction, Shape
 from hillinfer_core.v1 import cold_pool_pb2
 
 if TYPE_CHECKING:
     from hillinfer.session import Session
-
-_KEY_PIECE = 8 << 20  # bytes of evaluation keys that the daemon brings at once
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The highest-ranked tokens of each KV head."""
-
-    ids: npt.NDArray[np.uint32]
-    """uint32 [kv_heads, k], ascending in each head."""
-    scores: npt.NDArray[np.int32]
-    """int32 [kv_heads, k], of the same order; they compare within a head and generation only."""
-    evaluated_bytes: int
-    """Evaluation keys scanned."""
-
-
-@dataclass(frozen=True, slots=True)
-class MirroredKeys:
-    """A copy of evaluation keys."""
-
-    tiles: npt.NDArray[np.uint8]
-    """uint8 [kv_heads, tokens / 16, tile bytes] (`hillinfer_core.layout`)."""
-    scale: npt.NDArray[np.float32]
-    """float32 [kv_heads, head_dim]: of the ranges they were made with; queries are quantised with it."""
-    generation: int
-    """Of the layer's evaluation keys; as in `Brought`."""
 
 
 class Context:
@@ -236,7 +209,7 @@ class Context:
                     )
                 if count:
                     region, rows = self._stage_tail(count)
-                    self._fetch(layer, region, tail=cold_pool_pb2.Tail())
+                    self.fetch_into(layer, region, tail=cold_pool_pb2.Tail())
                     self._tails[layer, :, :count] = rows
                 self._tail_tokens[layer] = count
 
@@ -356,7 +329,7 @@ class Context:
             staged[...] = ids[part]
             count_per_head = np.bincount(heads[part], minlength=self.shape.kv_heads)
             which = cold_pool_pb2.Ids(count_per_head=count_per_head.tolist(), ids=ids_region)
-            self._fetch(layer, rows_region, by_ids=which)
+            self.fetch_into(layer, rows_region, by_ids=which)
             out[part] = rows
 
     @survives
@@ -380,7 +353,7 @@ class Context:
                 staging.reset()
                 region, rows = staging.take(part.shape, part.dtype)
                 which = cold_pool_pb2.TokenRange(first_token=first + start, count=part.shape[1])
-                self._fetch(layer, region, range=which)
+                self.fetch_into(layer, region, range=which)
                 part[...] = rows
             if cold < count:
                 in_tail = first + cold - flushed
@@ -396,38 +369,10 @@ class Context:
         the daemon sent them: those that lie in the cold pool it holds to the
         checksum of their sealing, and the client what arrives to the daemon's.
         """
-        flushed = self.flushed(layer)
-        if not 0 <= first < end <= flushed or first % TILE_TOKENS or end % TILE_TOKENS:
-            raise InvalidInput(
-                f"cannot fetch keys of tokens {first} to {end}: give whole tiles of {TILE_TOKENS} tokens of "
-                f"the {flushed} flushed"
-            )
-        shape = self.shape
-        tiles = np.empty((shape.kv_heads, (end - first) // TILE_TOKENS, shape.key_tile_bytes), np.uint8)
-        with self.session.lock:
-            # One writer, and it holds the lock: no append changes the ranges between the pieces.
-            staging = self.session.staging()
-            room = min(_KEY_PIECE, staging.nbytes - PAGE - 4 * shape.kv_heads * shape.head_dim)
-            piece = max(1, room // (shape.kv_heads * shape.key_tile_bytes))
-            for at in range(0, tiles.shape[1], piece):
-                part = tiles[:, at : at + piece]
-                staging.reset()
-                region, arrived = staging.take(part.shape, np.uint8)
-                scales_region, scales = staging.take((shape.kv_heads, shape.head_dim), np.float32)
-                start = first + at * TILE_TOKENS
-                which = cold_pool_pb2.KeyRange(
-                    first_token=start, end_token=start + part.shape[1] * TILE_TOKENS, scales=scales_region
-                )
-                answer = self._fetch(layer, region, keys=which)
-                part[...] = arrived
-                if kernel.data_checksums(part).tolist() != list(answer.key_checksums):
-                    raise CorruptData(
-                        "evaluation keys are not as the daemon sent them; connect a new session"
-                    )
-                scale = scales.copy()
-        return MirroredKeys(tiles, scale, answer.generation)
+        return fetch_keys(self, layer, first, end)
 
-    def _fetch(self, layer: int, rows: cold_pool_pb2.Region, **which: Any) -> cold_pool_pb2.FetchResponse:
+    def fetch_into(self, layer: int, rows: cold_pool_pb2.Region, **which: Any) -> cold_pool_pb2.FetchResponse:
+        """For the library's own use, under the session's lock: a fetch, counted."""
         request = cold_pool_pb2.FetchRequest(context_id=self.context_id, layer=layer, rows=rows, **which)
         response: cold_pool_pb2.FetchResponse = self.session.call("Fetch", request)
         self.session.counters.read_bytes += response.read_bytes

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from hillinfer.durable import DurableContext
 from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.link import Link
 from hillinfer.stream import EvaluateStream
-from hillinfer.survival import AWAY, LEAST_ATTACH_S, RESTART_S, RETRY_S, survives
+from hillinfer.survival import RESTART_S, again, survives
 from hillinfer.users import uid_of
 from hillinfer_core import protocol
 from hillinfer_core.errors import DaemonUnavailable, HillInferError, InvalidInput
@@ -267,11 +267,13 @@ class Session:
                         layer, items[half:], reduction, bring
                     )
                 self._plan = plan
-            answer = self.ask(plan.fill(layer, items), meanwhile)
+            plan.fill(items)
+            answer = self._attached().evaluate(plan, layer, items, self.timeout_s, meanwhile)
+            self._count(answer.results)
             return [
                 Brought(
                     buffers.ids.copy(),
-                    list(result.missing_per_head),
+                    result.missing_per_head,
                     buffers.rows[: result.rows_brought].copy(),
                     result.generation,
                     result.evaluated_bytes,
@@ -345,15 +347,16 @@ class Session:
         with self.lock:
             return self._attached().call(method, request, self.timeout_s)
 
-    def ask(
-        self, request: cold_pool_pb2.EvaluateRequest, meanwhile: Callable[[], None] | None = None
-    ) -> cold_pool_pb2.EvaluateResponse:
+    def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: an evaluation, counted."""
-        response = self._attached().ask(request, self.timeout_s, meanwhile)
-        for result in response.results:
+        response = self._attached().ask(request, self.timeout_s)
+        self._count(response.results)
+        return response
+
+    def _count(self, results: Iterable[Any]) -> None:
+        for result in results:
             self.counters.evaluated_bytes += result.evaluated_bytes
             self.counters.read_bytes += result.read_bytes
-        return response
 
     def new_stream(self) -> EvaluateStream:
         """For the library's own use: another evaluation stream of this session, not counted, not locked."""
@@ -376,45 +379,30 @@ class Session:
         return Link(self.socket, arena_bytes, name, timeout_s, self._with_ring, self.restart_s)
 
     def _attached(self) -> Link:
-        if self._ended:
-            raise DaemonUnavailable(self._ended)
+        if self._link is None and not self._ended:
+            again(self._reattach, self._away_since, self.restart_s)
         if self._link is None:
-            self._reattach()
-            assert self._link is not None
+            raise DaemonUnavailable(self._ended)
         return self._link
 
-    def _reattach(self) -> None:
-        """Wait for a daemon and have every context opened again that can be; all of it, or nothing."""
-        deadline = self._away_since + self.restart_s
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                link = self._attach(max(left, LEAST_ATTACH_S))
-                if link.accepted.instance == self._accepted.instance:
-                    link.close()
-                    self._ended = (
-                        "the daemon ended this session and goes on itself (hillinferctl close does that): "
-                        "connect a new session"
-                    )
-                    raise DaemonUnavailable(self._ended)
-                self._link, self._accepted = link, link.accepted
-                for context in list(self._contexts):
-                    context.restore()
-                self.restarts += 1
+    def _reattach(self, attach_s: float) -> None:
+        """Attach to another daemon and have every context opened again that can be; all of it, or nothing."""
+        try:
+            link = self._attach(attach_s)
+            if link.accepted.instance == self._accepted.instance:
+                link.close()
+                self._ended = (
+                    "the daemon ended this session and goes on itself (hillinferctl close does that): "
+                    "connect a new session"
+                )
                 return
-            except AWAY as error:
-                self._drop_link()
-                if self._ended:
-                    raise
-                if left <= 0:
-                    raise DaemonUnavailable(
-                        f"the daemon went away, and none was back within {self.restart_s:g} s ({error}); the "
-                        "next call tries again"
-                    ) from None
-            except BaseException:
-                self._drop_link()
-                raise
-            time.sleep(min(RETRY_S, max(left, 0)))
+            self._link, self._accepted = link, link.accepted
+            for context in list(self._contexts):
+                context.restore()
+        except BaseException:
+            self._drop_link()
+            raise
+        self.restarts += 1
 
     def _drop_link(self) -> None:
         self._plan = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -16,8 +17,8 @@ S = TypeVar("S")
 RESTART_S = 10.0
 """How long a call waits for a daemon that went away to be back: systemd takes a second or two. Our choice."""
 
-RETRY_S = 0.05
-LEAST_ATTACH_S = 1.0
+_RETRY_S = 0.05
+_LEAST_ATTACH_S = 1.0
 """For the one attempt when that time is over: a socket of systemd takes anyone in at once. Our choice."""
 
 
@@ -51,3 +52,22 @@ def survives(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, 
                 raise
 
     return call
+
+
+def again(reattach: Callable[[float], None], since: float, restart_s: float) -> None:
+    """Call `reattach` until it raises none of `AWAY`, up to `restart_s` seconds after `since` (monotonic).
+
+    Once at least, and blocks; it is told how many seconds it may take. Raises `DaemonUnavailable` when
+    the time is over.
+    """
+    while True:
+        left = since + restart_s - time.monotonic()
+        try:
+            return reattach(max(left, _LEAST_ATTACH_S))
+        except AWAY as error:
+            if left <= 0:
+                raise DaemonUnavailable(
+                    f"the daemon went away, and none was back within {restart_s:g} s ({error}); the next "
+                    "call tries again"
+                ) from None
+        time.sleep(min(_RETRY_S, max(left, 0)))

@@ -18,12 +18,13 @@ from restart_reader import LABELS, SHAPE, read
 from restartable import Restartable, restartable
 
 from hillinfer import Context, EvaluateItem, Session, errors
-from hillinfer.context import Selection
+from hillinfer.evaluation import Selection
 
 UNIT = SHAPE.append_unit
 TOKENS = 20 * UNIT + 5
 KEYS, VALUES = random_kv(SHAPE, TOKENS + 3 * UNIT)
 ENDS = [signal.SIGKILL, signal.SIGTERM]
+KILLED_OR_LONG = [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 READER = Path(__file__).with_name("restart_reader.py")
 
 
@@ -106,7 +107,7 @@ def test_a_context_on_a_saved_one_goes_on(
     assert len(mine.contexts) == 1
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", KILLED_OR_LONG)
 def test_what_waits_in_this_process_is_not_lost(
     daemon: Restartable, session: Session, end: signal.Signals
 ) -> None:
@@ -121,7 +122,7 @@ def test_what_waits_in_this_process_is_not_lost(
     check(empty)
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", KILLED_OR_LONG)
 def test_what_only_the_daemon_had_is_a_typed_error_and_the_session_goes_on(
     daemon: Restartable, session: Session, end: signal.Signals
 ) -> None:
@@ -149,7 +150,7 @@ def test_what_only_the_daemon_had_is_a_typed_error_and_the_session_goes_on(
         check(new)
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", KILLED_OR_LONG)
 def test_a_writer_goes_on_where_it_was(daemon: Restartable, session: Session, end: signal.Signals) -> None:
     name = f"written {end.name}"
     context = session.open_context(SHAPE, durable=name, labels=LABELS)
@@ -167,7 +168,7 @@ def test_a_writer_goes_on_where_it_was(daemon: Restartable, session: Session, en
     session.delete_context(name)
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", KILLED_OR_LONG)
 def test_rows_that_this_process_keeps_are_appended_again(daemon: Restartable, end: signal.Signals) -> None:
     room = 6 * UNIT * SHAPE.layers * SHAPE.kv_heads * SHAPE.row_bytes
     with Session.connect(daemon.socket, timeout_s=20, restart_s=20, keep_bytes=room) as session:
@@ -238,7 +239,7 @@ def test_restarts_during_calls(
     check(context)
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", KILLED_OR_LONG)
 def test_a_writer_restarted_during_appends_goes_on_or_says_so(
     daemon: Restartable, session: Session, end: signal.Signals
 ) -> None:
