@@ -12,6 +12,7 @@ import numpy.typing as npt
 from hillinfer.wire import ALIGNMENT, Staging, number
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
+from hillinfer_core.packed import Item, Region, Request, ask_again, pack_request
 from hillinfer_core.v1 import cold_pool_pb2
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Plan:
             region, rows = staging.take((max(1, room), 2, shape.head_dim), shape.dtype.storage)
             evaluation.rows.CopyFrom(region)
             self.buffers.append(_Buffers(query, held, ids, scores, rows))
+        self._packed = pack_request(_as_packed(self.request, staging.generation))
 
     def _add(self, staging: Staging, item: EvaluateItem) -> tuple[npt.NDArray[Any], ...]:
         shape = item.context.shape
@@ -141,15 +143,44 @@ class Plan:
         )
         return query, held, ids, scores
 
-    def fill(self, layer: int, items: Sequence[EvaluateItem]) -> cold_pool_pb2.EvaluateRequest:
-        """Puts this call's contents into the regions and returns the request."""
-        self.request.layer = layer
-        for item, evaluation, buffers in zip(items, self.request.evaluations, self.buffers, strict=True):
-            evaluation.first_token = item.first
-            evaluation.end_token = item.end
+    def fill(self, items: Sequence[EvaluateItem]) -> None:
+        """Puts this call's contents into the regions."""
+        for item, buffers in zip(items, self.buffers, strict=True):
             buffers.query[...] = item.query
             buffers.held[...] = item.held
+
+    def packed(self, layer: int, items: Sequence[EvaluateItem]) -> bytes:
+        """The request for the ring."""
+        return ask_again(self._packed, layer, ((item.first, item.end) for item in items))
+
+    def message(self, layer: int, items: Sequence[EvaluateItem]) -> cold_pool_pb2.EvaluateRequest:
+        """The request for gRPC."""
+        self.request.layer = layer
+        for item, evaluation in zip(items, self.request.evaluations, strict=True):
+            evaluation.first_token = item.first
+            evaluation.end_token = item.end
         return self.request
+
+
+def _as_packed(request: cold_pool_pb2.EvaluateRequest, generation: int) -> Request:
+    def region(each: cold_pool_pb2.Region) -> Region:
+        return Region(each.offset, each.length)
+
+    items = [
+        Item(
+            context_id=item.context_id,
+            first_token=0,
+            end_token=0,
+            k=item.k,
+            query=region(item.query),
+            ids=region(item.ids),
+            scores=region(item.scores),
+            held=region(item.held),
+            rows=region(item.rows),
+        )
+        for item in request.evaluations
+    ]
+    return Request(0, request.query_heads, request.reduction, generation, items)
 
 
 def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction, bring: bool = True) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import grpc
 
 from hillinfer import wire
+from hillinfer.evaluation import EvaluateItem, Plan
 from hillinfer.ring import RingTransport
 from hillinfer.stream import EvaluateStream
 from hillinfer.survival import DaemonGone
 from hillinfer_core import errors, protocol
 from hillinfer_core.errors import DaemonUnavailable, ForeignToken, HillInferError, InvalidInput
-from hillinfer_core.ring import Method, Outcome
+from hillinfer_core.packed import Answer, Evaluated, unpack_answer
+from hillinfer_core.ring import PAYLOAD_BYTES, Method, Outcome
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
 _ON_RING: dict[str, Any] = {
@@ -75,18 +77,46 @@ class Link:
         with self._awaiting(method):
             return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
 
-    def ask(
+    def ask(self, request: cold_pool_pb2.EvaluateRequest, timeout_s: float) -> cold_pool_pb2.EvaluateResponse:
+        """Make an evaluation: by the ring, or on a stream of its own."""
+        if self._ring is not None and self._ring.takes(request):
+            response: cold_pool_pb2.EvaluateResponse = self._ask_ring("Evaluate", request, timeout_s)
+            return response
+        return self._ask_stream(request, timeout_s, None)
+
+    def evaluate(
+        self,
+        plan: Plan,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Make the evaluation of `plan`, which is filled, as `ask` does; do `meanwhile` once it is sent."""
+        if self._ring is not None:
+            packed = plan.packed(layer, items)
+            if len(packed) <= PAYLOAD_BYTES:
+                return unpack_answer(self._answer(Method.EvaluatePacked, packed, timeout_s, meanwhile))
+        response = self._ask_stream(plan.message(layer, items), timeout_s, meanwhile)
+        results = [
+            Evaluated(
+                result.generation,
+                list(result.missing_per_head),
+                result.rows_brought,
+                result.evaluated_bytes,
+                result.read_bytes,
+                result.scan_s,
+            )
+            for result in response.results
+        ]
+        return Answer(response.answered_at, results)
+
+    def _ask_stream(
         self,
         request: cold_pool_pb2.EvaluateRequest,
         timeout_s: float,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], None] | None,
     ) -> cold_pool_pb2.EvaluateResponse:
-        """Make an evaluation: by the ring, or on a stream of its own; do `meanwhile` once it is sent."""
-        if self._ring is not None and self._ring.takes(request):
-            response: cold_pool_pb2.EvaluateResponse = self._ask_ring(
-                "Evaluate", request, timeout_s, meanwhile
-            )
-            return response
         if self._stream is None:
             self._stream = self.new_stream(timeout_s)
         with self._awaiting("Evaluate"):
@@ -106,16 +136,20 @@ class Link:
         self._connection.close()
         self._staging = None
 
-    def _ask_ring(
-        self, method: str, request: Any, timeout_s: float, meanwhile: Callable[[], None] | None = None
-    ) -> Any:
+    def _ask_ring(self, method: str, request: Any, timeout_s: float) -> Any:
+        answer = self._answer(Method[method], request.SerializeToString(), timeout_s)
+        return _ON_RING[method].FromString(answer)
+
+    def _answer(
+        self, method: Method, payload: bytes, timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> bytes:
         assert self._ring is not None
-        with self._awaiting(method):
-            answer = self._ring.ask(Method[method], request, timeout_s, meanwhile)
+        with self._awaiting(method.name):
+            answer = self._ring.ask(method, payload, timeout_s, meanwhile)
             if answer.code == Outcome.refused:
                 refused = attach_pb2.Refused.FromString(answer.payload)
                 raise _AnsweredError(errors.by_name(refused.error)(refused.message))
-        return _ON_RING[method].FromString(answer.payload)
+        return answer.payload
 
     @contextmanager
     def _awaiting(self, method: str) -> Iterator[None]:

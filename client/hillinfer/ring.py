@@ -46,9 +46,9 @@ class RingTransport:
         return request.ByteSize() <= PAYLOAD_BYTES
 
     def ask(
-        self, method: Method, request: Message, timeout_s: float, meanwhile: Callable[[], None] | None = None
+        self, method: Method, payload: bytes, timeout_s: float, meanwhile: Callable[[], None] | None = None
     ) -> Entry:
-        """Sends `request`, does what is to be done `meanwhile`, and sleeps until its completion.
+        """Sends the request in `payload`, does what is to be done `meanwhile`, and waits for the answer.
 
         `timeout_s` seconds at most, and however long `meanwhile` takes, which must not raise.
         Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
@@ -57,7 +57,7 @@ class RingTransport:
         ticket = next(self._tickets)
         deadline = time.monotonic() + timeout_s
         timeout_ms = max(1, int(timeout_s * 1000))
-        self._submissions.put(Entry(ticket, method, timeout_ms, request.SerializeToString()))
+        self._submissions.put(Entry(ticket, method, timeout_ms, payload))
         with suppress(BrokenPipeError):  # The end of the connection says it below.
             ring_doorbell(self._fds.submitted)
         if meanwhile is not None:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -267,11 +267,13 @@ class Session:
                         layer, items[half:], reduction, bring
                     )
                 self._plan = plan
-            answer = self.ask(plan.fill(layer, items), meanwhile)
+            plan.fill(items)
+            answer = self._attached().evaluate(plan, layer, items, self.timeout_s, meanwhile)
+            self._count(answer.results)
             return [
                 Brought(
                     buffers.ids.copy(),
-                    list(result.missing_per_head),
+                    result.missing_per_head,
                     buffers.rows[: result.rows_brought].copy(),
                     result.generation,
                     result.evaluated_bytes,
@@ -345,15 +347,16 @@ class Session:
         with self.lock:
             return self._attached().call(method, request, self.timeout_s)
 
-    def ask(
-        self, request: cold_pool_pb2.EvaluateRequest, meanwhile: Callable[[], None] | None = None
-    ) -> cold_pool_pb2.EvaluateResponse:
+    def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: an evaluation, counted."""
-        response = self._attached().ask(request, self.timeout_s, meanwhile)
-        for result in response.results:
+        response = self._attached().ask(request, self.timeout_s)
+        self._count(response.results)
+        return response
+
+    def _count(self, results: Iterable[Any]) -> None:
+        for result in results:
             self.counters.evaluated_bytes += result.evaluated_bytes
             self.counters.read_bytes += result.read_bytes
-        return response
 
     def new_stream(self) -> EvaluateStream:
         """For the library's own use: another evaluation stream of this session, not counted, not locked."""

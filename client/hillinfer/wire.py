@@ -144,7 +144,7 @@ class Staging:
 
     def __init__(self, arena: Arena, generation: int) -> None:
         self._arena = arena
-        self._generation = generation
+        self.generation = generation
         self._used = 0
 
     @property
@@ -178,7 +178,7 @@ class Staging:
                 f"connect with arena_bytes of {offset + length} or more"
             )
         self._used = offset + length
-        region = cold_pool_pb2.Region(offset=offset, length=length, generation=self._generation)
+        region = cold_pool_pb2.Region(offset=offset, length=length, generation=self.generation)
         return region, self._arena.view(offset, tuple(shape), dtype)
 
 

@@ -48,6 +48,8 @@ class Method(IntEnum):
     Evaluate = 1
     Append = 2
     Fetch = 3
+    EvaluatePacked = 4
+    """Evaluate, with request and answer as in :mod:`.packed`."""
 
 
 class Outcome(IntEnum):

@@ -12,10 +12,10 @@ from raw_client import RawClient, Refused, random_rows, wait_for
 from service_thread import Served, drive_settings, served
 
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
+from hillinfer_core.packed import Item, Region
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinferd.domain.contexts import MAX_APPEND_BYTES
 from hillinferd.domain.extents import GRANULE, Extent
-from hillinferd.domain.regions import Region
 from hillinferd.service import pieces, requests
 from hillinferd.service.work_queue import Piece, Priority
 from hillinferd.worker import messages
@@ -56,8 +56,7 @@ def test_pieces_of_a_range_are_all_of_it(count: int, first: int) -> None:
 @given(st.lists(st.tuples(st.integers(1, 1 << 20), st.integers(1, 1000)), min_size=1, max_size=20))
 def test_pieces_of_evaluations_are_all_of_them(sizes: list[tuple[int, int]]) -> None:
     items = [
-        messages.Evaluation(7, 0, tokens, k, *[NOTHING] * 4, Region(0, k * 8 * ROW), NOTHING, NOTHING)
-        for tokens, k in sizes
+        Item(7, 0, tokens, k, *[NOTHING] * 4, Region(0, k * 8 * ROW), NOTHING, NOTHING) for tokens, k in sizes
     ]
     whole = messages.Evaluate(1, 0, 8, Reduction.sum, items)
     cut = pieces.of_evaluate(whole, [SHAPE] * len(items))
@@ -67,7 +66,7 @@ def test_pieces_of_evaluations_are_all_of_them(sizes: list[tuple[int, int]]) -> 
 
 def test_ids_that_are_held_take_time_and_so_do_passes() -> None:
     held = Region(0, 2 << 20)
-    many = [messages.Evaluation(7, 0, 16, 1, *[NOTHING] * 3, held, *[NOTHING] * 3)] * 9
+    many = [Item(7, 0, 16, 1, *[NOTHING] * 3, held, *[NOTHING] * 3)] * 9
     cut = pieces.of_evaluate(messages.Evaluate(1, 0, 8, Reduction.sum, many), [SHAPE] * 9)
     assert len(cut) == 9
     assert [_pieces(reduction) for reduction in (Reduction.sum, Reduction.max)] == [1, 9]
@@ -75,7 +74,7 @@ def test_ids_that_are_held_take_time_and_so_do_passes() -> None:
 
 def _pieces(reduction: Reduction) -> int:
     """How many there are of evaluations that scan little, with 128 query heads for each KV head."""
-    items = [messages.Evaluation(7, 0, 2048, 1, *[NOTHING] * 7)] * 9
+    items = [Item(7, 0, 2048, 1, *[NOTHING] * 7)] * 9
     return len(pieces.of_evaluate(messages.Evaluate(1, 0, 128 * 8, reduction, items), [SHAPE] * 9))
 
 

@@ -16,6 +16,7 @@ from raw_ring import RawRing
 from hillinfer import DType, EvaluateItem, Precision, PrivateDaemon, Session, Shape
 from hillinfer.session import Counters
 from hillinfer_core.errors import DaemonUnavailable, DeadlineExceeded, InvalidInput
+from hillinfer_core.packed import Request, pack_request
 from hillinfer_core.protocol import attach_socket
 from hillinfer_core.ring import (
     ENTRIES,
@@ -73,6 +74,10 @@ def test_many_requests_at_once_are_all_answered(ring: RawRing) -> None:
     [
         (99, b"", "no method 99"),
         (Method.Evaluate, b"\xff\xff\xff", "not a EvaluateRequest"),
+        (Method.EvaluatePacked, b"\xff" * 3, "not a packed evaluation"),
+        (Method.EvaluatePacked, b"\xff" * 16, "not a packed request"),
+        (Method.EvaluatePacked, bytes(pack_request(Request(0, 8, 9, 0, []))), "reduction 9 is not known"),
+        (Method.EvaluatePacked, bytes(pack_request(Request(0, 8, 1, 0, []))), "1 to 256 evaluations"),
         (Method.Append, b"\x08", "not a AppendRequest"),
         (Method.Fetch, b"", "fetch needs by_ids"),
     ],

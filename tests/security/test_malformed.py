@@ -155,7 +155,7 @@ def test_numbers_that_are_none_and_the_last_that_are(
 def test_absurd_codes_tickets_and_deadlines_are_answered_on_the_ring(daemon: Path, honest: Honest) -> None:
     ring = RawRing(daemon)
     garbage = struct.pack("<I", 7) * (PAYLOAD_BYTES // 4)
-    for code in (0, 4, 255, (1 << 32) - 1):
+    for code in (0, 5, 255, (1 << 32) - 1):
         ring.submissions.put(Entry((1 << 64) - 1, code, (1 << 32) - 1, garbage))
     ring_doorbell(ring.fds.submitted)
     for entry in ring.completed(4):

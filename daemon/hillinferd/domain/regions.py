@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from hillinfer_core.errors import InvalidInput
+from hillinfer_core.packed import Region
 
-
-class Region(NamedTuple):
-    """A byte range of an arena; ``length`` 0 means that the region is not wanted."""
-
-    offset: int
-    length: int
+__all__ = ["ArenaSpace", "Region"]
 
 
 @dataclass(frozen=True)

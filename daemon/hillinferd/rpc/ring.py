@@ -12,6 +12,8 @@ from google.protobuf.message import DecodeError, Message
 
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import HillInferError, InvalidInput, name_of
+from hillinfer_core.layout import Reduction
+from hillinfer_core.packed import pack_answer, unpack_request, unpack_results
 from hillinfer_core.ring import (
     ENTRIES,
     PAYLOAD_BYTES,
@@ -27,6 +29,7 @@ from hillinfer_core.ring import (
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
 
 from ..logs import get_logger
+from ..service import requests
 from ..service.calls import Call
 from ..service.cold_pool import ColdPoolService
 from ..service.sessions import Session
@@ -96,7 +99,7 @@ class RingServer:
         for entry in entries:
             if self.broken.is_set():
                 return
-            if entry.code == Method.Evaluate:
+            if entry.code in (Method.Evaluate, Method.EvaluatePacked):
                 self._evaluate(entry)
             else:
                 task = asyncio.create_task(self._serve(entry))
@@ -106,15 +109,21 @@ class RingServer:
     def _evaluate(self, entry: Entry) -> None:
         number = next(self._numbers)
 
-        def answer(results: Any, error: Exception | None) -> None:
+        def answer(results: bytes, error: Exception | None) -> None:
             self._calls.pop(number, None)
-            self._complete(entry, None if error else evaluate_response(results), error)
+            if error is not None:
+                payload = b""
+            elif entry.code == Method.Evaluate:
+                payload = evaluate_response(unpack_results(results)).SerializeToString()
+            else:
+                payload = pack_answer(time.monotonic(), results)
+            self._complete(entry, payload, error)
 
         try:
-            ask = evaluate_ask(_request(entry))
+            ask = _unpacked(entry.payload) if entry.code != Method.Evaluate else evaluate_ask(_request(entry))
             call = self._service.begin_evaluate(self._session, ask, _deadline(entry), answer)
         except Exception as error:
-            self._complete(entry, None, error)
+            self._complete(entry, b"", error)
             return
         if not call.done():
             self._calls[number] = call
@@ -123,18 +132,18 @@ class RingServer:
         try:
             if entry.code not in self._methods:
                 raise InvalidInput(f"the ring has no method {entry.code}")
-            answer = await self._methods[entry.code](self._session, _request(entry), _deadline(entry))
+            message = await self._methods[entry.code](self._session, _request(entry), _deadline(entry))
+            answer = message.SerializeToString()
         except Exception as error:
-            self._complete(entry, None, error)
+            self._complete(entry, b"", error)
             # The future that raised it keeps it, and its traceback this frame and so the ring's memory: a
             # cycle, and a descriptor that would go when garbage is next collected.
             error.__traceback__ = None
         else:
             self._complete(entry, answer, None)
 
-    def _complete(self, entry: Entry, answer: Message | None, error: Exception | None) -> None:
-        payload = b"" if answer is None else answer.SerializeToString()
-        if len(payload) > PAYLOAD_BYTES:
+    def _complete(self, entry: Entry, payload: bytes, error: Exception | None) -> None:
+        if error is None and len(payload) > PAYLOAD_BYTES:
             error = InvalidInput("the answer does not fit in the ring; make this call by gRPC")
         if error is not None:
             payload = self._refusal(error)
@@ -173,6 +182,15 @@ def _request(entry: Entry) -> Any:
         return kind.FromString(entry.payload)
     except DecodeError:
         raise InvalidInput(f"the payload is not a {kind.DESCRIPTOR.name}") from None
+
+
+def _unpacked(payload: bytes) -> requests.Evaluate:
+    layer, query_heads, reduction, generation, items = unpack_request(payload)
+    evaluations = [
+        requests.Evaluation(*item[:4], *(requests.RawRegion(*region, generation) for region in item[4:]))
+        for item in items
+    ]
+    return requests.Evaluate(layer, query_heads, Reduction.from_proto(reduction), evaluations, payload)
 
 
 def _deadline(entry: Entry) -> float | None:

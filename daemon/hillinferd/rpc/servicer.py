@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
+from hillinfer_core.packed import Evaluated
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1 import cold_pool_pb2_grpc
 
@@ -16,7 +17,6 @@ from .. import __version__
 from ..service import requests
 from ..service.cold_pool import ColdPoolService
 from ..service.sessions import Session
-from ..worker import messages
 from .call import Context, deadline_of, session_of
 from .status import durable_context, status_response
 
@@ -184,7 +184,7 @@ def evaluate_ask(request: pb.EvaluateRequest) -> requests.Evaluate:
     return requests.Evaluate(request.layer, request.query_heads, reduction, items)
 
 
-def evaluate_response(results: list[messages.Evaluated]) -> pb.EvaluateResponse:
+def evaluate_response(results: list[Evaluated]) -> pb.EvaluateResponse:
     """Return the message for what the service answered."""
     return pb.EvaluateResponse(
         results=[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hillinfer_core.errors import InvalidInput, OutOfOrder
 from hillinfer_core.layout import PAGE, TILE_TOKENS, Reduction, Shape
+from hillinfer_core.packed import NOT_WANTED, Item
 from hillinfer_core.reference import HISTOGRAM_BINS
 from hillinfer_core.units import format_bytes
 
@@ -43,8 +44,6 @@ MAX_FETCHED_KEYS = 8 << 20
 
 SCALE_ITEM_BYTES = 4
 """Bytes of a float32 of the ranges' scale."""
-
-NOT_WANTED = Region(0, 0)
 
 
 def append_rows(session: Session, context: Context, ask: requests.Append) -> Region:
@@ -106,7 +105,9 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
             f"a request that scans {format_bytes(scanned)} of evaluation keys; at most "
             f"{format_bytes(MAX_SCANNED)} are allowed, ask in several"
         )
-    return messages.Evaluate(session.session_id, ask.layer, ask.query_heads, ask.reduction, checked)
+    return messages.Evaluate(
+        session.session_id, ask.layer, ask.query_heads, ask.reduction, checked, ask.packed
+    )
 
 
 def fetch_ids(session: Session, context: Context, ask: requests.FetchIds) -> messages.FetchIds:
@@ -160,7 +161,7 @@ def fetch_keys(session: Session, context: Context, ask: requests.FetchKeys) -> m
     return messages.FetchKeys(session.session_id, ask.context_id, ask.layer, first, end, tiles, scales)
 
 
-def scan_bytes(shape: Shape, item: messages.Evaluation, ask: requests.Evaluate | messages.Evaluate) -> int:
+def scan_bytes(shape: Shape, item: Item, ask: requests.Evaluate | messages.Evaluate) -> int:
     """Return the bytes of evaluation keys that an evaluation of ``ask`` scans, all its passes together."""
     tokens = -(-(item.end_token - item.first_token) // TILE_TOKENS) * TILE_TOKENS
     passes = 1 if ask.reduction is Reduction.sum else ask.query_heads // shape.kv_heads
@@ -169,7 +170,7 @@ def scan_bytes(shape: Shape, item: messages.Evaluation, ask: requests.Evaluate |
 
 def _evaluation(
     session: Session, context: Context, ask: requests.Evaluate, item: requests.Evaluation
-) -> messages.Evaluation:
+) -> Item:
     layer, shape = context.layer(ask.layer), context.shape
     heads = shape.kv_heads
     if ask.query_heads == 0 or ask.query_heads % heads:
@@ -197,7 +198,7 @@ def _evaluation(
         raise InvalidInput(f"held: {held.length} bytes of ids; at most {MAX_HELD} are looked through")
     if held.length % (heads * ID_BYTES):
         raise InvalidInput(f"held: {held.length} bytes are not the same number of ids for {heads} KV heads")
-    return messages.Evaluation(
+    return Item(
         context_id=item.context_id,
         first_token=item.first_token,
         end_token=item.end_token,

@@ -7,7 +7,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -19,6 +18,7 @@ from hillinfer_core.errors import (
     NotAllowed,
     UnknownContext,
 )
+from hillinfer_core.packed import Evaluated, unpack_results
 
 from ..domain.contexts import Context
 from ..domain.durable import Durable
@@ -50,29 +50,6 @@ def _counted(
             return await method(self, session, *args, **kwargs)
 
     return call
-
-
-@dataclass(frozen=True)
-class _Ranked:
-    """Counts an evaluation's winners on the way to ``result``."""
-
-    drive: Drive
-    session: Session
-    ask: requests.Evaluate
-    result: Result
-
-    def done(self) -> bool:
-        return self.result.done()
-
-    def set_exception(self, error: Exception) -> None:
-        self.result.set_exception(error)
-
-    def set_result(self, results: list[messages.Evaluated]) -> None:
-        for item, result in zip(self.ask.evaluations, results, strict=True):
-            winners, missing = item.k * len(result.missing_per_head), sum(result.missing_per_head)
-            self.drive.usage.rank(winners, missing)
-            self.session.usage.rank(winners, missing)
-        self.result.set_result(results)
 
 
 class ColdPoolService:
@@ -226,16 +203,16 @@ class ColdPoolService:
     @_counted
     async def evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None
-    ) -> list[messages.Evaluated]:
+    ) -> list[Evaluated]:
         """Rank tokens and bring missing rows; one result for each evaluation."""
-        future: asyncio.Future[list[messages.Evaluated]] = asyncio.get_running_loop().create_future()
-        self._evaluate(session, ask, deadline, future)
-        return await future
+        packed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._evaluate(session, ask, deadline, packed)
+        return unpack_results(await packed)
 
     def begin_evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None, answer: Answer
     ) -> Call:
-        """Like :meth:`evaluate`, without a task: ``answer`` is called, also with errors; at once or later."""
+        """Like :meth:`evaluate`, without a task: ``answer`` gets packed results, at once or later."""
         self.sessions.begin(session)
         call = Call(answer, partial(self.sessions.end, session))
         try:
@@ -250,8 +227,7 @@ class ColdPoolService:
         drives = {self._drive_of(item.context_id) for item in ask.evaluations} or {self.drives[0]}
         if len(drives) > 1:
             raise InvalidInput("the contexts of one evaluation request must lie on one drive")
-        drive = drives.pop()
-        drive.evaluate(session, ask, deadline, _Ranked(drive, session, ask, result))
+        drives.pop().evaluate(session, ask, deadline, result)
 
     @_counted
     async def fetch(

@@ -212,10 +212,7 @@ class Drive:
     def evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
     ) -> None:
-        """Rank tokens and bring missing rows; ``result`` gets one ``messages.Evaluated`` for each evaluation.
-
-        Raises nothing.
-        """
+        """Rank tokens and bring missing rows; ``result`` gets the packed results. Raises nothing."""
 
         def prepare() -> Prepared:
             request = admission.evaluate(session, self.catalogue, ask)
@@ -231,7 +228,16 @@ class Drive:
             for context in contexts:
                 await self._contexts.ensure_loaded(context)
 
-        Evaluating(self.queue, session, deadline, result, prepare=prepare, load=load, send=self._send).enter()
+        Evaluating(
+            self.queue,
+            session,
+            deadline,
+            result,
+            prepare=prepare,
+            load=load,
+            send=self._send,
+            usages=(self.usage, session.usage),
+        ).enter()
 
     async def fetch(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from ..domain.contexts import Context
 from ..worker import messages
 from .sessions import Session
+from .usage import Usage
 from .work_queue import End, Result, WorkQueue
 
 Prepared = tuple[list[messages.Evaluate], list[Context]]
@@ -15,7 +16,9 @@ Prepared = tuple[list[messages.Evaluate], list[Context]]
 
 
 class Evaluating:
-    """One request of ``session``: each of its pieces takes a turn, in order, and ``result`` gets the list.
+    """One request of ``session``: each of its pieces takes a turn, in order.
+
+    ``result`` gets what came of all, by :func:`hillinfer_core.packed.pack_results`; ``usages`` count winners.
 
     ``prepare`` is called in every turn, as contexts may have been closed or lost since the last one; ``load``
     has the worker know contexts; ``send`` has it carry out a piece. One event loop.
@@ -31,6 +34,7 @@ class Evaluating:
         prepare: Callable[[], Prepared],
         load: Callable[[list[Context]], Awaitable[None]],
         send: Callable[[messages.Evaluate, End], None],
+        usages: Sequence[Usage],
     ) -> None:
         self._queue = queue
         self._session = session
@@ -39,8 +43,10 @@ class Evaluating:
         self._prepare = prepare
         self._load = load
         self._send = send
-        self._evaluated: list[messages.Evaluated] = []
-        self._pieces_done = 0
+        self._usages = usages
+        self._evaluated: list[bytes] = []
+        self._winners = 0
+        self._missing = 0
         self._pieces = 0
         self._loading: asyncio.Task[None] | None = None
 
@@ -54,12 +60,15 @@ class Evaluating:
 
     def set_result(self, done: messages.Done) -> None:
         """Take what the worker said of a piece."""
-        self._pieces_done += 1
-        self._evaluated += done.evaluated
-        if self._pieces_done < self._pieces:
+        self._evaluated.append(done.evaluated)
+        self._winners += done.winners
+        self._missing += done.missing
+        if len(self._evaluated) < self._pieces:
             self.enter()
-        else:
-            self._result.set_result(self._evaluated)
+            return
+        for usage in self._usages:
+            usage.rank(self._winners, self._missing)
+        self._result.set_result(b"".join(self._evaluated))
 
     def set_exception(self, error: Exception) -> None:
         """Fail as a whole: with one piece, or before its turn came."""
@@ -68,7 +77,7 @@ class Evaluating:
     def _begin(self, end: End) -> None:
         pieces, unknown = self._prepare()
         self._pieces = len(pieces)
-        piece = pieces[self._pieces_done]
+        piece = pieces[len(self._evaluated)]
         if unknown:
             self._loading = asyncio.create_task(self._begin_with(unknown, piece, end))
         else:

@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from typing import overload
 
 from hillinfer_core.layout import Shape
+from hillinfer_core.packed import Item
 
 from ..domain.extents import Extent
 from ..domain.regions import Region
@@ -45,7 +46,7 @@ def priority_of(ask: requests.FetchIds | requests.FetchRange | requests.FetchTai
 
 def of_evaluate(request: messages.Evaluate, shapes: Sequence[Shape]) -> list[messages.Evaluate]:
     """Cut between evaluations; ``shapes`` are those of their contexts."""
-    pieces: list[list[messages.Evaluation]] = []
+    pieces: list[list[Item]] = []
     spent = PIECE_S
     for item, shape in zip(request.evaluations, shapes, strict=True):
         seconds = scan_bytes(shape, item, request) / SMARTSSD.scan + item.held.length * _HELD_BYTE_S
@@ -55,7 +56,9 @@ def of_evaluate(request: messages.Evaluate, shapes: Sequence[Shape]) -> list[mes
             spent = 0.0
         pieces[-1].append(item)
         spent += seconds
-    return [request._replace(evaluations=items) for items in pieces]
+    if len(pieces) == 1:
+        return [request]
+    return [request._replace(evaluations=items, packed=b"") for items in pieces]
 
 
 class OfIds(Sequence[messages.FetchIds]):

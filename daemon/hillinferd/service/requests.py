@@ -72,6 +72,8 @@ class Evaluate(NamedTuple):
     query_heads: int
     reduction: Reduction
     evaluations: list[Evaluation]
+    packed: bytes = b""
+    """The same by :mod:`hillinfer_core.packed`, if it came so."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from hillinfer_core.arena import Arena
 from hillinfer_core.mass import wide_query
+from hillinfer_core.packed import Evaluated, Item
 from hillinfer_core.reference import F32, Ranked
 
 from ..driver.contract import Driver
@@ -24,10 +25,10 @@ def evaluate_apart(
     keys: KeyKeeper,
     arena: Arena,
     store: LayerStore,
-    item: messages.Evaluation,
+    item: Item,
     query: F32,
     traffic: messages.Traffic,
-) -> messages.Evaluated:
+) -> Evaluated:
     """Carry out an evaluation with ``Reduction.none`` for ``query`` float32 [query_heads, head_dim].
 
     Raises as :func:`~hillinferd.worker.evaluate.evaluate` does.
@@ -51,7 +52,7 @@ def evaluate_apart(
     arena.view(item.histogram.offset, ranked.histogram.shape, np.uint32)[:] = ranked.histogram
     arena.view(item.scales.offset, (len(query), 6), np.float64)[:] = scale.packed
     read = traffic.read - before
-    return messages.Evaluated(store.quantisation.generation, [], 0, won.scanned, read, scan_s)
+    return Evaluated(store.quantisation.generation, [], 0, won.scanned, read, scan_s)
 
 
 def _find_clipped(driver: Driver, store: LayerStore, traffic: messages.Traffic) -> None:

@@ -11,6 +11,7 @@ from hillinfer_core import kernel
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
+from hillinfer_core.packed import Evaluated, Item
 from hillinfer_core.rows import missing
 
 from ..driver.contract import Driver
@@ -26,9 +27,9 @@ def evaluate(
     arena: Arena,
     store: LayerStore,
     ask: messages.Evaluate,
-    item: messages.Evaluation,
+    item: Item,
     traffic: messages.Traffic,
-) -> messages.Evaluated:
+) -> Evaluated:
     """Carry out one evaluation; see ``Evaluation`` in cold_pool.proto.
 
     Raises :class:`InvalidInput` for a query with NaN or infinity, ``CorruptData`` or ``OSError`` for rows.
@@ -63,10 +64,10 @@ def evaluate(
         traffic.read += gathered
         read += gathered
     generation = store.quantisation.generation
-    return messages.Evaluated(generation, counts.tolist(), brought, won.scanned, read, scan_s)
+    return Evaluated(generation, counts.tolist(), brought, won.scanned, read, scan_s)
 
 
-def _held(arena: Arena, item: messages.Evaluation, heads: int) -> npt.NDArray[np.uint32]:
+def _held(arena: Arena, item: Item, heads: int) -> npt.NDArray[np.uint32]:
     per_head = item.held.length // (4 * heads)
     if per_head == 0:
         return np.empty((heads, 0), np.uint32)

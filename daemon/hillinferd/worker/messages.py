@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from hillinfer_core.layout import Reduction, Shape
+from hillinfer_core.packed import Item
 
 from ..cec.loader import Status
 from ..domain.content import Appended
@@ -99,30 +100,18 @@ class Append:
     durable: bool = False
 
 
-class Evaluation(NamedTuple):
-    """One ranking of tokens ``first_token .. end_token - 1``; regions as in cold_pool.proto."""
-
-    context_id: int
-    first_token: int
-    end_token: int
-    k: int
-    query: Region
-    ids: Region
-    scores: Region
-    held: Region
-    rows: Region
-    histogram: Region
-    scales: Region
-
-
 class Evaluate(NamedTuple):
-    """Rank tokens of one layer for several contexts of one session."""
+    """Rank tokens of one layer for several contexts of one session.
+
+    ``packed`` is the same by :mod:`hillinfer_core.packed`, if it came so.
+    """
 
     session_id: int
     layer: int
     query_heads: int
     reduction: Reduction
-    evaluations: list[Evaluation]
+    evaluations: list[Item]
+    packed: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -233,17 +222,6 @@ class Traffic:
         self.writes += other.writes
 
 
-class Evaluated(NamedTuple):
-    """The result of one :class:`Evaluation`; see ``EvaluationResult`` in cold_pool.proto."""
-
-    generation: int
-    missing_per_head: list[int]
-    rows_brought: int
-    evaluated_bytes: int
-    read_bytes: int
-    scan_s: float
-
-
 @dataclass(frozen=True)
 class BroughtKeys:
     """The result of :class:`FetchKeys`; ``checksums`` is the data checksum of each KV head."""
@@ -263,14 +241,18 @@ class Ready:
 class Done:
     """A request was carried out.
 
-    ``evaluated`` answers :class:`Evaluate`, ``appended`` a durable :class:`Append`, ``sealed``
-    :class:`SealContext` (by layer), ``bitstreams`` a :data:`CecRequest`, ``keys`` :class:`FetchKeys`.
+    ``evaluated`` answers :class:`Evaluate`, by :func:`hillinfer_core.packed.pack_results`, with how many
+    ``winners`` all KV heads have and how many of them are ``missing``. ``appended`` answers a durable
+    :class:`Append`, ``sealed`` :class:`SealContext` (by layer), ``bitstreams`` a :data:`CecRequest`, ``keys``
+    :class:`FetchKeys`.
     ``key_bytes`` of evaluation keys are in fast memory now, ``context_key_bytes`` of them of the context that
     was opened, loaded or appended to.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
-    evaluated: list[Evaluated] = field(default_factory=list)
+    evaluated: bytes = b""
+    winners: int = 0
+    missing: int = 0
     appended: Appended | None = None
     sealed: list[tuple[int, SealedKeys]] = field(default_factory=list)
     key_bytes: int = 0

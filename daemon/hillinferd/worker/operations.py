@@ -20,6 +20,7 @@ from hillinfer_core.errors import (
     name_of,
 )
 from hillinfer_core.layout import Shape
+from hillinfer_core.packed import pack_results
 from hillinfer_core.reference import U8
 
 from ..cec.loader import Status
@@ -80,7 +81,7 @@ class Operations:
     def _carry_out(self, request: messages.Request, fd: int | None, traffic: Traffic) -> messages.Reply:
         match request:
             case messages.Evaluate():
-                return self._done(traffic, evaluated=self._evaluate(request, traffic))
+                return self._evaluate(request, traffic)
             case messages.Append():
                 store = self._layer(request.context_id, request.layer)
                 rows = self._copied(self._arenas[request.session_id], request.rows)
@@ -122,7 +123,6 @@ class Operations:
         traffic: Traffic,
         context_id: int | None = None,
         *,
-        evaluated: list[messages.Evaluated] | None = None,
         appended: Appended | None = None,
         sealed: list[tuple[int, SealedKeys]] | None = None,
         bitstreams: Status | None = None,
@@ -133,7 +133,15 @@ class Operations:
             layers = self._contexts[context_id].layers.values()
             held = self._keys.claimed_bytes(layers) + sum(store.clipped.nbytes for store in layers)
         used = self._keys.residency.used_bytes
-        return Done(traffic, evaluated or [], appended, sealed or [], used, held, bitstreams, keys)
+        return Done(
+            traffic,
+            appended=appended,
+            sealed=sealed or [],
+            key_bytes=used,
+            context_key_bytes=held,
+            bitstreams=bitstreams,
+            keys=keys,
+        )
 
     def _configure(self, request: messages.CecRequest) -> Status:
         if self._configuration is None:
@@ -181,13 +189,17 @@ class Operations:
             for store in context.layers.values():
                 self._keys.drop(store)
 
-    def _evaluate(self, request: messages.Evaluate, traffic: Traffic) -> list[messages.Evaluated]:
+    def _evaluate(self, request: messages.Evaluate, traffic: Traffic) -> Done:
         arena = self._arenas[request.session_id]
-        results = []
+        results, winners, missing = [], 0, 0
         for item in request.evaluations:
             store = self._layer(item.context_id, request.layer)
-            results.append(evaluate(self._driver, self._keys, arena, store, request, item, traffic))
-        return results
+            result = evaluate(self._driver, self._keys, arena, store, request, item, traffic)
+            results.append(result)
+            winners += item.k * len(result.missing_per_head)
+            missing += sum(result.missing_per_head)
+        used = self._keys.residency.used_bytes
+        return Done(traffic, pack_results(results), winners, missing, key_bytes=used)
 
     def _fetch_ids(self, request: messages.FetchIds, traffic: Traffic) -> None:
         store = self._layer(request.context_id, request.layer)

@@ -12,10 +12,11 @@ import socket
 import struct
 from array import array
 
+from hillinfer_core import packed
 from hillinfer_core.layout import Reduction
+from hillinfer_core.packed import pack_request, unpack_request
 
-from ..domain.regions import Region
-from .messages import Done, Evaluate, Evaluated, Evaluation, Reply, Request, Traffic
+from .messages import Done, Evaluate, Reply, Request, Traffic
 
 MAX_PACKET = 192 * 1024
 """Largest packet in bytes: what a local socket takes with Linux's default buffer of 212,992, less slack."""
@@ -25,15 +26,8 @@ _IN_FILE = b"in file"
 # First byte of a packet; a pickle begins with 0x80.
 _EVALUATE, _EVALUATED = 1, 2
 
-_REDUCTIONS = tuple(Reduction)
-
-_REQUEST = struct.Struct("<BBHIIQ")  # kind, reduction, evaluations, layer, query heads, session
-_EVALUATION = struct.Struct("<QIII14Q")  # as messages.Evaluation; of each region offset and length
-_ANSWER = struct.Struct("<BxHxxxxQ6Q")  # kind, results, bytes of keys, traffic
-_RESULT = struct.Struct(
-    "<IIQQdI"
-)  # generation, rows, evaluated, read, scan_s, KV heads; uint32 for each of them
-_COUNT_BYTES = 4
+_REQUEST = struct.Struct("<BxxxxxxxQ")  # kind, session; a packed request
+_ANSWER = struct.Struct("<BxxxxxxxQ6QQQ")  # kind, bytes of keys, traffic, winners, missing; packed results
 
 _ONE_FD = socket.CMSG_SPACE(array("i").itemsize)
 
@@ -100,50 +94,28 @@ def send_reply(sock: socket.socket, reply: Reply) -> None:
 
 
 def _encoded_request(ask: Evaluate) -> bytes:
-    reduction, items = _REDUCTIONS.index(ask.reduction), ask.evaluations
-    parts = [_REQUEST.pack(_EVALUATE, reduction, len(items), ask.layer, ask.query_heads, ask.session_id)]
-    for context_id, first, end, k, query, ids, scores, held, rows, histogram, scales in items:
-        parts.append(
-            _EVALUATION.pack(
-                context_id, first, end, k, *query, *ids, *scores, *held, *rows, *histogram, *scales
-            )
-        )
-    return b"".join(parts)
+    body = ask.packed or pack_request(
+        packed.Request(ask.layer, ask.query_heads, ask.reduction.to_proto(), 0, ask.evaluations)
+    )
+    return _REQUEST.pack(_EVALUATE, ask.session_id) + body
 
 
 def _decoded_request(packet: memoryview) -> Evaluate:
-    _, reduction, _, layer, query_heads, session_id = _REQUEST.unpack_from(packet)
-    items = [
-        Evaluation(
-            context_id, first, end, k,
-            Region(n[0], n[1]), Region(n[2], n[3]), Region(n[4], n[5]), Region(n[6], n[7]),
-            Region(n[8], n[9]), Region(n[10], n[11]), Region(n[12], n[13]),
-        )
-        for context_id, first, end, k, *n in _EVALUATION.iter_unpack(packet[_REQUEST.size :])
-    ]  # fmt: skip
-    return Evaluate(session_id, layer, query_heads, _REDUCTIONS[reduction], items)
+    _, session_id = _REQUEST.unpack_from(packet)
+    layer, query_heads, reduction, _, items = unpack_request(packet[_REQUEST.size :])
+    return Evaluate(session_id, layer, query_heads, Reduction.from_proto(reduction), items)
 
 
 def _encoded_answer(done: Done) -> bytes:
     moved = done.traffic
-    parts = [
-        _ANSWER.pack(
-            _EVALUATED, len(done.evaluated), done.key_bytes,
-            moved.written, moved.read, moved.evaluated, moved.streamed, moved.reads, moved.writes,
-        )
-    ]  # fmt: skip
-    for generation, missing, brought, evaluated, read, scan_s in done.evaluated:
-        parts.append(_RESULT.pack(generation, brought, evaluated, read, scan_s, len(missing)))
-        parts.append(struct.pack(f"<{len(missing)}I", *missing))
-    return b"".join(parts)
+    header = _ANSWER.pack(
+        _EVALUATED, done.key_bytes,
+        moved.written, moved.read, moved.evaluated, moved.streamed, moved.reads, moved.writes,
+        done.winners, done.missing,
+    )  # fmt: skip
+    return header + done.evaluated
 
 
 def _decoded_answer(packet: memoryview) -> Done:
-    _, count, key_bytes, *moved = _ANSWER.unpack_from(packet)
-    results, at = [], _ANSWER.size
-    for _ in range(count):
-        generation, brought, evaluated, read, scan_s, heads = _RESULT.unpack_from(packet, at)
-        missing = struct.unpack_from(f"<{heads}I", packet, at + _RESULT.size)
-        results.append(Evaluated(generation, list(missing), brought, evaluated, read, scan_s))
-        at += _RESULT.size + heads * _COUNT_BYTES
-    return Done(Traffic(*moved), results, key_bytes=key_bytes)
+    _, key_bytes, *moved, winners, missing = _ANSWER.unpack_from(packet)
+    return Done(Traffic(*moved), bytes(packet[_ANSWER.size :]), winners, missing, key_bytes=key_bytes)
