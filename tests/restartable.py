@@ -63,6 +63,8 @@ class Restartable:
             yield
         finally:
             timer.join()
+            assert self.process is not None
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
 
     @property
     def pid(self) -> int:
