@@ -18,6 +18,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from .arena import Arena, create_arena
 from .errors import InvalidInput, QuotaExceeded
@@ -59,8 +60,7 @@ class Outcome(IntEnum):
     refused = 1
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """``code`` is a :class:`Method`, in completions an :class:`Outcome`; ``timeout_ms`` is 0 for none."""
 
     ticket: int
