@@ -19,6 +19,7 @@ class RawRing:
     def __init__(self, runtime_dir: Path) -> None:
         self.connection, reply, fds = attach_raw(runtime_dir, attach_request(1 << 20, ring=True))
         assert reply.WhichOneof("outcome") == "accepted"
+        self.accepted = reply.accepted
         arena, *ring = fds
         os.close(arena)
         self.fds = RingFds(*ring)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from honest import SHAPE, Honest
-from raw_client import RawClient, Refused, attach_raw, attach_request, random_rows, running_daemon, spawn
+from raw_client import (
+    CALL_S,
+    RawClient,
+    Refused,
+    attach_raw,
+    attach_request,
+    random_rows,
+    running_daemon,
+    spawn,
+)
 
 from hillinfer_core import protocol
 from hillinfer_core.errors import ConfigError
 from hillinferd.process import make_runtime_dir
 
+NOBODY = 65534
 ROOT = Path(__file__).parents[2]
 
 
@@ -59,6 +70,24 @@ def test_a_pool_that_is_not_kept_has_no_name(tmp_path: Path) -> None:
     [pool] = [link for link in links if "/pool-" in link]
     assert pool.endswith(" (deleted)")
     assert not Path(pool.removesuffix(" (deleted)")).exists()
+
+
+def test_nobody_else_can_map_an_arena(daemon: Path, attacker: RawClient) -> None:
+    """Not by the daemon's, the worker's or the client's descriptors, of another user."""
+    if os.getuid():
+        pytest.skip("needs root, to be two users")
+    pids = [int((daemon / "lock").read_text()), attacker.status().device.worker_pid, os.getpid()]
+    code = (
+        "import os, sys\n"
+        "for pid in sys.argv[1:]:\n"
+        "    for where in ('fd', 'map_files', 'mem'):\n"
+        "        path = f'/proc/{pid}/{where}'\n"
+        "        try: os.open(path, os.O_RDONLY) if where == 'mem' else os.listdir(path)\n"
+        "        except PermissionError: continue\n"
+        "        sys.exit(f'{path} is open')\n"
+    )
+    command = ["/usr/bin/env", "python3", "-c", code, *map(str, pids)]
+    subprocess.run(command, user=NOBODY, group=NOBODY, extra_groups=[], timeout=CALL_S, check=True)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o707])

@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from absurd import right_requests
+from absurd import changes, right_requests
 from google.protobuf.message import Message
 from honest import SHAPE, TOKENS, Honest
 from raw_client import CALL_S, RawClient, attach_request, log_of, random_rows, wait_for
@@ -28,6 +28,7 @@ from hillinfer_core.protocol import ERROR_KEY, TOKEN_KEY, attach_socket
 from hillinfer_core.ring import ENTRIES, PAYLOAD_BYTES, Entry, Method, Outcome, ring_doorbell
 from hillinfer_core.v1 import attach_pb2
 from hillinfer_core.v1 import cold_pool_pb2 as pb
+from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 
 BATCH = 250
 """Messages between two looks at the honest session, and of one session that sends them."""
@@ -67,6 +68,27 @@ def _fuzz(daemon: Path, honest: Honest, seed: int, count: int) -> None:
     print(
         f"seed {seed}: {dict(sorted(outcomes.items()))}, evaluations beside it {slowest * 1e3:.0f} ms at most"
     )
+
+
+class _Mutations:
+    """Messages that were right; every second has other values in its fields, every second other bytes."""
+
+    def __init__(self, rng: random.Random, right: list[Message]) -> None:
+        self._rng = rng
+        self._right = right
+        self._bytes = [message.SerializeToString() for message in right]
+        self._changes = [list(changes(message)) for message in right]
+
+    def of(self, number: int) -> bytes:
+        """Return a mutation of the message of that number."""
+        if self._rng.random() < 0.5:
+            return _mutated(self._rng, self._bytes[number], self._bytes)
+        message = type(self._right[number]).FromString(self._bytes[number])
+        for _ in range(self._rng.randrange(3)):
+            # Some change what the first has taken away.
+            with suppress(IndexError, ValueError):
+                self._rng.choice(self._changes[number])(message)
+        return message.SerializeToString()
 
 
 def _mutated(rng: random.Random, message: bytes, others: list[bytes]) -> bytes:
@@ -111,24 +133,19 @@ def _by_attach(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None
             outcomes["attach: " + (TYPED if error else DONE)] += 1
 
 
-def _right(client: RawClient) -> list[tuple[str, Message]]:
-    context = client.open(SHAPE)
-    client.append(context, 0, 0, ROWS)
-    found = right_requests(client, context)
-    return [(method, message) for method, messages in found.items() for message in messages]
-
-
 def _by_grpc(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None:
     with RawClient(daemon, 4 << 20) as client:
-        right = _right(client)
-        others = [message.SerializeToString() for _, message in right]
+        context = client.open(SHAPE)
+        client.append(context, 0, 0, ROWS)
+        right = [(name, each) for name, found in right_requests(client, context).items() for each in found]
+        mutations = _Mutations(rng, [message for _, message in right])
         # Those without fields are as good as any other; of the administrator's, those that change nothing.
         services = [f"ColdPool/{method}" for method, _ in right]
         services += ["ColdPool/Status", "ColdPool/ListContexts", "Admin/CecStatus", "Admin/CecLoad"]
         metadata = ((TOKEN_KEY, client.token),)
         for _ in range(BATCH):
             number = rng.randrange(len(services))
-            data = _mutated(rng, others[number % len(others)], others)
+            data = mutations.of(number % len(right))
             call = client.channel.stream_stream(f"/hillinfer.v1.{services[number]}")
             try:
                 list(call(iter([data]), timeout=CALL_S, metadata=metadata))
@@ -145,8 +162,8 @@ def _typed(error: grpc.RpcError, data: bytes) -> str:
 
 
 def _by_ring(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None:
-    ring, left, ticket = RawRing(daemon), BATCH, 0
-    messages = _ring_messages()
+    ring, mutations = _ring(daemon, rng)
+    left, ticket = BATCH, 0
     while left:
         batch = min(left, rng.randrange(1, ENTRIES + 1))
         if rng.random() < 0.1:
@@ -156,15 +173,19 @@ def _by_ring(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None:
             with suppress(BrokenPipeError):
                 ring_doorbell(ring.fds.submitted)
             ring.close()
-            ring = RawRing(daemon)
+            ring, mutations = _ring(daemon, rng)
             outcomes["ring: ended"] += batch
         else:
             for _ in range(batch):
                 ticket += 1
-                code = rng.choice([*Method, *Method, *Method, 0, 77, (1 << 32) - 1])
-                data = _mutated(rng, rng.choice(messages), messages)[:PAYLOAD_BYTES]
+                number = rng.randrange(len(RING_METHODS))
+                code = (
+                    RING_METHODS[number]
+                    if rng.random() < 0.9
+                    else rng.choice([0, 1, 2, 3, 77, (1 << 32) - 1])
+                )
                 timeout = rng.choice([0, 0, 1, 60_000, (1 << 32) - 1])
-                ring.submissions.put(Entry(ticket, code, timeout, data))
+                ring.submissions.put(Entry(ticket, code, timeout, mutations.of(number)[:PAYLOAD_BYTES]))
             ring_doorbell(ring.fds.submitted)
             for entry in ring.completed(batch):
                 if entry.code == Outcome.refused:
@@ -175,15 +196,38 @@ def _by_ring(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None:
     ring.close()
 
 
-def _ring_messages() -> list[bytes]:
-    region = pb.Region(offset=4096, length=64, generation=1)
-    item = pb.Evaluation(context_id=1, end_token=TOKENS, k=8, query=region, ids=region, held=region)
-    return [
-        message.SerializeToString()
-        for message in (
+CODES = [0, 1, 2, 3, 4, 77, (1 << 32) - 1]
+RING_METHODS = [Method.Evaluate, Method.Append, Method.Fetch, Method.Fetch]
+
+
+def _ring(daemon: Path, rng: random.Random) -> tuple[RawRing, _Mutations]:
+    """A session with a ring and a context of zeros, and requests of it, in the order of their methods."""
+    ring = RawRing(daemon)
+    shape = pb.OpenContextRequest(layers=1, kv_heads=2, head_dim=64, dtype=1, precision=1)
+    with grpc.insecure_channel(ring.accepted.grpc_address) as channel:
+        metadata = ((TOKEN_KEY, ring.accepted.token),)
+        opened = ColdPoolStub(channel).OpenContext(shape, metadata=metadata, timeout=CALL_S)
+    context = opened.context_id
+
+    def region(offset: int, length: int) -> pb.Region:
+        return pb.Region(offset=offset, length=length, generation=ring.accepted.arena_generation)
+
+    rows = region(0, TOKENS * SHAPE.kv_heads * SHAPE.row_bytes)
+    append = pb.AppendRequest(context_id=context, tokens=TOKENS, rows=rows)
+    ring.submissions.put(Entry(0, Method.Append, 0, append.SerializeToString()))
+    ring_doorbell(ring.fds.submitted)
+    assert ring.completed(1)[0].code == Outcome.answered
+    item = pb.Evaluation(
+        context_id=context, end_token=TOKENS, k=8, query=region(0, 512), ids=region(4096, 64)
+    )
+    item.rows.CopyFrom(region(1 << 18, 8 * SHAPE.row_bytes))
+    ids = pb.Ids(count_per_head=[2, 2], ids=region(0, 16))
+    return ring, _Mutations(
+        rng,
+        [
             pb.EvaluateRequest(query_heads=2, reduction=1, evaluations=[item] * 3),
-            pb.AppendRequest(context_id=1, tokens=64, rows=region),
-            pb.FetchRequest(context_id=1, range=pb.TokenRange(count=16), rows=region),
-            pb.FetchRequest(context_id=1, by_ids=pb.Ids(count_per_head=[2, 2], ids=region), rows=region),
-        )
-    ]
+            pb.AppendRequest(context_id=context, first_token=TOKENS, tokens=64, rows=region(0, 32768)),
+            pb.FetchRequest(context_id=context, range=pb.TokenRange(count=16), rows=rows),
+            pb.FetchRequest(context_id=context, by_ids=ids, rows=region(1 << 18, 4 * SHAPE.row_bytes)),
+        ],
+    )

@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from honest import SHAPE, TOKENS, Honest
-from raw_client import CALL_S, RawClient, Refused, random_rows, wait_for
+from raw_client import CALL_S, RawClient, Refused, log_of, random_rows, wait_for
 from service_thread import Served, drive_settings, served
 
 from hillinfer_core.protocol import ERROR_KEY, TOKEN_KEY
@@ -42,7 +42,7 @@ REQUESTS = {
 FOREIGN = (grpc.StatusCode.UNAUTHENTICATED, "ForeignToken")
 
 
-def test_tokens_are_long_and_never_the_same(daemon: Path, honest: Honest) -> None:
+def test_tokens_are_long_never_the_same_and_never_logged(daemon: Path, honest: Honest) -> None:
     tokens = set()
     for _ in range(100):
         with RawClient(daemon, 0) as client:
@@ -52,6 +52,8 @@ def test_tokens_are_long_and_never_the_same(daemon: Path, honest: Honest) -> Non
     assert {len(token) for token in tokens} == {43}
     for place in range(43):
         assert len({token[place] for token in tokens}) > 2
+    log = log_of(daemon)
+    assert not any(token in log for token in tokens)
 
 
 def test_what_is_like_a_token_opens_nothing(daemon: Path, attacker: RawClient, honest: Honest) -> None:
