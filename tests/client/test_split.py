@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 from statistics import median
 
@@ -13,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_rows import random_kv, random_query
 
-from hillinfer import DType, EvaluateItem, Precision, Session, Shape
+from hillinfer import DType, EvaluateItem, Precision, PrivateDaemon, Session, Shape
 from hillinfer.split.boundary import Stop, choose
 from hillinfer.split.controller import PROBE_EVERY, Controller, Times
 from hillinfer.split.estimates import Estimate
 from hillinfer.split.ranking import SplitRanking
+from hillinfer_core.errors import InvalidInput
 
 MIB = 1 << 20
 
@@ -240,3 +242,34 @@ def test_a_cache_grants_no_more_than_it_is_asked_for(session: Session) -> None:
         same(session, policy, item)
         assert policy.mirrored_bytes <= 100_000
     policy.close()
+
+
+def test_what_the_drive_refuses_is_refused_and_the_session_goes_on(session: Session) -> None:
+    shape = Shape(1, 2, 64, DType.float16, Precision.int8)
+    policy = SplitRanking(0.5, 8 * MIB)
+    with session.open_context(shape) as context:
+        context.append(0, *random_kv(shape, 2048))
+        item = EvaluateItem(context, random_query(4, 64), 50, 0, 2048, np.empty((2, 0), np.uint32))
+        with pytest.raises(InvalidInput):
+            policy.select(session, 0, [item._replace(query=np.full((4, 64), np.nan, np.float32))])
+        same(session, policy, item)
+    policy.close()
+
+
+@pytest.mark.parametrize("ring", [True, False])
+def test_the_drive_is_asked_before_the_cpu_begins(daemon: PrivateDaemon, ring: bool) -> None:
+    """It has answered by the time that the CPU is done, however long that took."""
+    shape = Shape(1, 2, 64, DType.float16, Precision.int8)
+    with Session.connect(daemon.socket, ring=ring) as session, session.open_context(shape) as context:
+        context.append(0, *random_kv(shape, 2048))
+        item = EvaluateItem(context, random_query(4, 64), 50, 0, 2048, np.empty((2, 0), np.uint32))
+        ended = []
+
+        def meanwhile() -> None:
+            time.sleep(1)
+            ended.append(time.monotonic())
+
+        [answer] = session.rank(0, [item], meanwhile=meanwhile)
+        assert len(ended) == 1
+        assert 0 < answer.answered_at < ended[0]
+        assert answer.scan_s > 0

@@ -125,9 +125,13 @@ def as_markdown(found: Sequence[dict[str, Any]]) -> str:
                 at = run["steps"][run["at_step"]]["imbalance"]
                 changes.append(
                     f"| {each['name']} | {run['slowed']} | {'at its end' if at is None else f'{at:.0%}'} | "
-                    f"{_told(run['after'])} | {run['recovered_after_steps']} steps |"
+                    f"{_told(run['after'])} | {_recovery(run['recovered_after_steps'])} |"
                 )
     return "\n".join(lines + (changes if len(changes) > 3 else []))
+
+
+def _recovery(steps: int | None) -> str:
+    return "not in the run" if steps is None else f"{steps} steps" if steps != 1 else "1 step"
 
 
 def _told(state: dict[str, Any]) -> str:

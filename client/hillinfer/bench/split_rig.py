@@ -29,7 +29,7 @@ from hillinfer_core.layout import Shape
 
 _BUDGET = 50  # one token in so many wins, 2 %
 _APPEND = 4096  # tokens at a time, as many as the largest extent has
-_DRIFT = 0.05  # of a query against the first one: about nine in ten winners stay the same
+_DRIFT = 0.05  # of a query against the first one: about nineteen in twenty winners stay the same
 _STREAMED_DRAM = 4 << 20  # too small for the keys: the drive reads nearly all of them for each scan
 
 
