@@ -16,7 +16,7 @@ from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinferd.domain import contexts
 from hillinferd.service.admission import MAX_HELD
 
-ARENA = 96 << 20
+ARENA = 80 << 20
 MANY_HEADS = Shape(1, 1024, 8, DType.float16, Precision.int8)
 
 
@@ -78,7 +78,7 @@ def test_rows_without_number_are_brought_in_pieces(heavy: RawClient, honest: Hon
 
 def test_contexts_without_number_are_closed_one_at_a_time(daemon: Path, honest: Honest) -> None:
     client = RawClient(daemon, 4096)
-    for _ in range(1500):
+    for _ in range(600):
         client.open(SHAPE)
     client.__exit__()
     waits = []
