@@ -82,7 +82,7 @@ def test_thousands_of_grpc_connections_leave_others_alone(daemon: Path, honest: 
     with _connections(grpc_socket(daemon), socket.SOCK_STREAM, count) as found:
         for each in found:
             each.send(says)
-        waits = [honest.check() for _ in range(20)]
+        waits = [honest.check() for _ in range(12)]
         grown = _resident(daemon) - resident
         with RawClient(daemon) as newcomer:
             assert newcomer.status().sessions
