@@ -148,9 +148,9 @@ class Drive:
     async def detach(self, session: Session) -> None:
         """Free what a session holds on this drive; work of it that is already running ends first."""
         for context in self.catalogue.of_session(session.session_id):
-            # What fails here, with the worker, is freed after it.
+            # One at a time, as there may be thousands. What fails here, with the worker, is freed after it.
             with suppress(HillInferError):
-                await self._discard_in_pieces(session, context, None)
+                await self._close(session, context, None)
         await self.queue.submit_urgent(lambda: self._contexts.free(session), operation="detach")
 
     async def open_context(
@@ -163,11 +163,13 @@ class Drive:
 
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""
-        context = self.catalogue.find(session.session_id, context_id)
+        await self._close(session, self.catalogue.find(session.session_id, context_id), deadline)
+
+    async def _close(self, session: Session, context: Context, deadline: float | None) -> None:
         await self._discard_in_pieces(session, context, deadline)
 
         async def work() -> None:
-            if self.catalogue.find(session.session_id, context_id) is context:
+            if self.catalogue.find(session.session_id, context.context_id) is context:
                 await self._contexts.close(context)
 
         await self._bulk("close", session, work, deadline)
