@@ -26,6 +26,7 @@ class Pools:
         self.hot = hot
         self._chosen: dict[tuple[int, int], Ids] = {}
         self._left: list[tuple[int, int, Ids, torch.Tensor]] = []
+        self._again: set[tuple[int, int]] = set()  # admitted in more than one round of the step
 
     def admit(self, row: int, head: int, ids: Ids) -> tuple[Ids, npt.NDArray[np.int64]]:
         """Give the selected `ids`, ascending and at most as many as there are slots, a slot each.
@@ -39,6 +40,8 @@ class Pools:
         found, at = hot.find(row, head, absent)
         self.fill(row, head, places[found], hot.rows[row, head, at])
         hot.release(row, head, at)
+        if (row, head) in self._chosen:
+            self._again.add((row, head))
         self._chosen[row, head] = ids
         return absent[~found], places[~found]
 
@@ -62,11 +65,15 @@ class Pools:
         for (row, head), ids in self._chosen.items():
             self.hot.count(row, head, ids, int(self.slots.lengths[row]))
         for row, head, ids, kv in self._left:
-            # A second round of the same step may have brought some back.
-            away = ~np.isin(ids, self.slots.ids[row, head])
-            self.hot.offer(row, head, ids[away], to_storage(kv)[away])
+            rows = to_storage(kv)
+            if (row, head) in self._again:
+                # A second round of the same step may have brought some back.
+                away = ~np.isin(ids, self.slots.ids[row, head])
+                ids, rows = ids[away], rows[away]
+            self.hot.offer(row, head, ids, rows)
         self._chosen.clear()
         self._left.clear()
+        self._again.clear()
 
     def _keep_aside(self, row: int, head: int, ids: Ids, places: npt.NDArray[np.int64]) -> None:
         if not self.hot.capacity or not len(ids):
