@@ -45,9 +45,12 @@ def test_selected_tokens_are_in_their_slots(steps):
     for count, seed in steps:
         wanted = np.sort(np.random.default_rng(seed).choice(40, count, replace=False).astype(np.uint32))
         slots.resize(count)
-        absent = slots.absent(0, 0, wanted)
-        places = slots.place(0, 0, wanted)
+        before = slots.ids[0, 0].copy()
+        absent, places, left, left_places = slots.exchange(0, 0, wanted)
         assert len(places) == len(absent)
+        assert absent.tolist() == sorted(set(wanted.tolist()) - set(before.tolist()))
+        assert set(left.tolist()) == set(before.tolist()) - set(wanted.tolist()) - {EMPTY}
+        assert (slots.keys[0, 0, left_places, 0].numpy() == left).all()
         for token, place in zip(absent, places, strict=True):
             slots.keys[0, 0, place] = float(token)
         held = slots.ids[0, 0][slots.ids[0, 0] != EMPTY]

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from hillinfer.hkm.hot_pool import HotPool
-from hillinfer.hkm.slots import EMPTY, Slots
+from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
 
 Ids = npt.NDArray[np.uint32]
@@ -33,10 +33,9 @@ class Pools:
         Rows that the hot pool has are moved. Returns the ids whose rows are in
         neither, and the slots to `fill` with them.
         """
-        slots, hot = self.slots, self.hot
-        self._keep_aside(row, head, ids)
-        absent = slots.absent(row, head, ids)
-        places = slots.place(row, head, ids)
+        hot = self.hot
+        absent, places, left, left_places = self.slots.exchange(row, head, ids)
+        self._keep_aside(row, head, left, left_places)
         found, at = hot.find(row, head, absent)
         self.fill(row, head, places[found], hot.rows[row, head, at])
         hot.release(row, head, at)
@@ -69,12 +68,10 @@ class Pools:
         self._chosen.clear()
         self._left.clear()
 
-    def _keep_aside(self, row: int, head: int, staying: Ids) -> None:
-        held = self.slots.ids[row, head]
-        leaving = np.flatnonzero((held != EMPTY) & ~np.isin(held, staying))
-        if not self.hot.capacity or not len(leaving):
+    def _keep_aside(self, row: int, head: int, ids: Ids, places: npt.NDArray[np.int64]) -> None:
+        if not self.hot.capacity or not len(ids):
             return
-        places = torch.from_numpy(leaving + self.slots.pinned).to(self.slots.keys.device)
-        keys = self.slots.keys[row, head].index_select(0, places)
-        values = self.slots.values[row, head].index_select(0, places)
-        self._left.append((row, head, held[leaving], torch.stack((keys, values), 1)))
+        target = torch.from_numpy(places).to(self.slots.keys.device)
+        keys = self.slots.keys[row, head].index_select(0, target)
+        values = self.slots.values[row, head].index_select(0, target)
+        self._left.append((row, head, ids, torch.stack((keys, values), 1)))
