@@ -273,3 +273,22 @@ def test_the_drive_is_asked_before_the_cpu_begins(daemon: PrivateDaemon, ring: b
         assert len(ended) == 1
         assert 0 < answer.answered_at < ended[0]
         assert answer.scan_s > 0
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_sequences_of_a_batch_are_split_each_by_itself(session: Session, share: float) -> None:
+    shape = Shape(1, 2, 64, DType.float16, Precision.int4)
+    policy = SplitRanking(share, 8 * MIB)
+    nothing = np.empty((2, 0), np.uint32)
+    with session.open_context(shape) as first, session.open_context(shape) as second:
+        first.append(0, *random_kv(shape, 2048, 1))
+        second.append(0, *random_kv(shape, 1024, 2))
+        items = [
+            EvaluateItem(first, random_query(4, 64), 50, 0, 2000, nothing),
+            EvaluateItem(second, random_query(4, 64), 30, 4, 300, nothing),  # share of it: less than a block
+        ]
+        expected = session.evaluate_and_bring(0, items)
+        for mine, whole in zip(policy.select(session, 0, items), expected, strict=True):
+            np.testing.assert_array_equal(mine.ids, whole.ids)
+            np.testing.assert_array_equal(mine.rows, whole.rows)
+    policy.close()
