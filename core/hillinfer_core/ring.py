@@ -2,7 +2,8 @@
 
 As NVMe and io_uring do, the client puts an entry into the submission ring and rings the daemon's doorbell;
 the daemon puts the answer into the completion ring and rings the client's. An entry is a message of
-proto/hillinfer/v1 in its serialised form, at most :data:`PAYLOAD_BYTES` long; larger ones go by gRPC.
+proto/hillinfer/v1 in its serialised form, or an evaluation by :mod:`.packed`, at most :data:`PAYLOAD_BYTES`
+long; larger ones go by gRPC.
 
 Memory: a page of four counters of 32 bits, each on a cache line of its own, then the entries of both rings.
 Counters only grow (modulo 2**32); each is written by one side, which never reads it back: the other side
@@ -18,6 +19,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from .arena import Arena, create_arena
 from .errors import InvalidInput, QuotaExceeded
@@ -59,8 +61,7 @@ class Outcome(IntEnum):
     refused = 1
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """``code`` is a :class:`Method`, in completions an :class:`Outcome`; ``timeout_ms`` is 0 for none."""
 
     ticket: int

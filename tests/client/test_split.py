@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 from statistics import median
 
@@ -13,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_rows import random_kv, random_query
 
-from hillinfer import DType, EvaluateItem, Precision, Session, Shape
+from hillinfer import DType, EvaluateItem, Precision, PrivateDaemon, Session, Shape
 from hillinfer.split.boundary import Stop, choose
 from hillinfer.split.controller import PROBE_EVERY, Controller, Times
 from hillinfer.split.estimates import Estimate
 from hillinfer.split.ranking import SplitRanking
+from hillinfer_core.errors import InvalidInput
 
 MIB = 1 << 20
 
@@ -239,4 +241,54 @@ def test_a_cache_grants_no_more_than_it_is_asked_for(session: Session) -> None:
         assert policy.reserve(100_000, [context]) == policy.mirrored_bytes
         same(session, policy, item)
         assert policy.mirrored_bytes <= 100_000
+    policy.close()
+
+
+def test_what_the_drive_refuses_is_refused_and_the_session_goes_on(session: Session) -> None:
+    shape = Shape(1, 2, 64, DType.float16, Precision.int8)
+    policy = SplitRanking(0.5, 8 * MIB)
+    with session.open_context(shape) as context:
+        context.append(0, *random_kv(shape, 2048))
+        item = EvaluateItem(context, random_query(4, 64), 50, 0, 2048, np.empty((2, 0), np.uint32))
+        with pytest.raises(InvalidInput):
+            policy.select(session, 0, [item._replace(query=np.full((4, 64), np.nan, np.float32))])
+        same(session, policy, item)
+    policy.close()
+
+
+@pytest.mark.parametrize("ring", [True, False])
+def test_the_drive_is_asked_before_the_cpu_begins(daemon: PrivateDaemon, ring: bool) -> None:
+    """It has answered by the time that the CPU is done, however long that took."""
+    shape = Shape(1, 2, 64, DType.float16, Precision.int8)
+    with Session.connect(daemon.socket, ring=ring) as session, session.open_context(shape) as context:
+        context.append(0, *random_kv(shape, 2048))
+        item = EvaluateItem(context, random_query(4, 64), 50, 0, 2048, np.empty((2, 0), np.uint32))
+        ended = []
+
+        def meanwhile() -> None:
+            time.sleep(1)
+            ended.append(time.monotonic())
+
+        [answer] = session.rank(0, [item], meanwhile=meanwhile)
+        assert len(ended) == 1
+        assert 0 < answer.answered_at < ended[0]
+        assert answer.scan_s > 0
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_sequences_of_a_batch_are_split_each_by_itself(session: Session, share: float) -> None:
+    shape = Shape(1, 2, 64, DType.float16, Precision.int4)
+    policy = SplitRanking(share, 8 * MIB)
+    nothing = np.empty((2, 0), np.uint32)
+    with session.open_context(shape) as first, session.open_context(shape) as second:
+        first.append(0, *random_kv(shape, 2048, 1))
+        second.append(0, *random_kv(shape, 1024, 2))
+        items = [
+            EvaluateItem(first, random_query(4, 64), 50, 0, 2000, nothing),
+            EvaluateItem(second, random_query(4, 64), 30, 4, 300, nothing),  # share of it: less than a block
+        ]
+        expected = session.evaluate_and_bring(0, items)
+        for mine, whole in zip(policy.select(session, 0, items), expected, strict=True):
+            np.testing.assert_array_equal(mine.ids, whole.ids)
+            np.testing.assert_array_equal(mine.rows, whole.rows)
     policy.close()

@@ -70,8 +70,9 @@ def generate(model, cache, ids, count, *watching):
     )
 
 
-@pytest.mark.parametrize("predictor", ["exact", "next_layer"])
-def test_the_same_tokens_come_over_a_saved_context(daemon, model, predictor):
+@pytest.mark.parametrize(("predictor", "cpu_share"), [("exact", None), ("next_layer", None), ("exact", 0.5)])
+def test_the_same_tokens_come_over_a_saved_context(daemon, model, predictor, cpu_share):
+    name = f"{predictor} {cpu_share}"
     ids, question = tokens(TEXT, 0), tokens(7, 1)
     asked = torch.cat([ids, question], 1)
     with (
@@ -80,25 +81,32 @@ def test_the_same_tokens_come_over_a_saved_context(daemon, model, predictor):
             daemon.socket, arena_bytes=1 << 20, restart_s=20, keep_bytes=128 << 10
         ) as session,
         hillinfer.attach(
-            model, session=session, budget=64, resident="2MiB", predictor=predictor
+            model,
+            session=session,
+            budget=64,
+            resident="2MiB",
+            predictor=predictor,
+            cpu_share=cpu_share,
         ) as attachment,
         torch.inference_mode(),
     ):
-        writer = attachment.new_cache(durable=predictor)
+        writer = attachment.new_cache(durable=name)
         model(ids, past_key_values=writer, logits_to_keep=1)
         writer.save()
         writer.close()
-        right = generate(model, attachment.new_cache(base=predictor), asked, NEW)
+        right = generate(model, attachment.new_cache(base=name), asked, NEW)
         for end, after in ((signal.SIGKILL, 1), (signal.SIGTERM, 40)):
-            cache = attachment.new_cache(base=predictor)
+            cache = attachment.new_cache(base=name)
             found = generate(model, cache, asked, NEW, Restarting(daemon, end, after))
             assert found.tolist() == right.tolist()
             cache.close()
-        cache = attachment.new_cache(base=predictor)
+        cache = attachment.new_cache(base=name)
         with daemon.restarted_meanwhile(signal.SIGKILL, 0.02):
             found = generate(model, cache, asked, NEW)
         assert found.tolist() == right.tolist()
         assert session.restarts >= 2
+        split = attachment.report().split
+        assert (split is not None and split.cpu_share > 0) == (cpu_share is not None)
 
 
 def test_rows_that_only_the_daemon_had_end_the_cache_and_not_the_attachment(daemon, model):

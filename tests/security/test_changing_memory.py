@@ -23,7 +23,7 @@ from raw_client import CALL_S, RawClient, Refused
 from hillinfer_core import kernel
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 
-SECONDS = 1.5
+SECONDS = 1.0
 ROWS_BYTES = TOKENS * SHAPE.kv_heads * SHAPE.row_bytes
 HEADS = 4
 

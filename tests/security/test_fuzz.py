@@ -16,12 +16,13 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from absurd import changes, right_requests
+from absurd import NUMBERS, changes, right_requests
 from google.protobuf.message import Message
 from honest import SHAPE, TOKENS, Honest
 from raw_client import CALL_S, RawClient, attach_request, log_of, random_rows, wait_for
 from raw_ring import RawRing
 
+from hillinfer_core import packed
 from hillinfer_core.attach_socket import connect
 from hillinfer_core.errors import by_name
 from hillinfer_core.protocol import ERROR_KEY, TOKEN_KEY, attach_socket
@@ -73,22 +74,32 @@ def _fuzz(daemon: Path, honest: Honest, seed: int, count: int) -> None:
 class _Mutations:
     """Messages that were right; every second has other values in its fields, every second other bytes."""
 
-    def __init__(self, rng: random.Random, right: list[Message]) -> None:
+    def __init__(self, rng: random.Random, right: list[Message | bytes]) -> None:
         self._rng = rng
-        self._right = right
-        self._bytes = [message.SerializeToString() for message in right]
-        self._changes = [list(changes(message)) for message in right]
+        self._kinds = [None if isinstance(each, bytes) else type(each) for each in right]
+        self._bytes = [each if isinstance(each, bytes) else each.SerializeToString() for each in right]
+        self._changes = [[] if isinstance(each, bytes) else list(changes(each)) for each in right]
 
     def of(self, number: int) -> bytes:
         """Return a mutation of the message of that number."""
+        kind, data = self._kinds[number], self._bytes[number]
         if self._rng.random() < 0.5:
-            return _mutated(self._rng, self._bytes[number], self._bytes)
-        message = type(self._right[number]).FromString(self._bytes[number])
+            return _mutated(self._rng, data, self._bytes)
+        if kind is None:
+            return self._other_numbers(data)
+        message = kind.FromString(data)
         for _ in range(self._rng.randrange(3)):
             # Some change what the first has taken away.
             with suppress(IndexError, ValueError):
                 self._rng.choice(self._changes[number])(message)
         return message.SerializeToString()
+
+    def _other_numbers(self, packed: bytes) -> bytes:
+        data = bytearray(packed)
+        for _ in range(self._rng.randrange(3)):
+            at = self._rng.randrange(len(data) // 4) * 4
+            data[at : at + 4] = struct.pack("<I", self._rng.choice(NUMBERS) & 0xFFFFFFFF)
+        return bytes(data)
 
 
 def _mutated(rng: random.Random, message: bytes, others: list[bytes]) -> bytes:
@@ -196,8 +207,8 @@ def _by_ring(daemon: Path, rng: random.Random, outcomes: Counter[str]) -> None:
     ring.close()
 
 
-CODES = [0, 1, 2, 3, 4, 77, (1 << 32) - 1]
-RING_METHODS = [Method.Evaluate, Method.Append, Method.Fetch, Method.Fetch]
+CODES = [0, 1, 2, 3, 4, 5, 77, (1 << 32) - 1]
+RING_METHODS = [Method.Evaluate, Method.Append, Method.Fetch, Method.Fetch, Method.EvaluatePacked]
 
 
 def _ring(daemon: Path, rng: random.Random) -> tuple[RawRing, _Mutations]:
@@ -222,6 +233,9 @@ def _ring(daemon: Path, rng: random.Random) -> tuple[RawRing, _Mutations]:
     )
     item.rows.CopyFrom(region(1 << 18, 8 * SHAPE.row_bytes))
     ids = pb.Ids(count_per_head=[2, 2], ids=region(0, 16))
+    every = [packed.Region(*each) for each in ((0, 512), (4096, 64), (0, 0), (8192, 64), (1 << 18, 4096))]
+    one = packed.Item(context, 0, TOKENS, 8, *every)
+    again = packed.Request(0, 2, 1, ring.accepted.arena_generation, [one, one])
     return ring, _Mutations(
         rng,
         [
@@ -229,5 +243,6 @@ def _ring(daemon: Path, rng: random.Random) -> tuple[RawRing, _Mutations]:
             pb.AppendRequest(context_id=context, first_token=TOKENS, tokens=64, rows=region(0, 32768)),
             pb.FetchRequest(context_id=context, range=pb.TokenRange(count=16), rows=rows),
             pb.FetchRequest(context_id=context, by_ids=ids, rows=region(1 << 18, 4 * SHAPE.row_bytes)),
+            bytes(packed.pack_request(again)),
         ],
     )

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from honest import SHAPE, TOKENS, Honest
-from raw_client import RawClient, Refused, random_rows
+from raw_client import RawClient, Refused, log_of, random_rows
+from service_thread import drive_settings, served
 
 from hillinfer_core.layout import DType, Precision, Shape
 from hillinfer_core.v1 import cold_pool_pb2 as pb
+from hillinferd.domain import contexts
 from hillinferd.service.admission import MAX_HELD
 
-ARENA = 96 << 20
+ARENA = 80 << 20
 MANY_HEADS = Shape(1, 1024, 8, DType.float16, Precision.int8)
 
 
@@ -72,3 +74,27 @@ def test_rows_without_number_are_brought_in_pieces(heavy: RawClient, honest: Hon
     request = pb.FetchRequest(context_id=context, by_ids=ids, rows=rows)
     answered, _ = _beside(heavy, "Fetch", request, honest)
     assert answered >= 3
+
+
+def test_contexts_without_number_are_closed_one_at_a_time(daemon: Path, honest: Honest) -> None:
+    client = RawClient(daemon, 4096)
+    for _ in range(600):
+        client.open(SHAPE)
+    client.__exit__()
+    waits = []
+    while f"session ended session={client.accepted.session_id} " not in log_of(daemon):
+        waits.append(honest.check())
+    print(f"{len(waits)} evaluations meanwhile, {max(waits) * 1e3:.0f} ms at most")
+    # All of them in one piece would leave room for one.
+    assert len(waits) >= 3
+
+
+def test_a_session_has_no_more_than_so_many_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "MAX_SESSION_CONTEXTS", 3)
+    with served(tmp_path, drive_settings("one", tmp_path / "pool")), RawClient(tmp_path) as client:
+        opened = [client.open(SHAPE) for _ in range(3)]
+        with pytest.raises(Refused, match="3 contexts open") as caught:
+            client.open(SHAPE)
+        assert caught.value.error == "QuotaExceeded"
+        client.close_context(opened[0])
+        client.open(SHAPE)

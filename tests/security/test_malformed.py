@@ -43,7 +43,7 @@ NO_MESSAGES = {
     "groups in groups": b"\x0b" * 200_000,
 }
 
-TOO_LARGE = bytes([0x0A]) + b"\x80\x80\x80\x04" + bytes(8 << 20)
+TOO_LARGE = b"\x0a\x80\x80\x80\x02" + bytes((4 << 20) + 1)
 
 
 def _raw(client: RawClient, method: str, payload: bytes) -> grpc.RpcError:

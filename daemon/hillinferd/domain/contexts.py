@@ -33,6 +33,9 @@ MAX_APPEND_BYTES = 1 << 20
 MAX_SESSION_LAYERS = 1 << 16
 """Layers of all contexts that one session has open: a bound on the daemon's memory, not on what is stored."""
 
+MAX_SESSION_CONTEXTS = 4096
+"""Contexts that one session has open: each is looked at when another is opened, and closed at the end."""
+
 MAX_DURABLE = 4096
 """Durable contexts of one user on one drive: a bound on the catalogue, whatever they hold."""
 
@@ -320,6 +323,10 @@ class Catalogue:
                     f"this {what} has {count} contexts open and may have {limit}; close some, or raise "
                     f"{what}_context_limit"
                 )
+        if len(mine) >= MAX_SESSION_CONTEXTS:
+            raise QuotaExceeded(
+                f"this session has {len(mine)} contexts open; more are not allowed, close some"
+            )
         layers = shape.layers + sum(context.shape.layers for context in mine)
         if layers > MAX_SESSION_LAYERS:
             raise QuotaExceeded(

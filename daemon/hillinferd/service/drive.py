@@ -26,6 +26,7 @@ from . import admission, pieces, requests
 from .context_work import ContextWork
 from .durable_store import DurableStore
 from .evaluating import Evaluating, Prepared
+from .preparing import discard_free, tell_of_arenas
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
 from .usage import Meter, Usage
@@ -34,9 +35,6 @@ from .work_queue import End, Piece, Priority, Result, WorkQueue
 log = get_logger(__name__)
 
 T = TypeVar("T")
-
-_DISCARD_BYTES = 64 << 30
-"""Free space discarded in one request at start: a device may take a while for it. Our choice."""
 
 HEARTBEAT_S = 10.0
 """Longest between two questions whether an idle drive still answers. Our choice."""
@@ -150,9 +148,9 @@ class Drive:
     async def detach(self, session: Session) -> None:
         """Free what a session holds on this drive; work of it that is already running ends first."""
         for context in self.catalogue.of_session(session.session_id):
-            # What fails here, with the worker, is freed after it.
+            # One at a time, as there may be thousands. What fails here, with the worker, is freed after it.
             with suppress(HillInferError):
-                await self._discard_in_pieces(session, context, None)
+                await self._close(session, context, None)
         await self.queue.submit_urgent(lambda: self._contexts.free(session), operation="detach")
 
     async def open_context(
@@ -165,11 +163,13 @@ class Drive:
 
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""
-        context = self.catalogue.find(session.session_id, context_id)
+        await self._close(session, self.catalogue.find(session.session_id, context_id), deadline)
+
+    async def _close(self, session: Session, context: Context, deadline: float | None) -> None:
         await self._discard_in_pieces(session, context, deadline)
 
         async def work() -> None:
-            if self.catalogue.find(session.session_id, context_id) is context:
+            if self.catalogue.find(session.session_id, context.context_id) is context:
                 await self._contexts.close(context)
 
         await self._bulk("close", session, work, deadline)
@@ -385,17 +385,7 @@ class Drive:
 
     async def _worker_ready(self) -> None:
         await self._recover()
-        told: dict[int, Session] = {}
-        # Others may attach meanwhile, and find no worker yet: until there is nobody new.
-        while new := [each for each in self._sessions if each.arena_fd and each.session_id not in told]:
-            for session in new:
-                told[session.session_id] = session
-                if session.arena_fd is not None:
-                    request = messages.AttachArena(session.session_id, session.arena.nbytes)
-                    await self.worker.prepare(request, session.arena_fd)
-        for session in told.values():
-            if not self._sessions.is_open(session):
-                await self.worker.prepare(messages.DetachArena(session.session_id))
+        await tell_of_arenas(self.worker, self._sessions)
 
     async def _recover(self) -> None:
         """With the first worker: take in durable contexts, and discard whatever else the pool holds."""
@@ -411,24 +401,10 @@ class Drive:
         if self._durables is not None:
             for durable in await self._durables.recover(identity):
                 self.catalogue.restore(durable)
-            await self._discard_free()
+            await discard_free(self.worker, self.catalogue.allocator, self.name)
         self._pool_id = identity.pool_id
         # Another pool made in its place would be another pool.
         self.worker.new_pool_id("")
-
-    async def _discard_free(self) -> None:
-        pieces = [
-            Extent(offset, min(_DISCARD_BYTES, free.end - offset))
-            for free in self.catalogue.allocator.free_ranges()
-            for offset in range(free.offset, free.end, _DISCARD_BYTES)
-        ]
-        for piece in pieces:
-            try:
-                await self.worker.prepare(messages.Discard([piece]))
-            except HillInferError as error:
-                # Nobody can read what they did not write; only the drive's space is not given back.
-                log.warning("free space was not discarded", drive=self.name, error=error)
-                return
 
     def _empty(self, capacity: int) -> ContextWork:
         # The first granule holds the pool's header.

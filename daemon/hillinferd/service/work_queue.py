@@ -232,16 +232,16 @@ class WorkQueue:
             seconds = self._clock() - started
             self.done += 1
             self._charge(entry, seconds, contended)
-            self._tell(entry, started, seconds, error)
-            of_task, self._task = self._task is not None, None
-            if not of_task:
-                self._running = False
+            # First of all to whoever waits; what it enters at once is heard before the next one is chosen.
             _settle(entry.result, value, error)
-            if of_task:
-                # Who has another piece ready at once is heard before the next one is chosen.
-                asyncio.get_running_loop().call_soon(self._heard)
-            else:
+            self._tell(entry, started, seconds, error)
+            if self._task is None:
+                self._running = False
                 self._pump()
+            else:
+                # The same for a task that submits: it goes on in the loop's next turn.
+                self._task = None
+                asyncio.get_running_loop().call_soon(self._heard)
 
         try:
             entry.begin(end)
