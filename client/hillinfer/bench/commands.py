@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from hillinfer.bench.decode.command import decode_command
 from hillinfer.bench.kvpath.command import kvpath_command
 from hillinfer_core.units import parse_budget
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 app.command("kvpath")(kvpath_command)
+app.command("decode")(decode_command)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

@@ -1,0 +1,143 @@
+"""The command `hillinfer bench decode`. Only wiring."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hillinfer.options import PredictorOption
+from hillinfer.pipeline.choice import Predictor
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.layout import Precision
+from hillinfer_core.units import parse_budget
+
+
+def decode_command(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Instead: random weights of a model of that shape, 8b or 1b.")
+    ] = None,
+    context_tokens: Annotated[
+        str, typer.Option(metavar="N[,N]", help="Lengths of the text, one after another.")
+    ] = "4096,16384",
+    batch: Annotated[str, typer.Option(metavar="N[,N]", help="Sequences at once.")] = "1",
+    budget: Annotated[str, typer.Option(help="Tokens attended: a per cent of the past, or a count.")] = "2%",
+    held: Annotated[
+        float,
+        typer.Option(
+            min=0.001, max=1, help="Share of the whole KV that may be held besides evaluation keys."
+        ),
+    ] = 0.1,
+    precision: Annotated[Precision, typer.Option(help="Of the evaluation keys.")] = Precision.int4,
+    predictor: PredictorOption = Predictor.auto,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda and so on.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights and KV. [default: float32 on the CPU, else bfloat16]")
+    ] = None,
+    systems: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:DTYPE],...",
+            help="hillinfer, default and offloaded, caches of transformers. [default: on the CPU "
+            "hillinfer,default,default:bfloat16, else all three]",
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Drive that the pool is paced to: smartssd. [default: none]")
+    ] = None,
+    pool_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the pool lies. [default: the daemon's usual place]"),
+    ] = None,
+    readings: Annotated[
+        int, typer.Option(min=0, help="Times that each reads the text; 0 for made-up KV instead.")
+    ] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the systems take turns.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps in a round.")] = 16,
+    time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For each context; no round begins later.")
+    ] = 3600.0,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Keep rows here after each round, beside those that it has (JSON)."
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the last context's trace, for Perfetto.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables as Markdown.")] = False,
+) -> None:
+    """Measure decoding, reading and asking beside transformers' own caches, side by side in one run.
+
+    With random weights or made-up KV only times and bytes mean anything. Times vary with what else runs.
+    """
+    parse_budget(budget)
+
+    from hillinfer.bench.decode.measure import Plan, measure_cell
+    from hillinfer.bench.decode.report import Rows, as_markdown, as_object
+    from hillinfer.bench.decode.subject import SHAPES, of_directory, of_shape
+    from hillinfer.bench.decode.systems import NAMES, OFFLOADED, Setup
+    from hillinfer.model_directory import bundled_model, device_named, dtype_named
+
+    if shape is not None and (model is not None or shape not in SHAPES):
+        raise InvalidInput(f"give --model or --shape, and of shapes one of {', '.join(SHAPES)}")
+    on_cpu = device_named(device) == "cpu"
+    chosen = []
+    usual = "hillinfer,default,default:bfloat16" if on_cpu else ",".join(NAMES)
+    for each in (systems or usual).split(","):
+        name, _, own = each.strip().partition(":")
+        if name not in NAMES:
+            raise InvalidInput(f"no such system: {name}; there are {', '.join(NAMES)}")
+        if name == OFFLOADED and on_cpu:
+            raise InvalidInput("an offloaded cache needs a GPU to be offloaded from: leave out offloaded")
+        chosen.append((name, dtype_named(own or dtype or ("float32" if on_cpu else "bfloat16"))))
+
+    subject = of_shape(shape) if shape is not None else of_directory(model or bundled_model())
+    rows = Rows(keep)
+    for tokens in _counts(context_tokens, "--context-tokens"):
+        for sequences in _counts(batch, "--batch"):
+            plan = Plan(chosen, tokens, readings, rounds, steps, time_limit)
+            longest = plan.tokens(max(each.shape[1] for each in subject.questions))
+            setup = Setup(
+                subject, device_named(device), sequences, budget, held, longest, profile, predictor.value,
+                precision, pool_dir, trace,
+            )  # fmt: skip
+            measure_cell(setup, plan, _say, rows.put)
+    told = as_object(rows.rows)
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    _show(as_markdown(told), plain=markdown)
+
+
+def _show(text: str, *, plain: bool) -> None:
+    if plain:
+        print(text)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))
+
+
+def _counts(text: str, name: str) -> list[int]:
+    try:
+        counts = [int(each) for each in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise InvalidInput(f"{name} takes numbers of at least 1 with commas between them, not {text!r}")
+    return counts
+
+
+def _say(line: Any) -> None:
+    print(line, file=sys.stderr, flush=True)

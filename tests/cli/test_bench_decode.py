@@ -1,0 +1,152 @@
+"""`hillinfer bench decode`: what it counts is right, whatever the times are."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hillinfer.bench.decode.processes import children, cpu_s
+from hillinfer.bench.decode.report import Rows, as_markdown, as_object, ratios
+from hillinfer.bench.decode.subject import of_shape, twin
+from hillinfer.cli import main
+from hillinfer_core.errors import InvalidInput
+
+TOKENS = 2048
+FULL_ROW = 2 * 2 * 2 * 32 * 4  # K and V, layers, KV heads, dimension, float32
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    def command(*options):
+        words = [
+            "hillinfer",
+            "bench",
+            "decode",
+            "--shape",
+            "tiny",
+            "--held",
+            1,
+            "--pool-dir",
+            tmp_path,
+            *options,
+        ]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return command
+
+
+def test_every_system_has_a_row_and_a_kept_run_is_gone_on_with(run, tmp_path):
+    kept, trace = tmp_path / "rows.json", tmp_path / "trace.json"
+    options = ("--context-tokens", TOKENS, "--rounds", 2, "--steps", 3, "--keep", kept, "--json")
+    code, out, err = run(*options, "--batch", "1,2", "--trace", trace, "--readings", 2)
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    names = ["hillinfer", "default", "default", "attended only"]
+    assert [row["system"] for row in rows] == names * 2
+    assert [row["dtype"] for row in rows] == ["float32", "float32", "bfloat16", "float32"] * 2
+    for row in rows:
+        longest = TOKENS + 8 + 2 * (16 + 3)
+        numbers = FULL_ROW if row["dtype"] == "float32" else FULL_ROW // 2
+        assert row["full_bytes"] == numbers * longest * row["batch"]
+        assert (row["rounds"], row["steps"], row["kv"]) == (2, 6, "read")
+        assert (
+            row["tokens_per_s"]["least"] <= row["tokens_per_s"]["median"] <= row["tokens_per_s"]["greatest"]
+        )
+    mine, default = rows[0], rows[1]
+    assert default["resident_bytes"] == default["full_bytes"]
+    assert mine["prefill_s"]["of"] == mine["question_s"]["of"] == default["prefill_s"]["of"] == 2
+    assert rows[3]["prefill_s"] is rows[3]["question_s"] is None
+    keys = mine["resident"]["evaluation_keys"]
+    assert mine["resident_bytes"] - mine["resident_without_keys_bytes"] == keys > TOKENS * 2 * 2 * 16
+    assert mine["attended_tokens"] == 42
+    # Ranked at 4 bits for a number: all keys, but those of the pinned tokens and of what waits.
+    assert mine["evaluated_bytes_per_step"] == pytest.approx(TOKENS * 2 * 2 * 16, rel=0.05)
+    assert 0 < mine["miss_rate"] <= 1
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"compute", "evaluate+fetch"} <= {each["name"] for each in events}
+
+    code, out, err = run(*options, "--batch", "1", "--readings", 0, "--systems", "hillinfer,default")
+    assert code == 0, err
+    told = json.loads(out)
+    assert len(told["rows"]) == 8 + 3
+    assert told == json.loads(kept.read_text())
+    filled = told["rows"][8]
+    assert (filled["kv"], filled["prefill_s"], filled["question_s"]) == ("made up", None, None)
+    assert filled["evaluated_bytes_per_step"] == pytest.approx(TOKENS * 2 * 2 * 16, rel=0.05)
+
+
+def test_what_cannot_be_is_said(run, tmp_path):
+    for options, message in (
+        (("--systems", "magic"), "no such system: magic"),
+        (("--systems", "offloaded"), "needs a GPU"),
+        (("--context-tokens", "many"), "numbers of at least 1"),
+        (("--model", tmp_path), "--model or --shape"),
+    ):
+        code, _, err = run(*options)
+        assert code == 2
+        assert message in err
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(InvalidInput, match="no rows of this benchmark"):
+        Rows(tmp_path / "other.json")
+
+
+def _row(system, dtype="float32", rate=10.0, prefill=20.0, client=0.0, **also):
+    spread = {"median": rate, "least": rate, "greatest": rate, "of": 5}
+    return {
+        "model": "m", "device": "cpu", "profile": None, "context_tokens": 100, "kv": "read", "batch": 1,
+        "system": system, "dtype": dtype, "budget": "2%", "tokens_per_s": spread, "step_p50_ms": 100.0,
+        "step_p99_ms": 120.0, "prefill_s": spread | {"median": prefill},
+        "question_s": spread | {"median": 0.5},
+        "full_bytes": 1000, "resident_bytes": 160, "resident_without_keys_bytes": 100, "miss_rate": None,
+        "written_bytes_per_step": 7, "read_bytes_per_step": 9,
+        "cpu_ms_per_step": {"client": client, "daemon": 2.0}, **also,
+    }  # fmt: skip
+
+
+def test_ratios_are_those_to_the_faster_dtype_of_the_same_cell():
+    rows = [
+        _row("hillinfer", rate=12.0, prefill=22.0, client=60.0),
+        _row("default", rate=8.0, prefill=20.0),
+        _row("default", "bfloat16", rate=6.0, prefill=40.0),
+        _row("default", rate=100.0, batch=2),
+        _row("attended only", client=50.0),
+    ]
+    (found,) = ratios(rows)
+    assert found["rate_of_default"] == 1.5
+    assert found["rate_of_offloaded"] is None
+    assert found["prefill_of_default"] == 1.1
+    assert found["question_of_ttft"] == round(0.5 / 22.5, 4)
+    assert (found["resident_share"], found["resident_without_keys_share"]) == (0.16, 0.1)
+    assert found["overhead"] == {"client_ms": 10.0, "daemon_ms": 2.0}
+    assert found["overhead_share"] == 0.12
+    table = as_markdown(as_object(rows))
+    assert "1.50 times the rate of the default cache" in table
+    assert table.count("| default 2%, ") == 3
+
+
+def test_a_twin_shares_the_weights_and_not_the_attention():
+    model = of_shape("tiny").load(torch.float32, "cpu")
+    other = twin(model)
+    ids = of_shape("tiny").text(8)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=0, atol=0)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    other.set_attn_implementation("eager")
+    assert model.config._attn_implementation != "eager"
+
+
+def test_cpu_times_are_those_of_the_process():
+    with subprocess.Popen(
+        [sys.executable, "-c", "sum(range(20_000_000)); input()"], stdin=subprocess.PIPE
+    ) as busy:
+        assert busy.pid in children(os.getpid())
+        while cpu_s(busy.pid) < 0.05:
+            assert busy.poll() is None
+        busy.communicate(b"\n")
+    assert cpu_s(busy.pid) == 0.0
