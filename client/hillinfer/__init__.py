@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hillinfer.context import Context, Selection
+from hillinfer.context import Context
 from hillinfer.durable import DurableContext
-from hillinfer.evaluation import Brought, EvaluateItem
+from hillinfer.evaluation import Brought, EvaluateItem, Selection
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
 from hillinfer_core import errors

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any
 
@@ -21,8 +22,9 @@ from hillinfer.hkm.policy import SelectionPolicy
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.pipeline.hooks import PredictionHooks
 from hillinfer.pipeline.timeline import Span
-from hillinfer.report import MassReport
+from hillinfer.report import MassReport, SplitUse
 from hillinfer.session import Session
+from hillinfer.split.ranking import SplitRanking, parse_cpu_share
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget, parse_bytes
@@ -36,7 +38,7 @@ class Report:
     hot_hit_rate: share of the selected tokens found in slots or hot pool, or
     None before anything was selected. mass: of guarantee mode, None without.
     predictors: how many layers use which predictor now. hidden_share: of the time of
-    evaluation and fetch (`hidden_share`), 0 to 1, None before any.
+    evaluation and fetch (`hidden_share`), 0 to 1, None before any. split: of `cpu_share`, None without.
     """
 
     full_bytes: int
@@ -49,6 +51,7 @@ class Report:
     mass: MassReport | None = None
     predictors: dict[str, int] = field(default_factory=dict)
     hidden_share: float | None = None
+    split: SplitUse | None = None
 
 
 class Attachment:
@@ -80,13 +83,19 @@ class Attachment:
         self._trace = trace
 
     def new_cache(
-        self, *, durable: str | None = None, base: str | None = None, labels: Mapping[str, str] | None = None
+        self,
+        *,
+        durable: str | None = None,
+        base: str | None = None,
+        owner: str | int | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> HierarchicalCache:
         """Return a cache for one batch, to pass as `past_key_values` over several turns.
 
         It begins empty; with `durable`, a name, its one sequence can be kept
         with `HierarchicalCache.save`; with `base`, the name of a kept one, it
-        begins with all tokens of it. `labels` say what the context is made
+        begins with all tokens of it (of another `owner` where their group lets this
+        user read it). `labels` say what the context is made
         from, for example {"text": tokens_fingerprint(ids)}, and must be the
         same ones each time; the model's fingerprint and dtype go with them.
 
@@ -99,7 +108,14 @@ class Attachment:
             model, dtype = model_fingerprint(self.model), str(self.model.dtype).removeprefix("torch.")
             labels = {**(labels or {}), "model": model, "dtype": dtype}
         self._last = HierarchicalCache(
-            self.session, text, self._config, self._policy, durable=durable, base=base, labels=labels
+            self.session,
+            text,
+            self._config,
+            self._policy,
+            durable=durable,
+            base=base,
+            owner=owner,
+            labels=labels,
         )
         if self._trace:
             self._last.pipeline.timeline.spans = []
@@ -130,6 +146,7 @@ class Attachment:
             mass=cache.guarantee.report() if cache and cache.guarantee else None,
             predictors=dict(Counter(s.predictor.value for s in cache.pipeline.layers)) if cache else {},
             hidden_share=cache.pipeline.timeline.hidden if cache else None,
+            split=_split_use(cache.policy) if cache else None,
         )
 
     def detach(self) -> None:
@@ -186,6 +203,7 @@ def attach(
     recent: int = 32,
     policy: SelectionPolicy | None = None,
     predictor: str = "auto",
+    cpu_share: str | float | None = None,
     trace: bool = False,
 ) -> Attachment:
     """Keep the model's KV cache in the cold pool; `model.generate` then works unchanged.
@@ -201,6 +219,9 @@ def attach(
     predictor: the query that ranks the tokens of a step, see `Predictor`;
     "auto" chooses for each layer by measured times, so that two runs may attend to different tokens, and
     means "exact" for models whose layers it does not know.
+    cpu_share: of the tokens, the newer ones, that the CPU ranks while the drive ranks the others: 0 to 1,
+    or "auto" for as many as it takes to finish together (docs/split.md); no selection changes by it. Their
+    keys are held in memory besides, within `resident`.
     trace: keep the spans of decode steps for `Attachment.trace`.
     session: an open Session; else one is made on `socket` (default: the
     system's daemon) and closed by `detach`.
@@ -219,6 +240,8 @@ def attach(
         raise InvalidInput(f"predictor {predictor!r} is not known: {', '.join(Predictor)}") from None
     if min_mass is not None and chosen not in (Predictor.auto, Predictor.exact):
         raise InvalidInput(f"min_mass needs the exact query: leave out predictor={chosen.value!r}")
+    if cpu_share is not None and (min_mass is not None or policy is not None):
+        raise InvalidInput("cpu_share divides a ranking by budget: give no policy or min_mass with it")
     if min_mass is not None and (budget is not None or policy is not None):
         raise InvalidInput(
             "min_mass decides how many tokens are attended and which: give no budget or policy"
@@ -231,6 +254,7 @@ def attach(
         recent,
         min_mass,
         chosen,
+        None if cpu_share is None else parse_cpu_share(cpu_share),
     )
     _check(model)
     hooks = None
@@ -247,6 +271,17 @@ def attach(
         if hooks is not None:
             hooks.close()
         raise
+
+
+def _split_use(policy: SelectionPolicy) -> SplitUse | None:
+    if not isinstance(policy, SplitRanking):
+        return None
+    found = policy.report()
+    return SplitUse(
+        found.cpu_tokens / found.tokens if found.tokens else 0.0,
+        median(found.measured_imbalance.values()) if found.measured_imbalance else None,
+        dict(Counter(each.stop.value for each in found.boundaries.values())),
+    )
 
 
 def _check(model: PreTrainedModel) -> None:

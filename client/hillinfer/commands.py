@@ -12,7 +12,14 @@ import typer
 
 from hillinfer.bench.commands import app as bench_app
 from hillinfer.eval.commands import eval_command, report_command
-from hillinfer.options import DeviceOption, PredictorOption, ProfileOption, TraceOption, TracePlotOption
+from hillinfer.options import (
+    CpuShareOption,
+    DeviceOption,
+    PredictorOption,
+    ProfileOption,
+    TraceOption,
+    TracePlotOption,
+)
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.simulate.commands import simulate_command
 from hillinfer_core.errors import InvalidInput
@@ -77,6 +84,14 @@ ContextNameOption = Annotated[
         "again. Without a running daemon, one is started that ends when it is idle.",
     ),
 ]
+ContextGroupOption = Annotated[
+    str | None,
+    typer.Option(metavar="GROUP", help="Members of this group of yours may read --context-name too."),
+]
+ContextOwnerOption = Annotated[
+    str | None,
+    typer.Option(metavar="USER", help="Whose --context-name is, if they let a group of yours read it."),
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Of weights and KV. [default: the model's own]", show_default=False)
 ]
@@ -97,7 +112,10 @@ def run_command(
     device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
+    context_group: ContextGroupOption = None,
+    context_owner: ContextOwnerOption = None,
     predictor: PredictorOption = Predictor.auto,
+    cpu_share: CpuShareOption = None,
     profile: ProfileOption = None,
     trace: TraceOption = None,
     trace_plot: TracePlotOption = None,
@@ -125,9 +143,12 @@ def run_command(
         max_new_tokens,
         socket,
         context_name,
+        context_group,
+        context_owner,
         device_named(device),
         min_mass,
         predictor,
+        cpu_share,
         profile,
         trace,
         trace_plot,
@@ -147,7 +168,10 @@ def demo_command(
     device: DeviceOption = "auto",
     socket: SocketOption = None,
     context_name: ContextNameOption = None,
+    context_group: ContextGroupOption = None,
+    context_owner: ContextOwnerOption = None,
     predictor: PredictorOption = Predictor.auto,
+    cpu_share: CpuShareOption = None,
     profile: ProfileOption = None,
     trace: TraceOption = None,
     trace_plot: TracePlotOption = None,
@@ -180,9 +204,12 @@ def demo_command(
         max_new_tokens=LONGEST_ANSWER,
         socket=socket,
         context_name=context_name,
+        context_group=context_group,
+        context_owner=context_owner,
         device=device_named(device),
         min_mass=min_mass,
         predictor=predictor,
+        cpu_share=cpu_share,
         profile=profile,
         trace=trace,
         trace_plot=trace_plot,

@@ -3,53 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from hillinfer.evaluation import check_query
+from hillinfer.evaluation import Selection, check_query
+from hillinfer.keys import MirroredKeys, fetch_keys
+from hillinfer.origin import Origin
+from hillinfer.rows import Array, check_finite, storage_rows
+from hillinfer.survival import DaemonGone, survives
+from hillinfer.users import gid_of
 from hillinfer.wire import number
-from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData, HillInferError, InvalidInput
-from hillinfer_core.layout import PAGE, TILE_TOKENS, DType, Reduction, Shape
+from hillinfer_core.layout import PAGE, Reduction, Shape
 from hillinfer_core.v1 import cold_pool_pb2
 
 if TYPE_CHECKING:
     from hillinfer.session import Session
-
-Array = npt.NDArray[Any]
-
-_KEY_PIECE = 8 << 20  # bytes of evaluation keys that the daemon brings at once
-
-# IEEE exponent bits of a bfloat16: all ones is an infinity or a NaN.
-_BF16_EXPONENT = 0x7F80
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The highest-ranked tokens of each KV head."""
-
-    ids: npt.NDArray[np.uint32]
-    """uint32 [kv_heads, k], ascending in each head."""
-    scores: npt.NDArray[np.int32]
-    """int32 [kv_heads, k], of the same order; they compare within a head and generation only."""
-    evaluated_bytes: int
-    """Evaluation keys scanned."""
-
-
-@dataclass(frozen=True, slots=True)
-class MirroredKeys:
-    """A copy of evaluation keys."""
-
-    tiles: npt.NDArray[np.uint8]
-    """uint8 [kv_heads, tokens / 16, tile bytes] (`hillinfer_core.layout`)."""
-    scale: npt.NDArray[np.float32]
-    """float32 [kv_heads, head_dim]: of the ranges they were made with; queries are quantised with it."""
-    generation: int
-    """Of the layer's evaluation keys; as in `Brought`."""
 
 
 class Context:
@@ -67,17 +39,13 @@ class Context:
         self,
         session: Session,
         shape: Shape,
+        asked: cold_pool_pb2.OpenContextRequest,
         opened: cold_pool_pb2.OpenContextResponse,
-        durable_name: str | None = None,
     ) -> None:
         self.session = session
         self.shape = shape
-        self.context_id = opened.context_id
         self.append_unit = opened.append_unit
-        self.durable_name = durable_name
-        """The name under which `save` keeps it; None for a volatile context."""
-        self.saved = False
-        """Whether `save` has made it read-only."""
+        self._origin = Origin(asked, opened, session.keep_bytes)
         self.evaluation_key_bytes = opened.evaluation_key_bytes
         """Evaluation keys of this context in the daemon's DRAM, as of the last append."""
         self.checksum_bytes = opened.checksum_bytes
@@ -90,9 +58,25 @@ class Context:
         )
 
     @property
+    def context_id(self) -> int:
+        """Its number in the daemon; another after a restart of the daemon. Raises `ContextLost`."""
+        self._origin.check_kept()
+        return self._origin.context_id
+
+    @property
+    def durable_name(self) -> str | None:
+        """The name under which `save` keeps it; None for a volatile context."""
+        return self._origin.durable_name
+
+    @property
+    def saved(self) -> bool:
+        """Whether `save` has made it read-only."""
+        return self._origin.saved
+
+    @property
     def tail_bytes(self) -> int:
-        """Bytes of the tail buffers, in this process."""
-        return self._tails.nbytes
+        """Bytes of the tail buffers, and of rows kept for a restart of the daemon, in this process."""
+        return self._tails.nbytes + self._origin.kept_bytes
 
     def length(self, layer: int) -> int:
         """Tokens appended to the layer."""
@@ -104,6 +88,7 @@ class Context:
             raise InvalidInput(f"the context has layers 0 to {self.shape.layers - 1}, not {layer}")
         return self._flushed[layer]
 
+    @survives
     def append(self, layer: int, keys: Array, values: Array) -> None:
         """Appends n tokens to one layer.
 
@@ -116,15 +101,16 @@ class Context:
         room, `InvalidInput` once it is saved. Pieces written before these stay:
         `length` tells how far it got.
         After `DeadlineExceeded`, `DaemonUnavailable` or an interruption it does
-        not tell, and the session is of no further use: connect a new one.
+        not tell, and the session is of no further use unless the daemon is restarted: connect a new one.
         """
         self.flushed(layer)
-        keys, values = self._storage(keys, "keys"), self._storage(values, "values")
+        keys, values = storage_rows(self.shape, keys, "keys"), storage_rows(self.shape, values, "values")
         tokens = keys.shape[1]
         if values.shape != keys.shape:
             raise InvalidInput(f"keys are {list(keys.shape)} but values {list(values.shape)}")
         with self.session.lock:
             self._check_writable()
+            self.check_kept()
             # Also for tokens that only reach the tail: after an unfinished append they would be misplaced.
             self.session.staging()
             held = self._tail_tokens[layer]
@@ -132,7 +118,7 @@ class Context:
             new_in_tail = min(rest, tokens)
             # The daemon checks what it is sent; what waits here would be refused only later, for ever.
             for array in (keys, values):
-                self._check_finite(array[:, tokens - new_in_tail :])
+                check_finite(self.shape, array[:, tokens - new_in_tail :])
             taken = self._append_units(layer, keys, values) if held + tokens >= self.append_unit else 0
             tail, held = self._tails[layer], self._tail_tokens[layer]
             tail[:, held : held + tokens - taken, 0] = keys[:, taken:]
@@ -156,6 +142,7 @@ class Context:
             rows[:, held:, 0] = keys[:, fresh]
             rows[:, held:, 1] = values[:, fresh]
             response = self._append(layer, count, region)
+            self._origin.keep(layer, rows)
             taken = fresh.stop
             self._tail_tokens[layer] = 0
             self._flushed[layer] = response.layer_tokens
@@ -178,9 +165,12 @@ class Context:
         self.session.counters.written_bytes += rows.length
         return response
 
-    def save(self) -> None:
+    @survives
+    def save(self, group: str | int | None = None) -> None:
         """Makes a durable context complete and read-only, its tails included.
 
+        The members of `group`, one of this user's, may begin with it too; only the owner and
+        root may delete it, and nobody changes it. `NotAllowed` for a group of others.
         From then on any number of contexts may begin with it (`Session.open_context`
         with `base`); this one still evaluates and fetches. What was appended but
         not saved when the session ends is lost as far as it was tail. Raises
@@ -189,14 +179,20 @@ class Context:
         with self.session.lock:
             if self.durable_name is None:
                 raise InvalidInput("a volatile context cannot be saved: open it with durable=NAME")
+            if self._origin.saving and self.saved:
+                return  # by the call that the daemon did not live to answer
             self._check_writable()
+            gid = None if group is None else gid_of(group)
+            self._origin.saving = True
+            self.session.staging()
             for layer, tokens in enumerate(self._tail_tokens):
                 if tokens:
                     region, rows = self._stage_tail(tokens)
                     rows[...] = self._tails[layer, :, :tokens]
                     self._append(layer, tokens, region, tail=True)
-            self.session.call("SaveContext", cold_pool_pb2.SaveContextRequest(context_id=self.context_id))
-            self.saved = True
+            request = cold_pool_pb2.SaveContextRequest(context_id=self.context_id, gid=gid)
+            self.session.call("SaveContext", request)
+            self._origin.saved, self._origin.saving = True, False
 
     def load_tails(self, tokens: Sequence[int]) -> None:
         """For the library's own use: brings the tails that the daemon kept, `tokens` of each layer.
@@ -213,7 +209,7 @@ class Context:
                     )
                 if count:
                     region, rows = self._stage_tail(count)
-                    self._fetch(layer, region, tail=cold_pool_pb2.Tail())
+                    self.fetch_into(layer, region, tail=cold_pool_pb2.Tail())
                     self._tails[layer, :, :count] = rows
                 self._tail_tokens[layer] = count
 
@@ -230,6 +226,7 @@ class Context:
                 "to go on from it"
             )
 
+    @survives
     def evaluate(
         self,
         layer: int,
@@ -293,6 +290,7 @@ class Context:
         per_head = np.split(rows, np.cumsum([len(wanted) for wanted in ids])[:-1])
         return [part[:, 0] for part in per_head], [part[:, 1] for part in per_head]
 
+    @survives
     def fetch_rows(self, layer: int, ids: Array | Sequence[Array]) -> Array:
         """As `fetch`, but K and V together and head after head: [sum of m_h, 2, head_dim]."""
         if len(ids) != self.shape.kv_heads or any(np.ndim(wanted) != 1 for wanted in ids):
@@ -331,9 +329,10 @@ class Context:
             staged[...] = ids[part]
             count_per_head = np.bincount(heads[part], minlength=self.shape.kv_heads)
             which = cold_pool_pb2.Ids(count_per_head=count_per_head.tolist(), ids=ids_region)
-            self._fetch(layer, rows_region, by_ids=which)
+            self.fetch_into(layer, rows_region, by_ids=which)
             out[part] = rows
 
+    @survives
     def fetch_range(self, layer: int, first: int, count: int) -> Array:
         """Rows of the tokens first .. first+count-1: a copy, [kv_heads, count, 2 (K, V), head_dim].
 
@@ -354,13 +353,14 @@ class Context:
                 staging.reset()
                 region, rows = staging.take(part.shape, part.dtype)
                 which = cold_pool_pb2.TokenRange(first_token=first + start, count=part.shape[1])
-                self._fetch(layer, region, range=which)
+                self.fetch_into(layer, region, range=which)
                 part[...] = rows
             if cold < count:
                 in_tail = first + cold - flushed
                 out[:, cold:] = self._tails[layer, :, in_tail : in_tail + count - cold]
             return out
 
+    @survives
     def fetch_keys(self, layer: int, first: int, end: int) -> MirroredKeys:
         """Evaluation keys of the flushed tokens first .. end-1, both multiples of 16: a copy.
 
@@ -369,38 +369,10 @@ class Context:
         the daemon sent them: those that lie in the cold pool it holds to the
         checksum of their sealing, and the client what arrives to the daemon's.
         """
-        flushed = self.flushed(layer)
-        if not 0 <= first < end <= flushed or first % TILE_TOKENS or end % TILE_TOKENS:
-            raise InvalidInput(
-                f"cannot fetch keys of tokens {first} to {end}: give whole tiles of {TILE_TOKENS} tokens of "
-                f"the {flushed} flushed"
-            )
-        shape = self.shape
-        tiles = np.empty((shape.kv_heads, (end - first) // TILE_TOKENS, shape.key_tile_bytes), np.uint8)
-        with self.session.lock:
-            # One writer, and it holds the lock: no append changes the ranges between the pieces.
-            staging = self.session.staging()
-            room = min(_KEY_PIECE, staging.nbytes - PAGE - 4 * shape.kv_heads * shape.head_dim)
-            piece = max(1, room // (shape.kv_heads * shape.key_tile_bytes))
-            for at in range(0, tiles.shape[1], piece):
-                part = tiles[:, at : at + piece]
-                staging.reset()
-                region, arrived = staging.take(part.shape, np.uint8)
-                scales_region, scales = staging.take((shape.kv_heads, shape.head_dim), np.float32)
-                start = first + at * TILE_TOKENS
-                which = cold_pool_pb2.KeyRange(
-                    first_token=start, end_token=start + part.shape[1] * TILE_TOKENS, scales=scales_region
-                )
-                answer = self._fetch(layer, region, keys=which)
-                part[...] = arrived
-                if kernel.data_checksums(part).tolist() != list(answer.key_checksums):
-                    raise CorruptData(
-                        "evaluation keys are not as the daemon sent them; connect a new session"
-                    )
-                scale = scales.copy()
-        return MirroredKeys(tiles, scale, answer.generation)
+        return fetch_keys(self, layer, first, end)
 
-    def _fetch(self, layer: int, rows: cold_pool_pb2.Region, **which: Any) -> cold_pool_pb2.FetchResponse:
+    def fetch_into(self, layer: int, rows: cold_pool_pb2.Region, **which: Any) -> cold_pool_pb2.FetchResponse:
+        """For the library's own use, under the session's lock: a fetch, counted."""
         request = cold_pool_pb2.FetchRequest(context_id=self.context_id, layer=layer, rows=rows, **which)
         response: cold_pool_pb2.FetchResponse = self.session.call("Fetch", request)
         self.session.counters.read_bytes += response.read_bytes
@@ -408,7 +380,14 @@ class Context:
 
     def close(self) -> None:
         """Frees the context in the daemon. Raises `UnknownContext` when called again."""
-        self.session.call("CloseContext", cold_pool_pb2.CloseContextRequest(context_id=self.context_id))
+        with self.session.lock:
+            # A daemon that went away has freed it already.
+            if self.session.forget(self) and not self._origin.lost:
+                request = cold_pool_pb2.CloseContextRequest(context_id=self._origin.context_id)
+                try:
+                    self.session.call("CloseContext", request)
+                except DaemonGone:
+                    self.session.note_gone()
 
     def __enter__(self) -> Self:
         return self
@@ -423,23 +402,14 @@ class Context:
             if error is None:
                 raise
 
-    def _storage(self, array: Array, name: str) -> Array:
-        """Checks shape and dtype; bfloat16 becomes its bits."""
-        shape, dtype = self.shape, self.shape.dtype
-        if array.dtype.name == "bfloat16" and dtype is DType.bfloat16:
-            array = array.view(np.uint16)
-        if array.dtype != dtype.storage:
-            raise InvalidInput(f"{name} must be {dtype.value} (held as {dtype.storage}), not {array.dtype}")
-        if array.ndim != 3 or (array.shape[0], array.shape[2]) != (shape.kv_heads, shape.head_dim):
-            raise InvalidInput(
-                f"{name} must be [{shape.kv_heads}, n, {shape.head_dim}], not {list(array.shape)}"
-            )
-        return array
+    def check_kept(self) -> None:
+        """For the library's own use: raises `ContextLost` once rows of it are gone with a daemon."""
+        self._origin.check_kept()
 
-    def _check_finite(self, array: Array) -> None:
-        if self.shape.dtype is DType.bfloat16:
-            finite = bool(np.all((array & _BF16_EXPONENT) != _BF16_EXPONENT))
-        else:
-            finite = bool(np.isfinite(array).all())
-        if not finite:
-            raise InvalidInput("keys and values must be finite; found a NaN or an infinity")
+    def note_gone(self) -> None:
+        """For the library's own use: the daemon is gone."""
+        self._origin.note_gone()
+
+    def restore(self) -> None:
+        """For the library's own use: opens it again in a daemon that was restarted, see `Origin.reopen`."""
+        self._origin.reopen(self.session, self._flushed)

@@ -29,6 +29,8 @@ class DurableContext:
     users: int
     """Contexts that are open on it now."""
     drive: str
+    gid: int | None = None
+    """Members of this group may begin with it too."""
 
     @classmethod
     def from_proto(cls, listed: cold_pool_pb2.DurableContext) -> DurableContext:
@@ -50,4 +52,5 @@ class DurableContext:
             created_unix_s=listed.created_unix_s,
             users=listed.users,
             drive=listed.drive,
+            gid=listed.gid if listed.HasField("gid") else None,
         )

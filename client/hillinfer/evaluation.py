@@ -12,6 +12,7 @@ import numpy.typing as npt
 from hillinfer.wire import ALIGNMENT, Staging, number
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
+from hillinfer_core.packed import Item, Region, Request, ask_again, pack_request
 from hillinfer_core.v1 import cold_pool_pb2
 
 if TYPE_CHECKING:
@@ -55,6 +56,22 @@ class Brought:
     """Read from the cold pool."""
     scores: npt.NDArray[np.int32] | None = None
     """int32 [kv_heads, k], of the same order as `ids`, from `Session.rank` only."""
+    scan_s: float = 0.0
+    """Seconds that ranking alone took on the device; 0 where nothing says so."""
+    answered_at: float = 0.0
+    """When the daemon answered, as `time.monotonic` has it; 0 where nothing says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The highest-ranked tokens of each KV head."""
+
+    ids: npt.NDArray[np.uint32]
+    """uint32 [kv_heads, k], ascending in each head."""
+    scores: npt.NDArray[np.int32]
+    """int32 [kv_heads, k], of the same order; they compare within a head and generation only."""
+    evaluated_bytes: int
+    """Evaluation keys scanned."""
 
 
 class _Buffers(NamedTuple):
@@ -101,6 +118,7 @@ class Plan:
             region, rows = staging.take((max(1, room), 2, shape.head_dim), shape.dtype.storage)
             evaluation.rows.CopyFrom(region)
             self.buffers.append(_Buffers(query, held, ids, scores, rows))
+        self._packed = pack_request(_as_packed(self.request, staging.generation))
 
     def _add(self, staging: Staging, item: EvaluateItem) -> tuple[npt.NDArray[Any], ...]:
         shape = item.context.shape
@@ -125,15 +143,44 @@ class Plan:
         )
         return query, held, ids, scores
 
-    def fill(self, layer: int, items: Sequence[EvaluateItem]) -> cold_pool_pb2.EvaluateRequest:
-        """Puts this call's contents into the regions and returns the request."""
-        self.request.layer = layer
-        for item, evaluation, buffers in zip(items, self.request.evaluations, self.buffers, strict=True):
-            evaluation.first_token = item.first
-            evaluation.end_token = item.end
+    def fill(self, items: Sequence[EvaluateItem]) -> None:
+        """Puts this call's contents into the regions."""
+        for item, buffers in zip(items, self.buffers, strict=True):
             buffers.query[...] = item.query
             buffers.held[...] = item.held
+
+    def packed(self, layer: int, items: Sequence[EvaluateItem]) -> bytes:
+        """The request for the ring."""
+        return ask_again(self._packed, layer, ((item.first, item.end) for item in items))
+
+    def message(self, layer: int, items: Sequence[EvaluateItem]) -> cold_pool_pb2.EvaluateRequest:
+        """The request for gRPC."""
+        self.request.layer = layer
+        for item, evaluation in zip(items, self.request.evaluations, strict=True):
+            evaluation.first_token = item.first
+            evaluation.end_token = item.end
         return self.request
+
+
+def _as_packed(request: cold_pool_pb2.EvaluateRequest, generation: int) -> Request:
+    def region(each: cold_pool_pb2.Region) -> Region:
+        return Region(each.offset, each.length)
+
+    items = [
+        Item(
+            context_id=item.context_id,
+            first_token=0,
+            end_token=0,
+            k=item.k,
+            query=region(item.query),
+            ids=region(item.ids),
+            scores=region(item.scores),
+            held=region(item.held),
+            rows=region(item.rows),
+        )
+        for item in request.evaluations
+    ]
+    return Request(0, request.query_heads, request.reduction, generation, items)
 
 
 def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction, bring: bool = True) -> tuple[Any, ...]:
@@ -143,6 +190,12 @@ def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction, bring: bool =
         bring,
         *((item.context, item.query.shape, item.query.dtype, item.k, item.held.shape) for item in items),
     )
+
+
+def check_kept(items: Sequence[Any]) -> None:
+    """Raises `ContextLost` for items with a lost context, before there is any waiting for a daemon."""
+    for item in items:
+        item.context.check_kept()
 
 
 def check_query(

@@ -21,6 +21,14 @@ PredictorOption = Annotated[
         "auto chooses for each layer."
     ),
 ]
+CpuShareOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|SHARE",
+        help="Of the tokens, ranked by the CPU while the drive ranks the others: 0 to 1, or auto for both "
+        "to finish together. [default: none]",
+    ),
+]
 ProfileOption = Annotated[
     str | None,
     typer.Option(

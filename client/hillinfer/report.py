@@ -25,11 +25,25 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class SplitUse:
+    """How the ranking was split. cpu_share: of all tokens ranked, the CPU's, 0 to 1.
+
+    imbalance: |T_cpu - T_drive| of the larger, median over the layers of the latest rankings; None if both
+    never worked at once. boundaries: layers by why their boundary is where it is.
+    """
+
+    cpu_share: float
+    imbalance: float | None
+    boundaries: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class KvUse:
     """Bytes of KV held and moved. hot_hit_rate: 0 to 1, None before anything was selected.
 
     predictors: layers by the query that ranked them last. hidden_share: of the time
     of evaluation and fetch, 0 to 1, what nobody waited for; None before any.
+    split: between CPU and drive, None if it was not asked for.
     """
 
     full_bytes: int
@@ -41,6 +55,7 @@ class KvUse:
     hot_hit_rate: float | None
     predictors: Mapping[str, int] = field(default_factory=dict)
     hidden_share: float | None = None
+    split: SplitUse | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +126,16 @@ class RunReport:
             ("hot hit rate", hits),
             ("ranked by", ", ".join(f"{name} in {count}" for name, count in kv.predictors.items()) or "-"),
             ("evaluation hidden", "-" if kv.hidden_share is None else f"{kv.hidden_share:.0%}"),
+            *(() if kv.split is None else [("ranked by the CPU", _split_told(kv.split))]),
             *(() if self.mass is None else _mass_rows(self.mass)),
         ]
         return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+def _split_told(split: SplitUse) -> str:
+    stops = ", ".join(f"{stop} in {count}" for stop, count in split.boundaries.items())
+    differ = "" if split.imbalance is None else f"; times differ by {split.imbalance:.0%}"
+    return f"{split.cpu_share:.0%} of the tokens{differ}; boundary {stops}"
 
 
 def _mass_rows(mass: MassReport) -> list[tuple[str, str]]:

@@ -6,6 +6,8 @@ import itertools
 import select
 import socket
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 from google.protobuf.message import Message
 
@@ -43,30 +45,37 @@ class RingTransport:
         """Whether `request` fits in an entry of the ring."""
         return request.ByteSize() <= PAYLOAD_BYTES
 
-    def ask(self, method: Method, request: Message, timeout_s: float) -> Entry:
-        """Sends `request` and waits for its completion, `timeout_s` seconds at most; sleeps meanwhile.
+    def ask(
+        self, method: Method, payload: bytes, timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> Entry:
+        """Sends the request in `payload`, does what is to be done `meanwhile`, and waits for the answer.
 
+        `timeout_s` seconds at most, and however long `meanwhile` takes, which must not raise.
         Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
         when there will be none. An answer that comes after these is dropped by the next `ask`.
         """
         ticket = next(self._tickets)
         deadline = time.monotonic() + timeout_s
         timeout_ms = max(1, int(timeout_s * 1000))
-        self._submissions.put(Entry(ticket, method, timeout_ms, request.SerializeToString()))
-        ring_doorbell(self._fds.submitted)
+        self._submissions.put(Entry(ticket, method, timeout_ms, payload))
+        with suppress(BrokenPipeError):  # The end of the connection says it below.
+            ring_doorbell(self._fds.submitted)
+        if meanwhile is not None:
+            meanwhile()
         while True:
             left = deadline - time.monotonic()
             ready = self._poll.poll(max(0.0, left) * 1000)
-            if any(fd == self._fds.completed for fd, _ in ready):
-                clear_doorbell(self._fds.completed)
+            rung = any(fd == self._fds.completed for fd, _ in ready)
+            if rung:
+                rung = clear_doorbell(self._fds.completed)
                 for entry in self._taken():
                     if entry.ticket == ticket:
                         return entry
-            elif ready:
+            if ready and not rung:
                 raise DaemonUnavailable(
                     f"{method.name}: the daemon ended the session; its contexts are gone, connect a new one"
                 )
-            elif left <= 0:
+            if left <= 0:
                 raise DeadlineExceeded(
                     f"{method.name}: no answer within {timeout_s:g} s; see the daemon's log"
                 )

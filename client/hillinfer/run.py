@@ -23,6 +23,8 @@ from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
 from hillinfer.report import Answer, KvUse, RunReport
 from hillinfer.session import Session
+from hillinfer.split.ranking import parse_cpu_share
+from hillinfer.users import check_own_group
 from hillinfer_core.errors import BudgetTooSmall, DaemonUnavailable, InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import Budget
@@ -44,11 +46,12 @@ class Job:
     context's KV. socket: of a running daemon; None takes the one at the default
     place or, where none answers, a private one for the run. context_name: keep
     the context under this name, or find it there; where no daemon answers, one is
-    started that programs share (`shared_daemon`). min_mass: attend to what holds
+    started that programs share (`shared_daemon`). context_group: who may read it too; context_owner:
+    another user whose it is. min_mass: attend to what holds
     this share of the attention, and not to a budget. precision: None for INT4, or
     INT8 with min_mass. device: where the model runs, as torch names it.
-    predictor: see `Predictor`. profile: of a private daemon's drive, which then lies in
-    memory. trace, trace_plot: files for the trace of decode steps and its picture.
+    predictor: see `Predictor`. cpu_share: as `attach` has it. profile: of a private daemon's
+    drive, which then lies in memory. trace, trace_plot: files for the trace of decode steps and its picture.
     """
 
     context: str
@@ -59,9 +62,12 @@ class Job:
     max_new_tokens: int = 32
     socket: Path | None = None
     context_name: str | None = None
+    context_group: str | None = None
+    context_owner: str | None = None
     device: str = "cpu"
     min_mass: float | None = None
     predictor: str = "auto"
+    cpu_share: str | None = None
     profile: str | None = None
     trace: Path | None = None
     trace_plot: Path | None = None
@@ -111,6 +117,7 @@ def run(
                 sinks=SINKS,
                 recent=RECENT,
                 predictor=job.predictor,
+                cpu_share=job.cpu_share,
                 trace=bool(job.trace or job.trace_plot),
             ) as attachment,
             torch.inference_mode(),
@@ -160,14 +167,18 @@ def _read_or_restore(
     note: Callable[[str], None],
 ) -> tuple[HierarchicalCache, bool]:
     """Return a cache that holds `context` [1, n], and whether it was found under the job's name."""
+    if job.context_name is None and (job.context_group or job.context_owner):
+        raise InvalidInput("--context-group and --context-owner are about --context-name: give that too")
+    if job.context_group is not None:
+        check_own_group(job.context_group)  # now, and not when the text is read
     if job.context_name is None:
         cache = attachment.new_cache()
         _read(model, cache, context, progress)
         return cache, False
-    cache, restored = open_kept(attachment, job.context_name, context, note)
+    cache, restored = open_kept(attachment, job.context_name, context, note, job.context_owner)
     if not restored:
         _read(model, cache, context, progress)
-        cache.save()
+        cache.save(job.context_group)
         note(f"saved as {job.context_name}")
     return cache, restored
 
@@ -257,6 +268,8 @@ def _check(job: Job, directory: ModelDirectory, context_tokens: int, question_to
         raise InvalidInput("ask at least one question, and none that is empty")
     if not job.context.strip():
         raise InvalidInput("the context is empty")
+    if job.cpu_share is not None:
+        parse_cpu_share(job.cpu_share)
     if job.max_new_tokens < 1:
         raise InvalidInput(f"max-new-tokens must be at least 1, not {job.max_new_tokens}")
     needed = context_tokens + question_tokens + len(job.questions) * (job.max_new_tokens + 1)

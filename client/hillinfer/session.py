@@ -3,55 +3,35 @@
 from __future__ import annotations
 
 import os
-import socket as sockets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
 import numpy as np
 
 from hillinfer import apart, evaluation, wire
 from hillinfer.apart import Apart, ApartItem
 from hillinfer.context import Context
+from hillinfer.counters import Counters
 from hillinfer.durable import DurableContext
 from hillinfer.evaluation import Brought, EvaluateItem
-from hillinfer.ring import RingTransport
+from hillinfer.link import Link
 from hillinfer.stream import EvaluateStream
-from hillinfer_core import errors, protocol
-from hillinfer_core.arena import Arena
+from hillinfer.survival import RESTART_S, again, survives
+from hillinfer.users import uid_of
+from hillinfer_core import protocol
 from hillinfer_core.errors import DaemonUnavailable, HillInferError, InvalidInput
 from hillinfer_core.layout import Reduction, Shape
-from hillinfer_core.ring import Method, Outcome, RingFds
-from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
+from hillinfer_core.v1 import cold_pool_pb2
 
 __all__ = ["Brought", "Counters", "EvaluateItem", "Session"]
 
 DEFAULT_ARENA_BYTES = 8 << 20
-
-_ON_RING: dict[str, Any] = {
-    "Append": cold_pool_pb2.AppendResponse,
-    "Evaluate": cold_pool_pb2.EvaluateResponse,
-    "Fetch": cold_pool_pb2.FetchResponse,
-}
-
-_WITHOUT_ARENA = ("OpenContext", "CloseContext", "SaveContext", "ListContexts", "DeleteContext", "Status")
-
-
-@dataclass
-class Counters:
-    """Bytes moved and scanned for a session since it connected."""
-
-    written_bytes: int = 0
-    """Rows appended to the cold pool."""
-    read_bytes: int = 0
-    """Read from the cold pool, whole pages where it reads whole pages."""
-    evaluated_bytes: int = 0
-    """Evaluation keys scanned."""
 
 
 class Session:
@@ -62,42 +42,58 @@ class Session:
     Thread-safe: one lock lets one call at a time through. Not usable in a forked child.
 
     Every call takes `timeout_s` seconds at most for each request it makes. It
-    raises `DaemonUnavailable` when the daemon is gone and `DeadlineExceeded`
-    when it does not answer. After a call that reads or writes rows and that the
-    daemon did not answer (out of time, interrupted), the daemon may still use
-    the shared memory: from then on only `status` and closing work, anything else
-    raises `DaemonUnavailable`. Errors that the daemon answers with end nothing.
+    raises `DeadlineExceeded` when the daemon does not answer. After a call that
+    reads or writes rows and that the daemon did not answer (out of time,
+    interrupted), the daemon may still use the shared memory: from then on, unless the daemon is
+    restarted, only `status` and closing work, anything else raises
+    `DaemonUnavailable`. Errors that the daemon answers with end nothing.
+
+    When the daemon is restarted, the call that notices waits `restart_s` seconds
+    for the new one at most, attaches to it and goes on. Contexts are opened again whose
+    rows are all in a durable context or with this process (`keep_bytes`); every use of any other raises
+    `ContextLost`. Where no daemon comes back, calls raise `DaemonUnavailable`, and each
+    later one tries again without waiting. A session that the daemon
+    itself ended, as an administrator may have it do, stays ended.
     """
 
     def __init__(
         self,
         path: Path,
-        connection: sockets.socket,
-        accepted: attach_pb2.Accepted,
-        arena: Arena | None,
-        ring: RingFds | None,
+        arena_bytes: int,
+        name: str,
         timeout_s: float,
+        ring: bool,
+        restart_s: float,
+        keep_bytes: int,
     ) -> None:
         self.socket = path
         self.timeout_s = timeout_s
-        self.session_id = accepted.session_id
-        self.server_version = accepted.server_version
-        self.arena_bytes = 0 if arena is None else arena.nbytes
-        """Memory shared with the daemon; 0 in a session that can only ask for `status`."""
         self.counters = Counters()
         self.lock = threading.RLock()
-        self._connection = connection
-        self._staging = None if arena is None else wire.Staging(arena, accepted.arena_generation)
-        self._metadata = ((protocol.TOKEN_KEY, accepted.token),)
-        # Own subchannels: another session's backoff after a dead daemon must not delay this one.
-        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
-        self._channel = grpc.insecure_channel(accepted.grpc_address, options)
-        self._stub = cold_pool_pb2_grpc.ColdPoolStub(self._channel)  # type: ignore[no-untyped-call]
-        self._stream = EvaluateStream(self._stub, self._metadata, timeout_s)
-        self._ring = None if ring is None else RingTransport(ring, connection)
+        self.restart_s = restart_s
+        self.keep_bytes = keep_bytes
+        self._asked = arena_bytes, name
+        self._with_ring = ring
+        self._link: Link | None = self._attach(timeout_s)
+        self._accepted = self._link.accepted
+        self.arena_bytes = self._link.arena_bytes
+        """Memory shared with the daemon; 0 in a session that can only ask for `status`."""
+        self.restarts = 0
+        """Restarts of the daemon that the session went through."""
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self._plan: evaluation.Plan | None = None
-        self._unfinished = False
-        self._closed = False
+        self._away_since = 0.0
+        self._ended = ""
+
+    @property
+    def session_id(self) -> int:
+        """The session's number in the daemon; another after a restart of the daemon."""
+        return self._accepted.session_id
+
+    @property
+    def server_version(self) -> str:
+        """Of the daemon."""
+        return self._accepted.server_version
 
     @classmethod
     def connect(
@@ -108,24 +104,30 @@ class Session:
         timeout_s: float = 30.0,
         *,
         ring: bool = True,
+        restart_s: float = RESTART_S,
+        keep_bytes: int = 0,
     ) -> Self:
         """Attaches to the daemon at the attach socket `socket`, by default the one of this machine or user.
 
         `arena_bytes` is the memory shared with the daemon; larger transfers go
         in pieces, and 0 gives a session that can only ask for `status`. `name`
         shows in the daemon's status. Without `ring` every call goes by gRPC, which is slower.
+        `restart_s` is how long a call waits for a daemon that is restarted; 0 for not at all.
+        Of what is appended to a volatile context this process keeps a copy, of `keep_bytes` at
+        most for each, with which it survives a restart of the daemon.
         Raises `DaemonUnavailable` when no daemon is there, or the error with which it refused.
         """
         path = Path(socket) if socket is not None else protocol.attach_socket(protocol.default_runtime_dir())
-        connection, accepted, arena, fds = wire.attach(path, arena_bytes, name, timeout_s, ring)
-        return cls(path, connection, accepted, arena, fds, timeout_s)
+        return cls(path, arena_bytes, name, timeout_s, ring, restart_s, keep_bytes)
 
+    @survives
     def open_context(
         self,
         shape: Shape,
         *,
         durable: str | None = None,
         base: str | None = None,
+        owner: str | int | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> Context:
         """Opens a context: an empty, volatile one without further arguments.
@@ -136,9 +138,10 @@ class Session:
         saved. It is written by one session and complete with `Context.save`.
         `base` is the name of a saved one: the context begins with all its
         tokens, which it shares with every other reader; what is appended is its
-        own and volatile. `labels` say what a durable context was made from (at
-        most 16, keys of at most 64 and values of at most 256 characters) and
-        must be the same ones each time.
+        own and volatile. `owner` is the user whose it is, by default this one;
+        another's can be begun with by members of the group that it was saved for.
+        `labels` say what a durable context was made from (at most 16, keys of at
+        most 64 and values of at most 256 characters) and must be the same ones each time.
 
         Raises `InvalidInput` for a shape or name out of range, and when the
         arena is too small for one append unit of the shape; `ContextMismatch`
@@ -160,38 +163,40 @@ class Session:
                     f"the session's arena of {self.staging().nbytes} bytes is too small for {shape}: "
                     f"connect with arena_bytes of {needed} or more"
                 )
-            response = self.call(
-                "OpenContext",
-                cold_pool_pb2.OpenContextRequest(
-                    layers=shape.layers,
-                    kv_heads=shape.kv_heads,
-                    head_dim=shape.head_dim,
-                    dtype=wire.number(shape.dtype),
-                    precision=wire.number(shape.precision),
-                    durable_name=durable,
-                    base_name=base,
-                    labels=labels,
-                ),
+            request = cold_pool_pb2.OpenContextRequest(
+                layers=shape.layers,
+                kv_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                dtype=wire.number(shape.dtype),
+                precision=wire.number(shape.precision),
+                durable_name=durable,
+                base_name=base,
+                base_uid=None if base is None or owner is None else uid_of(owner),
+                labels=labels,
             )
-            context = Context(self, shape, response, durable)
+            response = self.call("OpenContext", request)
+            context = Context(self, shape, request, response)
             try:
                 context.load_tails(response.tail_tokens)
             except BaseException:
                 with suppress(HillInferError):
                     context.close()
                 raise
+            self._contexts.add(context)
         return context
 
+    @survives
     def list_contexts(self) -> list[DurableContext]:
-        """The durable contexts of this user (of all users for root), by name, then uid."""
+        """The durable contexts that this user may begin with (all for root), by name, then uid."""
         response = self.call("ListContexts", cold_pool_pb2.ListContextsRequest())
         return [DurableContext.from_proto(listed) for listed in response.contexts]
 
-    def find_context(self, name: str) -> DurableContext | None:
-        """This user's durable context of that name, None when there is none."""
-        mine = (each for each in self.list_contexts() if (each.name, each.uid) == (name, os.getuid()))
-        return next(mine, None)
+    def find_context(self, name: str, owner: str | int | None = None) -> DurableContext | None:
+        """The durable context of that name, of this user or of `owner`; None when there is none to read."""
+        uid = os.getuid() if owner is None else uid_of(owner)
+        return next((each for each in self.list_contexts() if (each.name, each.uid) == (name, uid)), None)
 
+    @survives
     def delete_context(self, name: str, uid: int | None = None) -> int:
         """Deletes a durable context, of this user unless `uid` says otherwise; returns the bytes freed.
 
@@ -201,6 +206,7 @@ class Session:
         request = cold_pool_pb2.DeleteContextRequest(name=name, uid=os.getuid() if uid is None else uid)
         return int(self.call("DeleteContext", request).freed_bytes)
 
+    @survives
     def evaluate_and_bring(
         self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction = Reduction.sum
     ) -> list[Brought]:
@@ -219,21 +225,35 @@ class Session:
                     self._complete(layer, item, answer)
         return brought
 
+    @survives
     def rank(
-        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction = Reduction.sum
+        self,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        reduction: Reduction = Reduction.sum,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Brought]:
         """As `evaluate_and_bring`, but with the winners' `Brought.scores` and without rows.
 
-        All winners are counted as missing that are not held.
+        All winners are counted as missing that are not held. `meanwhile` is called in this thread once the
+        drive was asked, again if another daemon has to be, and must not raise or use the session.
         """
-        return self._evaluate(layer, items, reduction, bring=False)
+        return self._evaluate(layer, items, reduction, bring=False, meanwhile=meanwhile)
 
     def _evaluate(
-        self, layer: int, items: Sequence[EvaluateItem], reduction: Reduction, bring: bool
+        self,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        reduction: Reduction,
+        bring: bool,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Brought]:
         if not items:
+            if meanwhile is not None:
+                meanwhile()
             return []
         with self.lock:
+            evaluation.check_kept(items)
             staging, shapes = self.staging(), evaluation.shapes_of(items, reduction, bring)
             plan = self._plan
             if plan is None or plan.shapes != shapes:
@@ -243,24 +263,29 @@ class Session:
                     if len(items) == 1:
                         raise
                     half = len(items) // 2
-                    return self._evaluate(layer, items[:half], reduction, bring) + self._evaluate(
+                    return self._evaluate(layer, items[:half], reduction, bring, meanwhile) + self._evaluate(
                         layer, items[half:], reduction, bring
                     )
                 self._plan = plan
-            results = self.ask(plan.fill(layer, items)).results
+            plan.fill(items)
+            answer = self._attached().evaluate(plan, layer, items, self.timeout_s, meanwhile)
+            self._count(answer.results)
             return [
                 Brought(
                     buffers.ids.copy(),
-                    list(result.missing_per_head),
+                    result.missing_per_head,
                     buffers.rows[: result.rows_brought].copy(),
                     result.generation,
                     result.evaluated_bytes,
                     result.read_bytes,
                     None if bring else buffers.scores.copy(),
+                    result.scan_s,
+                    answer.answered_at,
                 )
-                for buffers, result in zip(plan.buffers, results, strict=True)
+                for buffers, result in zip(plan.buffers, answer.results, strict=True)
             ]
 
+    @survives
     def rank_apart(self, layer: int, items: Sequence[ApartItem]) -> list[Apart]:
         """Ranks tokens of one layer for each query head apart: what bounds the mass of tokens not fetched.
 
@@ -272,6 +297,7 @@ class Session:
         if not items:
             return []
         with self.lock:
+            evaluation.check_kept(items)
             try:
                 request, answers = apart.stage(self.staging(), layer, items)
             except wire.ArenaTooSmall:
@@ -288,6 +314,7 @@ class Session:
         answer.rows = np.concatenate([answer.rows, item.context.fetch_rows(layer, left)])
         answer.read_bytes += self.counters.read_bytes - before
 
+    @survives
     def status(self) -> cold_pool_pb2.StatusResponse:
         """The daemon's status; sizes in bytes."""
         response: cold_pool_pb2.StatusResponse = self.call("Status", cold_pool_pb2.StatusRequest())
@@ -296,15 +323,8 @@ class Session:
     def close(self) -> None:
         """Ends the session; the daemon frees everything of it. Harmless when called again."""
         with self.lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._stream.close()
-            self._channel.close()
-            if self._ring is not None:
-                self._ring.close()
-            self._connection.close()
-            self._staging = self._plan = None
+            self._ended = "the session is closed; connect a new one"
+            self._drop_link()
 
     def __enter__(self) -> Self:
         return self
@@ -320,66 +340,72 @@ class Session:
         Whoever is about to touch the arena asks for it anew: it raises
         `DaemonUnavailable` when the daemon may still use the arena.
         """
-        if self._staging is None:
-            raise self._no_arena()
-        if self._unfinished:
-            raise DaemonUnavailable(
-                "a call did not finish, the shared memory may still be in use; connect a new session"
-            )
-        return self._staging
+        return self._attached().staging()
 
     def call(self, method: str, request: Any) -> Any:
         """For the library's own use: a call with deadline and typed errors, by the ring where it takes it."""
         with self.lock:
-            if self._closed:
-                raise self._no_arena()
-            if method in _ON_RING and self._ring is not None and self._ring.takes(request):
-                return self._ask_ring(method, request)
-            with self._awaiting(method):
-                return getattr(self._stub, method)(request, timeout=self.timeout_s, metadata=self._metadata)
+            return self._attached().call(method, request, self.timeout_s)
 
     def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: an evaluation, counted."""
-        if self._closed:
-            raise self._no_arena()
-        if self._ring is not None and self._ring.takes(request):
-            response: cold_pool_pb2.EvaluateResponse = self._ask_ring("Evaluate", request)
-        else:
-            with self._awaiting("Evaluate"):
-                response = self._stream.ask(request)
-        for result in response.results:
+        response = self._attached().ask(request, self.timeout_s)
+        self._count(response.results)
+        return response
+
+    def _count(self, results: Iterable[Any]) -> None:
+        for result in results:
             self.counters.evaluated_bytes += result.evaluated_bytes
             self.counters.read_bytes += result.read_bytes
-        return response
 
     def new_stream(self) -> EvaluateStream:
         """For the library's own use: another evaluation stream of this session, not counted, not locked."""
-        return EvaluateStream(self._stub, self._metadata, self.timeout_s)
+        return self._attached().new_stream(self.timeout_s)
 
-    def _ask_ring(self, method: str, request: Any) -> Any:
-        assert self._ring is not None
-        with self._awaiting(method):
-            answer = self._ring.ask(Method[method], request, self.timeout_s)
-        if answer.code == Outcome.refused:
-            refused = attach_pb2.Refused.FromString(answer.payload)
-            raise errors.by_name(refused.error)(refused.message)
-        return _ON_RING[method].FromString(answer.payload)
+    def note_gone(self) -> None:
+        """For the library's own use, under `lock`: the daemon is gone; the next use waits for another."""
+        self._drop_link()
+        self._away_since = time.monotonic()
+        for context in list(self._contexts):
+            context.note_gone()
 
-    @contextmanager
-    def _awaiting(self, method: str) -> Iterator[None]:
-        """Notes for `staging` whether the call inside ended with an answer, and types its error."""
-        before = self._unfinished
-        # Set first and taken back by an answer, so that an interruption at any point leaves it set.
-        self._unfinished = before or method not in _WITHOUT_ARENA
+    def forget(self, context: Context) -> bool:
+        """For the library's own use, under `lock`: a context closes; says whether a daemon holds it."""
+        self._contexts.discard(context)
+        return self._link is not None or bool(self._ended)
+
+    def _attach(self, timeout_s: float) -> Link:
+        arena_bytes, name = self._asked
+        return Link(self.socket, arena_bytes, name, timeout_s, self._with_ring, self.restart_s)
+
+    def _attached(self) -> Link:
+        if self._link is None and not self._ended:
+            again(self._reattach, self._away_since, self.restart_s)
+        if self._link is None:
+            raise DaemonUnavailable(self._ended)
+        return self._link
+
+    def _reattach(self, attach_s: float) -> None:
+        """Attach to another daemon and have every context opened again that can be; all of it, or nothing."""
         try:
-            yield
-        except grpc.RpcError as error:
-            if wire.answered(error):
-                self._unfinished = before
-            raise wire.typed_error(error, method) from None
-        self._unfinished = before
+            link = self._attach(attach_s)
+            if link.accepted.instance == self._accepted.instance:
+                link.close()
+                self._ended = (
+                    "the daemon ended this session and goes on itself (hillinferctl close does that): "
+                    "connect a new session"
+                )
+                return
+            self._link, self._accepted = link, link.accepted
+            for context in list(self._contexts):
+                context.restore()
+        except BaseException:
+            self._drop_link()
+            raise
+        self.restarts += 1
 
-    def _no_arena(self) -> DaemonUnavailable | InvalidInput:
-        if self._closed:
-            return DaemonUnavailable("the session is closed; connect a new one")
-        return InvalidInput("the session has no arena; connect with arena_bytes above 0")
+    def _drop_link(self) -> None:
+        self._plan = None
+        if self._link is not None:
+            link, self._link = self._link, None
+            link.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -31,9 +31,12 @@ class EvaluateStream:
         self._call: Any = None
         self._watchdog: _Watchdog | None = None
 
-    def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
+    def ask(
+        self, request: cold_pool_pb2.EvaluateRequest, meanwhile: Callable[[], None] | None = None
+    ) -> cold_pool_pb2.EvaluateResponse:
         """Sends `request` and waits for its answer, `timeout_s` seconds at most.
 
+        Does what is to be done `meanwhile`, which must not raise, before it waits.
         `request` may be changed and sent again once this returned. Raises gRPC's
         error of the failed evaluation, `DeadlineExceeded` when no answer came in
         time, `DaemonUnavailable` when none will; the next `ask` opens a new stream.
@@ -45,6 +48,8 @@ class EvaluateStream:
         watchdog.arm(call, self._timeout_s)
         try:
             self._requests.put(request)
+            if meanwhile is not None:
+                meanwhile()
             response: cold_pool_pb2.EvaluateResponse = next(call)
         except StopIteration:
             self._drop()

@@ -13,6 +13,7 @@ import numpy as np
 
 from hillinfer_core import errors, protocol
 from hillinfer_core.arena import Arena
+from hillinfer_core.attach_socket import connect
 from hillinfer_core.layout import PAGE, DType, Precision, Reduction
 from hillinfer_core.ring import RingFds
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
@@ -40,8 +41,7 @@ def attach(
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        connection.settimeout(timeout_s)
-        accepted, descriptors = _handshake(connection, path, arena_bytes, name, ring)
+        accepted, descriptors = _handshake(connection, path, arena_bytes, name, timeout_s, ring)
         keep = 0
         try:
             if len(descriptors) != ((_DESCRIPTORS if ring else 1) if arena_bytes else 0):
@@ -72,7 +72,7 @@ def attach(
 
 
 def _handshake(
-    connection: socket.socket, path: Path, arena_bytes: int, name: str, ring: bool
+    connection: socket.socket, path: Path, arena_bytes: int, name: str, timeout_s: float, ring: bool
 ) -> tuple[attach_pb2.Accepted, list[int]]:
     request = attach_pb2.AttachRequest(
         protocol_version=protocol.PROTOCOL_VERSION,
@@ -81,7 +81,7 @@ def _handshake(
         arena_bytes=arena_bytes,
         ring=ring and arena_bytes > 0,
     )
-    connection.connect(str(path))
+    connect(connection, path, timeout_s)
     connection.sendall(request.SerializeToString())
     packet, descriptors, _, _ = socket.recv_fds(
         connection, _REPLY_BUFFER, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
@@ -144,7 +144,7 @@ class Staging:
 
     def __init__(self, arena: Arena, generation: int) -> None:
         self._arena = arena
-        self._generation = generation
+        self.generation = generation
         self._used = 0
 
     @property
@@ -178,7 +178,7 @@ class Staging:
                 f"connect with arena_bytes of {offset + length} or more"
             )
         self._used = offset + length
-        region = cold_pool_pb2.Region(offset=offset, length=length, generation=self._generation)
+        region = cold_pool_pb2.Region(offset=offset, length=length, generation=self.generation)
         return region, self._arena.view(offset, tuple(shape), dtype)
 
 

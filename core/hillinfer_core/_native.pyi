@@ -7,6 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 def supported(variant: int) -> bool: ...
+def environment(name: str, /) -> str | None: ...
+def extremes(numbers: npt.NDArray[np.int32], /) -> tuple[int, int]: ...
+def first_difference(
+    rows: npt.NDArray[np.uint8], checksums: npt.NDArray[np.uint32], hardware: bool, /
+) -> int: ...
 def widen_keys(
     rows: npt.NDArray[np.uint8], format: int, tokens: int, dim: int, out: npt.NDArray[np.float32], /
 ) -> None: ...
@@ -20,6 +25,16 @@ def quantise_keys(
     tiles: npt.NDArray[np.uint8],
     /,
 ) -> tuple[int, int]: ...
+def quantise_query(
+    query: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    zero: npt.NDArray[np.float32],
+    sum: bool,
+    q: npt.NDArray[np.int8],
+    offsets: npt.NDArray[np.int32],
+    sigma: npt.NDArray[np.float32],
+    /,
+) -> bool: ...
 def scores(
     variant: int,
     tiles: npt.NDArray[np.uint8],
@@ -68,6 +83,26 @@ def top_k(
 ) -> None: ...
 def row_checksums(hardware: bool, rows: npt.NDArray[np.uint8], out: npt.NDArray[np.uint32], /) -> None: ...
 def data_checksums(variant: int, tiles: npt.NDArray[np.uint8], out: npt.NDArray[np.uint32], /) -> None: ...
+def missing(
+    ids: npt.NDArray[np.uint32],
+    held: npt.NDArray[np.uint32],
+    end: int,
+    counts: npt.NDArray[np.uint32],
+    missing_heads: npt.NDArray[np.int64],
+    missing_ids: npt.NDArray[np.int64],
+    /,
+) -> int: ...
+def locate(
+    extents: npt.NDArray[np.int64],
+    row_bytes: int,
+    tokens: int,
+    sums: npt.NDArray[np.uint32],
+    heads: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.uint64],
+    checksums: npt.NDArray[np.uint32],
+    /,
+) -> bool: ...
 def is_memory(fd: int) -> bool: ...
 def copy_rows(
     memory: npt.NDArray[np.uint8], offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]

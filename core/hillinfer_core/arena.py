@@ -60,9 +60,7 @@ class Arena:
     def buffer(self, offset: int, length: int) -> memoryview:
         """Return ``length`` bytes at ``offset``, not copied; raises :class:`InvalidInput` out of bounds."""
         if offset < 0 or length < 0 or offset + length > self.nbytes:
-            raise InvalidInput(
-                f"region of {length} bytes at {offset} does not lie within the arena of {self.nbytes} bytes"
-            )
+            raise self._outside(offset, length)
         return memoryview(self._map)[offset : offset + length]
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -81,8 +79,14 @@ class Arena:
             raise InvalidInput(
                 f"region offset {offset} is not a multiple of {item.itemsize}, the size of {item}"
             )
-        self.buffer(offset, count * item.itemsize).release()
+        if offset < 0 or offset + count * item.itemsize > self.nbytes:
+            raise self._outside(offset, count * item.itemsize)
         return np.ndarray(shape, item, buffer=self._map, offset=offset)
+
+    def _outside(self, offset: int, length: int) -> InvalidInput:
+        return InvalidInput(
+            f"region of {length} bytes at {offset} does not lie within the arena of {self.nbytes} bytes"
+        )
 
 
 def _verify(fd: int, nbytes: int) -> None:

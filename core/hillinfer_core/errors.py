@@ -79,6 +79,10 @@ class DaemonUnavailable(HillInferError):
     status = "UNAVAILABLE"
 
 
+class ContextLost(DaemonUnavailable):
+    """The daemon was restarted, and rows of the context were nowhere but in the one before."""
+
+
 class Draining(HillInferError):
     """The daemon takes in no new sessions and contexts: it is about to stop, or is being looked after."""
 
@@ -169,7 +173,7 @@ class BadBitstream(HillInferError):
     status = "FAILED_PRECONDITION"
 
 
-_CLASSES: list[type[HillInferError]] = [HillInferError, *HillInferError.__subclasses__()]
+_CLASSES: list[type[HillInferError]] = [HillInferError, *HillInferError.__subclasses__(), ContextLost]
 _BY_NAME = {cls.__name__: cls for cls in _CLASSES}
 
 

@@ -1,7 +1,8 @@
-"""The functions of :mod:`hillinfer_core.reference` in native code, the same bit for bit, and gather.
+"""The functions of :mod:`hillinfer_core.reference` in native code, the same bit for bit.
 
 Every call checks its arguments (:class:`InvalidInput`), blocks until done, and may be made from any thread.
-All but ``fit_ranges`` and ``quantise_query``, which are the reference's own, release the GIL while they work.
+All but ``fit_ranges``, which is the reference's own, and ``quantise_query``, which is short, release the GIL
+while they work.
 Scores are computed by the widest instructions that the processor has; the environment variable
 ``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind. ``rank`` and ``stream_read``
 use as many threads as the process may use processors, or ``HILLINFER_KERNEL_THREADS``.
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
+from . import _native, reference
 from ._native import Cancel
 from .errors import Cancelled, ConfigError, InvalidInput
-from .layout import MAX_HEAD_DIM, PAGE, TILE_TOKENS, Precision, tile_bytes
+from .layout import MAX_HEAD_DIM, TILE_TOKENS, Precision, Reduction, tile_bytes
 from .reference import (
     F32,
     HISTOGRAM_BINS,
+    I8,
     I32,
     LEAST_OFFSET,
     U8,
@@ -31,26 +33,20 @@ from .reference import (
     Ranges,
     Ranked,
     fit_ranges,
-    quantise_query,
 )
 
 __all__ = [
     "Cancel",
     "Ranges",
     "Ranked",
-    "copy_rows",
+    "damaged_row",
     "data_checksums",
-    "direct_alignment",
     "fit_ranges",
-    "gather",
-    "is_memory",
     "merge",
-    "punch_hole",
     "quantise_keys",
     "quantise_query",
     "rank",
     "rank_blocks",
-    "read_range",
     "row_checksums",
     "scores",
     "stream_read",
@@ -58,16 +54,15 @@ __all__ = [
     "top_k",
     "variants",
     "widen_keys",
-    "write_range",
 ]
 
 # The number of each is that of `Variant` in native.h; the widest last.
 _VARIANTS = {"portable": 0, "avx2": 1, "avx512vnni": 2}
 _FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2}
 
-_MAX_ROW_BYTES = 16 * PAGE
 _BEAT = 64  # bytes; layout.py
 _MAX_THREADS = 1024
+_SEVERAL_THREADS_BYTES = 512 << 10  # of keys; for less `rank` takes one thread however many it may use
 _BLOCK_BYTES = 8 << 20  # keys of a block of rank_blocks: far more work than there is in starting it
 
 
@@ -80,7 +75,7 @@ _BEST = _VARIANTS[variants()[-1]]
 
 
 def _variant() -> int:
-    forced = os.environ.get("HILLINFER_KERNEL")
+    forced = _native.environment("HILLINFER_KERNEL")
     if not forced:
         return _BEST
     if forced not in variants():
@@ -92,9 +87,13 @@ def _variant() -> int:
 
 def threads() -> int:
     """Return how many threads ``rank`` and ``stream_read`` use at most; the caller's is one of them."""
-    asked = os.environ.get("HILLINFER_KERNEL_THREADS")
+    return _threads_asked() or len(os.sched_getaffinity(0))
+
+
+def _threads_asked() -> int:
+    asked = _native.environment("HILLINFER_KERNEL_THREADS")
     if not asked:
-        return len(os.sched_getaffinity(0))
+        return 0
     if not asked.isdecimal() or not 1 <= int(asked) <= _MAX_THREADS:
         raise ConfigError(f"HILLINFER_KERNEL_THREADS={asked}: unset it or use 1 to {_MAX_THREADS}")
     return int(asked)
@@ -119,6 +118,25 @@ def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) 
         _flat_bytes(rows), _FORMATS[rows.dtype], tokens, zero, inverse_scale, precision.bits, tiles
     )
     return tiles, clipped, nonfinite
+
+
+def quantise_query(query: F32, ranges: Ranges, reduction: Reduction) -> tuple[I8, I32, F32]:
+    """Quantise ``query`` as :func:`hillinfer_core.reference.quantise_query` defines."""
+    heads, dim = ranges.scale.shape
+    if reduction is Reduction.none or query.dtype != np.float32 or query.ndim != 2 or query.shape[1] != dim:
+        return reference.quantise_query(query, ranges, reduction)
+    group, rest = divmod(query.shape[0], heads)
+    if rest or group == 0:
+        return reference.quantise_query(query, ranges, reduction)
+    vectors = 1 if reduction is Reduction.sum else group
+    q, offsets = np.empty((heads, vectors, dim), np.int8), np.empty((heads, vectors), np.int32)
+    sigma = np.empty(heads, np.float32)
+    finite = _native.quantise_query(
+        np.ascontiguousarray(query), np.ascontiguousarray(ranges.scale, np.float32),
+        np.ascontiguousarray(ranges.zero, np.float32), reduction is Reduction.sum, q, offsets, sigma,
+    )  # fmt: skip
+    _require(finite, "the query contains NaN or infinity, or overflows float32 when scaled")
+    return q, offsets, sigma
 
 
 def scores(tiles: U8, q: Q, precision: Precision, out: I32, *, offsets: I32 | None = None) -> None:
@@ -182,31 +200,37 @@ def rank(
     Works on several threads (:func:`threads`), which sleep between calls; calls from several threads take
     turns. Raises :class:`Cancelled` soon after another thread calls ``cancel.set()``.
     """
+    # Messages only where they are wanted: making them would cost as much as a short scan.
     size = _check_query(q, precision)
     heads = parts[0].shape[0] if len(parts) and parts[0].ndim else q.shape[0]
     tokens = 0
     for part in parts:
         _require(part.dtype == np.uint8 and part.ndim == 3, "parts must be uint8 [H, T, tile bytes]")
-        _require(part.shape[0] == heads and part.shape[2] == size, f"a part must be [{heads}, T, {size}]")
+        if part.shape[0] != heads or part.shape[2] != size:
+            raise InvalidInput(f"a part must be [{heads}, T, {size}]")
         strides = part.strides
         _require(
             part.shape[1] > 0 and strides[1:] == (size, 1), "only the first axis of parts may be strided"
         )
         tokens += part.shape[1] * TILE_TOKENS
     rows = q.shape[0]
-    _require(heads > 0 and rows % heads == 0 and rows > 0, f"{rows} rows of queries for {heads} KV heads")
-    _require(origin >= 0 and origin % TILE_TOKENS == 0, f"origin must be a multiple of 16, not {origin}")
-    _require(
-        origin <= first <= end <= origin + tokens <= 1 << 32,
-        f"tokens {first} to {end} are not among {origin} to {origin + tokens}",
-    )
-    _require(k >= 0, f"k cannot be negative: {k}")
+    if heads <= 0 or rows <= 0 or rows % heads:
+        raise InvalidInput(f"{rows} rows of queries for {heads} KV heads")
+    if origin < 0 or origin % TILE_TOKENS:
+        raise InvalidInput(f"origin must be a multiple of 16, not {origin}")
+    if not origin <= first <= end <= origin + tokens <= 1 << 32:
+        raise InvalidInput(f"tokens {first} to {end} are not among {origin} to {origin + tokens}")
+    if k < 0:
+        raise InvalidInput(f"k cannot be negative: {k}")
     shape = rows, min(k, end - first)
     ids, best = np.empty(shape, np.uint32), np.empty(shape, np.int32)
     counts = np.zeros((rows, HISTOGRAM_BINS), np.uint32) if histogram else None
     sums = np.empty((len(parts), heads), np.uint32) if checksums else None
+    asked = _threads_asked()
+    if not asked:
+        asked = threads() if sum(part.nbytes for part in parts) >= _SEVERAL_THREADS_BYTES else 1
     done = _native.rank(
-        _variant(), threads(), parts, heads, q if q.flags.c_contiguous else q.copy(),
+        _variant(), asked, parts, heads, q if q.flags.c_contiguous else q.copy(),
         _checked_offsets(q, offsets), precision.bits, origin, first, end, ids, best, counts, sums, cancel,
     )  # fmt: skip
     if not done:
@@ -294,6 +318,16 @@ def row_checksums(rows: npt.NDArray[Any]) -> U32:
     return out
 
 
+def damaged_row(rows: U8, checksums: U32) -> int | None:
+    """Return the first of ``rows`` uint8 [n, row bytes] whose :func:`row_checksums` differs, None for none.
+
+    ``checksums`` are uint32 [n]; both are C-contiguous.
+    """
+    _require(rows.ndim == 2 and rows.shape[:1] == checksums.shape, "each row needs one checksum")
+    at = _native.first_difference(rows, checksums, _variant() != _VARIANTS["portable"])
+    return None if at < 0 else at
+
+
 def data_checksums(tiles: U8) -> U32:
     """Return the checksums, uint32 [H], of ``tiles`` uint8 [H, T, tile bytes].
 
@@ -308,100 +342,6 @@ def data_checksums(tiles: U8) -> U32:
         _require(tiles[0].flags.c_contiguous, "only the first axis of tiles may be strided")
         _native.data_checksums(_variant(), tiles, out)
     return out
-
-
-def is_memory(fd: int) -> bool:
-    """Say whether the file ``fd`` lies on a file system that is memory: tmpfs or ramfs."""
-    return _native.is_memory(fd)
-
-
-def copy_rows(memory: U8, offsets: npt.NDArray[np.uint64], out: U8) -> None:
-    """Copy rows that lie scattered in ``memory`` uint8 [bytes] to ``out`` uint8 [n, row bytes].
-
-    ``offsets`` uint64 [n] are in any order, repeats allowed.
-    """
-    _require(memory.dtype == np.uint8 and memory.ndim == 1, "memory must be uint8 [bytes]")
-    _require(memory.flags.c_contiguous, "memory must be C-contiguous")
-    _require(out.dtype == np.uint8 and out.ndim == 2, "out must be uint8 [n, row bytes]")
-    _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
-    _require(offsets.dtype == np.uint64 and offsets.shape == out.shape[:1], "offsets must be uint64 [n]")
-    if offsets.size:
-        last = int(offsets.max())
-        _require(last < 1 << 62 and last + out.shape[1] <= memory.size, "a row is not within the memory")
-        _native.copy_rows(memory, np.ascontiguousarray(offsets), out)
-
-
-def gather(
-    fd: int,
-    offsets: npt.NDArray[np.uint64],
-    row_bytes: int,
-    out: npt.NDArray[Any],
-    direct: bool,
-    depth: int = 64,
-) -> tuple[int, int]:
-    """Read rows that lie scattered in a file; return the bytes read, and with how many requests.
-
-    ``offsets`` uint64 [n] are byte offsets in any order, repeats allowed; row i goes to the i-th
-    ``row_bytes`` of ``out``, which is C-contiguous, of any shape and dtype, and has at least n of them. With
-    ``direct`` whole pages are read, as a descriptor opened with O_DIRECT needs, and together when at most
-    two pages apart, up to 128 KiB; else only rows that touch are read together. Rows that follow one another
-    in the file as in ``out``, all in whole pages, are read in place.
-
-    With ``direct``, ``depth`` requests (1 to 64) are in flight, by the kernel's asynchronous I/O; without, a
-    few threads copy what is much. Calls from several threads take turns, with those of the functions for
-    ranges too. Raises :class:`OSError` with the errno of a failed read (EIO when the file ends before a row
-    does); ``out`` is then undefined.
-    """
-    _require(offsets.dtype == np.uint64 and offsets.ndim == 1, "offsets must be uint64 [n]")
-    _require(1 <= depth <= 64, f"depth must be 1 to 64, not {depth}")
-    _require(0 < row_bytes <= _MAX_ROW_BYTES, f"row_bytes must be 1 to {_MAX_ROW_BYTES}, not {row_bytes}")
-    count = offsets.size
-    _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
-    _require(out.nbytes >= count * row_bytes, f"out has {out.nbytes} bytes, not {count * row_bytes}")
-    if count == 0:
-        return 0, 0
-    _require(int(offsets.max()) < 1 << 62, "offsets must be below 2**62")
-    rows = _flat_bytes(out)[: count * row_bytes].reshape(count, row_bytes)
-    return _native.gather(fd, np.ascontiguousarray(offsets), rows, direct, depth)
-
-
-def read_range(fd: int, offset: int, out: U8, direct: bool) -> None:
-    """Fill ``out`` uint8 [n], C-contiguous, from byte ``offset`` of a file.
-
-    The range is split in chunks of 512 KiB, which are in flight together with ``direct``: then the address,
-    the length and the offset are multiples of 4096. Raises :class:`OSError`: EIO when the file ends too
-    early, else the errno of a failed read; ``out`` is then undefined.
-    """
-    _require(out.dtype == np.uint8 and out.ndim == 1 and out.flags.c_contiguous, "out must be uint8 [n]")
-    _require(out.flags.writeable, "out must be writable")
-    _native.read_range(fd, offset, out, direct)
-
-
-def write_range(fd: int, offset: int, data: U8, direct: bool) -> None:
-    """Write ``data`` uint8 [n], C-contiguous, to byte ``offset`` of a file; in chunks as :func:`read_range`.
-
-    Raises :class:`OSError`: ENOSPC when the file takes no more, else the errno of a failed write; which of
-    the bytes have been written is then unknown.
-    """
-    _require(data.dtype == np.uint8 and data.ndim == 1 and data.flags.c_contiguous, "data must be uint8 [n]")
-    _native.write_range(fd, offset, data, direct)
-
-
-def direct_alignment(fd: int) -> tuple[int, int] | None:
-    """Return the alignment in bytes of (memory, offsets) for direct I/O on a file, as statx(2) has it.
-
-    (0, 0) if the file has no direct I/O, None where the kernel (before Linux 6.1) or
-    the file system does not say.
-    """
-    return _native.direct_alignment(fd)
-
-
-def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Give the blocks of a byte range of a file back to the file system; the range then reads as zeros.
-
-    Raises :class:`OSError`; errno is EOPNOTSUPP where the file system cannot.
-    """
-    _native.punch_hole(fd, offset, length)
 
 
 def _rows_shape(rows: npt.NDArray[Any]) -> tuple[int, int, int]:
@@ -420,7 +360,8 @@ def _check_query(q: npt.NDArray[Any], precision: Precision) -> int:
         "q must be int8 or int16 [H, R, D]",
     )
     dim = q.shape[2]
-    _require(0 < dim <= MAX_HEAD_DIM and dim % 8 == 0, f"head dimension {dim} is not supported")
+    if not 0 < dim <= MAX_HEAD_DIM or dim % 8:
+        raise InvalidInput(f"head dimension {dim} is not supported")
     return tile_bytes(dim, precision)
 
 
@@ -428,9 +369,12 @@ def _checked_offsets(q: Q, offsets: I32 | None) -> I32:
     if offsets is None:
         return np.zeros(q.shape[:2], np.int32)
     _require(offsets.dtype == np.int32 and offsets.shape == q.shape[:2], "offsets must be int32 [H, R]")
-    _require(q.dtype == np.int8 or not offsets.any(), "offsets are for 8-bit queries: others may overflow")
-    _require(bool(((offsets >= LEAST_OFFSET) & (offsets <= 0)).all()), f"offsets must be {LEAST_OFFSET} to 0")
-    return np.ascontiguousarray(offsets)
+    offsets = np.ascontiguousarray(offsets)
+    least, most = _native.extremes(offsets)
+    _require(q.dtype == np.int8 or least == most == 0, "offsets are for 8-bit queries: others may overflow")
+    if least < LEAST_OFFSET or most > 0:
+        raise InvalidInput(f"offsets must be {LEAST_OFFSET} to 0")
+    return offsets
 
 
 def _flat_bytes(array: npt.NDArray[Any]) -> U8:

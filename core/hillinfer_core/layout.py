@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from functools import cached_property
 from math import gcd, lcm
 from typing import TypeVar
 
@@ -38,12 +39,12 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
     float32 = "float32"
 
-    @property
+    @cached_property
     def itemsize(self) -> int:
         """Bytes of one number."""
         return self.storage.itemsize
 
-    @property
+    @cached_property
     def storage(self) -> np.dtype[np.generic]:
         """The numpy dtype that rows are held in; bfloat16 is held as its raw bits in uint16."""
         return np.dtype("uint16" if self is DType.bfloat16 else self.value)
@@ -118,17 +119,17 @@ class Shape:
     dtype: DType
     precision: Precision = Precision.int4
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of a row: key and value of one token and KV head."""
         return 2 * self.head_dim * self.dtype.itemsize
 
-    @property
+    @cached_property
     def append_unit(self) -> int:
         """Tokens that every append is a multiple of: whole tiles, and whole pages for each head."""
         return lcm(TILE_TOKENS, PAGE // gcd(PAGE, self.row_bytes))
 
-    @property
+    @cached_property
     def key_tile_bytes(self) -> int:
         """Bytes of a tile of evaluation keys: 16 tokens of one KV head."""
         return tile_bytes(self.head_dim, self.precision)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+
+from .errors import ConfigError
 
 PROTOCOL_VERSION = 3
 """Version of proto/hillinfer/v1 and of the attach exchange; checked at attach."""
@@ -22,12 +25,15 @@ MAX_PACKET = 65536
 
 _SYSTEM_RUNTIME_DIR = Path("/run/hillinfer")
 
+_TEMPORARY = Path("/tmp")
+
 
 def default_runtime_dir() -> Path:
     """Return the directory of the sockets; it need not exist.
 
     The first that applies of ``$HILLINFER_RUNTIME_DIR``, ``/run/hillinfer`` if it exists,
-    ``$XDG_RUNTIME_DIR/hillinfer`` and ``/tmp/hillinfer-<uid>``.
+    ``$XDG_RUNTIME_DIR/hillinfer`` and ``/tmp/hillinfer-<uid>``. Raises :class:`ConfigError` if the last is
+    there and somebody else's: anyone may make it, and who serves in it would be taken for the daemon.
     """
     if chosen := os.environ.get("HILLINFER_RUNTIME_DIR"):
         return Path(chosen)
@@ -35,7 +41,13 @@ def default_runtime_dir() -> Path:
         return _SYSTEM_RUNTIME_DIR
     if user_dir := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(user_dir) / "hillinfer"
-    return Path(f"/tmp/hillinfer-{os.getuid()}")
+    directory = _TEMPORARY / f"hillinfer-{os.getuid()}"
+    with suppress(FileNotFoundError):
+        if (owner := directory.lstat().st_uid) != os.getuid():
+            raise ConfigError(
+                f"{directory} belongs to user {owner}; have it removed, or set HILLINFER_RUNTIME_DIR"
+            )
+    return directory
 
 
 def attach_socket(runtime_dir: Path) -> Path:

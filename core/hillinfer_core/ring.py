@@ -1,13 +1,15 @@
-"""Two rings in shared memory with eventfd doorbells: how requests reach the daemon without gRPC.
+"""Two rings in shared memory with pipes as doorbells: how requests reach the daemon without gRPC.
 
 As NVMe and io_uring do, the client puts an entry into the submission ring and rings the daemon's doorbell;
 the daemon puts the answer into the completion ring and rings the client's. An entry is a message of
-proto/hillinfer/v1 in its serialised form, at most :data:`PAYLOAD_BYTES` long; larger ones go by gRPC.
+proto/hillinfer/v1 in its serialised form, or an evaluation by :mod:`.packed`, at most :data:`PAYLOAD_BYTES`
+long; larger ones go by gRPC.
 
 Memory: a page of four counters of 32 bits, each on a cache line of its own, then the entries of both rings.
 Counters only grow (modulo 2**32); each is written by one side, which never reads it back: the other side
 could have changed it. Entries are copied before they are looked at, for the same reason. Doorbells order
-memory: a system call on both sides lies between writing an entry and reading it.
+memory: a system call on both sides lies between writing an entry and reading it. They are pipes and not
+eventfds because whoever shares an open file can make it blocking: of a pipe each side has an end of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from .arena import Arena, create_arena
 from .errors import InvalidInput, QuotaExceeded
@@ -29,7 +32,7 @@ ENTRY_BYTES = 8192
 """Of an entry, its header included: an evaluation takes about 100 bytes for each sequence. Our choice."""
 
 _HEADER = struct.Struct("<QIII")  # ticket, code, timeout in ms, payload bytes
-_COUNTER = struct.Struct("<I")
+_LINE = 16  # counters in a cache line
 _WRAP = 1 << 32
 
 PAYLOAD_BYTES = ENTRY_BYTES - _HEADER.size
@@ -38,6 +41,8 @@ PAYLOAD_BYTES = ENTRY_BYTES - _HEADER.size
 RING_BYTES = PAGE + 2 * ENTRIES * ENTRY_BYTES
 """Of the shared memory."""
 
+_RING = (1).to_bytes(8, "little")  # what rings an eventfd, so that clients that take it for one go on
+
 
 class Method(IntEnum):
     """Code of a submission: which call of the ColdPool service it is."""
@@ -45,6 +50,8 @@ class Method(IntEnum):
     Evaluate = 1
     Append = 2
     Fetch = 3
+    EvaluatePacked = 4
+    """Evaluate, with request and answer as in :mod:`.packed`."""
 
 
 class Outcome(IntEnum):
@@ -54,8 +61,7 @@ class Outcome(IntEnum):
     refused = 1
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """``code`` is a :class:`Method`, in completions an :class:`Outcome`; ``timeout_ms`` is 0 for none."""
 
     ticket: int
@@ -66,29 +72,34 @@ class Entry:
 
 @dataclass(frozen=True)
 class RingFds:
-    """Descriptors of a ring: its memory, the daemon's doorbell and the client's."""
+    """Descriptors of one side of a ring: its memory, its ends of the daemon's doorbell and the client's."""
 
     memory: int
     submitted: int
     completed: int
 
-    @classmethod
-    def create(cls, name: str) -> RingFds:
-        """Create a ring; close it with :meth:`close`. ``name`` shows in /proc only. Raises ``OSError``."""
-        fds = [create_arena(RING_BYTES, name)]
-        try:
-            for _ in range(2):
-                fds.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
-        return cls(*fds)
-
     def close(self) -> None:
         """Close the descriptors; a mapping stays until it is gone itself."""
         for fd in (self.memory, self.submitted, self.completed):
             os.close(fd)
+
+
+def create_ring(name: str) -> tuple[RingFds, RingFds]:
+    """Create a ring; return the daemon's descriptors and the client's, each to be closed.
+
+    ``name`` shows in /proc only. Raises ``OSError``.
+    """
+    fds = [create_arena(RING_BYTES, name)]
+    try:
+        fds.append(os.dup(fds[0]))
+        for _ in range(2):
+            fds += os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    daemons, clients, submitted_in, submitted_out, completed_in, completed_out = fds
+    return RingFds(daemons, submitted_in, completed_out), RingFds(clients, submitted_out, completed_in)
 
 
 class Producer:
@@ -136,20 +147,21 @@ class _Lane:
     """Memory of one ring: its two counters and its entries."""
 
     def __init__(self, memory: Arena, number: int) -> None:
-        self._counters = memory.buffer(number * 128, 128)
+        # An array stores at once; struct.pack_into writes zeros before, which the other side would see.
+        self._counters = memory.buffer(number * 128, 128).cast("I")
         self._entries = memory.buffer(PAGE + number * ENTRIES * ENTRY_BYTES, ENTRIES * ENTRY_BYTES)
 
     def put(self) -> int:
-        return int(_COUNTER.unpack_from(self._counters, 0)[0])
+        return self._counters[0]
 
     def set_put(self, count: int) -> None:
-        _COUNTER.pack_into(self._counters, 0, count)
+        self._counters[0] = count
 
     def taken(self) -> int:
-        return int(_COUNTER.unpack_from(self._counters, 64)[0])
+        return self._counters[_LINE]
 
     def set_taken(self, count: int) -> None:
-        _COUNTER.pack_into(self._counters, 64, count)
+        self._counters[_LINE] = count
 
     def write(self, count: int, entry: Entry) -> None:
         at = count % ENTRIES * ENTRY_BYTES
@@ -177,14 +189,21 @@ def daemon_ends(memory: Arena) -> tuple[Consumer, Producer]:
 
 
 def ring_doorbell(fd: int) -> None:
-    """Wake whoever waits for the doorbell ``fd``; never blocks."""
-    os.eventfd_write(fd, 1)
-
-
-def clear_doorbell(fd: int) -> None:
-    """Take back all rings of a doorbell so far; to be called before entries are taken."""
+    """Wake whoever waits for the doorbell ``fd``; never blocks. Raises ``OSError`` if nobody can any more."""
+    # A pipe that is full has rung already.
     with suppress(BlockingIOError):
-        os.eventfd_read(fd)
+        os.write(fd, _RING)
+
+
+def clear_doorbell(fd: int) -> bool:
+    """Take back rings of a doorbell so far; to be called before entries are taken.
+
+    Never blocks. Returns whether the other side can still ring it; rings that were left show again at once.
+    """
+    try:
+        return bool(os.read(fd, PAGE))
+    except BlockingIOError:
+        return True
 
 
 def _ahead(put: int, taken: int) -> int:

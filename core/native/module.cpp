@@ -3,15 +3,17 @@
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <sys/vfs.h>
-#include <linux/magic.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 
@@ -59,6 +61,27 @@ std::pair<uint64_t, uint64_t> py_quantise_keys(Bytes1 rows, int format, size_t t
         total.nonfinite += counts.nonfinite;
     }
     return {total.clipped, total.nonfinite};
+}
+
+// As the process has it now: os.environ of Python takes ten times as long.
+std::optional<std::string> environment(const char *name) {
+    const char *value = std::getenv(name);
+    return value ? std::optional<std::string>(value) : std::nullopt;
+}
+
+// The least and the greatest number, 0 and 0 of none.
+std::pair<int32_t, int32_t> extremes(Array<const int32_t, 2> numbers) {
+    const size_t count = numbers.size();
+    if (count == 0) return {0, 0};
+    const auto [least, most] = std::minmax_element(numbers.data(), numbers.data() + count);
+    return {*least, *most};
+}
+
+bool py_quantise_query(Array<const float, 2> query, Array<const float, 2> scale, Array<const float, 2> zero, bool sum,
+                       Array<int8_t, 3> q, Array<int32_t, 2> offsets, Array<float, 1> sigma) {
+    const size_t heads = scale.shape(0), dim = scale.shape(1);
+    return quantise_query(query.data(), scale.data(), zero.data(), heads, query.shape(0) / heads, dim, sum, q.data(),
+                          offsets.data(), sigma.data());
 }
 
 // Only the head axis of `tiles` and `out` may be strided.
@@ -126,6 +149,21 @@ void py_row_checksums(bool hardware, Array<const uint8_t, 2> rows, Array<uint32_
     row_checksums(hardware, rows.data(), rows.shape(0), rows.shape(1), out.data());
 }
 
+// The first row whose checksum is another one, or -1.
+int64_t first_difference(Array<const uint8_t, 2> rows, Array<const uint32_t, 1> checksums, bool hardware) {
+    nb::gil_scoped_release released;
+    constexpr size_t kRows = 256;
+    uint32_t found[kRows];
+    for (size_t first = 0; first < rows.shape(0); first += kRows) {
+        const size_t count = std::min(kRows, rows.shape(0) - first);
+        row_checksums(hardware, rows.data() + first * rows.shape(1), count, rows.shape(1), found);
+        const uint32_t *right = checksums.data() + first;
+        const uint32_t *other = std::mismatch(found, found + count, right).first;
+        if (other != found + count) return int64_t(first + (other - found));
+    }
+    return -1;
+}
+
 // Only the head axis of `tiles` may be strided.
 void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint32_t, 1> out) {
     nb::gil_scoped_release released;
@@ -135,6 +173,23 @@ void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint3
                   tiles.shape(1) * tiles.shape(2) / kBeatBytes, sums);
         out.data()[head] = data_checksum(sums);
     }
+}
+
+size_t py_missing(Array<const uint32_t, 2> ids, Array<const uint32_t, 2> held, uint32_t end, Array<uint32_t, 1> counts,
+                  Array<int64_t, 1> missing_heads, Array<int64_t, 1> missing_ids) {
+    return missing(ids.data(), ids.shape(0), ids.shape(1), held.data(), held.shape(1), end, counts.data(),
+                   missing_heads.data(), missing_ids.data());
+}
+
+// The rows of `checksums` may lie apart.
+bool py_locate(Array<const int64_t, 2> extents, int64_t row_bytes, int64_t tokens,
+               nb::ndarray<const uint32_t, nb::ndim<2>, nb::device::cpu> sums, Array<const int64_t, 1> heads,
+               Array<const int64_t, 1> ids, Array<uint64_t, 1> offsets, Array<uint32_t, 1> checksums) {
+    const size_t count = extents.shape(1);
+    const RowPlaces places{extents.data(), extents.data() + count, extents.data() + 2 * count, count,
+                           int64_t(sums.shape(0)), std::min(tokens, int64_t(sums.shape(1))), row_bytes, sums.data(),
+                           sums.stride(0)};
+    return locate(places, heads.data(), ids.data(), ids.shape(0), offsets.data(), checksums.data());
 }
 
 bool py_is_memory(int fd) {
@@ -210,10 +265,15 @@ void define_rank(nb::module_ &module) {
 
 NB_MODULE(_native, module) {
     module.def("supported", [](int variant) { return supported(Variant(variant)); });
+    module.def("environment", &environment);
+    module.def("extremes", &extremes, nb::arg().noconvert());
+    module.def("first_difference", &first_difference, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
     module.def("widen_keys", &py_widen_keys, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(),
                nb::arg().noconvert());
     module.def("quantise_keys", &py_quantise_keys, nb::arg().noconvert(), nb::arg(), nb::arg(),
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
+    module.def("quantise_query", &py_quantise_query, nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("scores", &py_scores<int8_t>, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
     module.def("scores", &py_scores<int16_t>, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),
@@ -229,6 +289,10 @@ NB_MODULE(_native, module) {
                nb::arg().noconvert());
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("missing", &py_missing, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("locate", &py_locate, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("is_memory", &py_is_memory);
     module.def("copy_rows", &py_copy_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),

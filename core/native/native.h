@@ -13,8 +13,13 @@ constexpr size_t kTileTokens = 16;
 constexpr size_t kBeatBytes = 64;
 constexpr size_t kPage = 4096;
 constexpr size_t kMaxDim = 256;
+constexpr int32_t kLeastOffset = -(1 << 24);
 constexpr int kBinBits = 11;  // 2,048 bins: 8 KiB of counters, well inside a first-level cache
 constexpr size_t kBins = size_t(1) << kBinBits;
+
+// Adding and subtracting 1.5 * 2^23 rounds a float of magnitude below 2^22 to the nearest integer, half to
+// even. Unlike rintf it needs no instruction beyond baseline x86-64, so the loop vectorises everywhere.
+constexpr float kRound = 12582912.0f;
 
 enum class Variant : int { portable = 0, avx2 = 1, avx512vnni = 2 };
 bool supported(Variant variant);
@@ -32,6 +37,12 @@ struct QuantiseCounts {
 // Quantises rows [tokens][2][dim] of one head into tiles; padding tokens of the last tile become zero.
 QuantiseCounts quantise_keys(const void *rows, Format format, size_t tokens, size_t dim, const float *zero,
                              const float *inverse_scale, int bits, uint8_t *tiles);
+
+// Quantises query [heads * group][dim] for the sum of a KV head's query heads, or their maximum: to
+// q [heads][vectors][dim], offsets [heads][vectors] and sigma [heads], where vectors is 1 or group. Returns false for
+// a query that is not finite once scaled; what was to be written is then undefined.
+bool quantise_query(const float *query, const float *scale, const float *zero, size_t heads, size_t group, size_t dim,
+                    bool sum, int8_t *q, int32_t *offsets, float *sigma);
 
 // Scores tiles of one head against `queries` vectors [queries][dim] of int8_t or int16_t, each with its offset;
 // the best of them goes to out [tiles * 16].
@@ -57,6 +68,26 @@ size_t filter(Variant variant, const int32_t *scores, size_t n, int32_t threshol
 
 // The same of n scores that have ids: moves those that are chosen to the front, and writes nothing behind n.
 size_t filter(Variant variant, size_t n, int32_t threshold, uint32_t *ids, int32_t *scores);
+
+// Finds which ids [heads][k] are not among held [heads][held_count], in order; returns how many. They and their heads
+// go to missing_ids and missing_heads [heads * k], how many of each head to counts [heads]. What is held from `end` on
+// is passed over.
+size_t missing(const uint32_t *ids, size_t heads, size_t k, const uint32_t *held, size_t held_count, uint32_t end,
+               uint32_t *counts, int64_t *missing_heads, int64_t *missing_ids);
+
+// Where a layer's rows lie, by extents [extents] that ascend by first token, and the rows' checksums
+// [heads][checksum_stride].
+struct RowPlaces {
+    const int64_t *starts, *strides, *bases;
+    size_t extents;
+    int64_t heads, tokens, row_bytes;
+    const uint32_t *checksums;
+    int64_t checksum_stride;
+};
+
+// Says where n rows lie and what their checksums are; false if one does not exist.
+bool locate(const RowPlaces &places, const int64_t *heads, const int64_t *tokens, size_t n, uint64_t *offsets,
+            uint32_t *checksums);
 
 // Evaluation keys of consecutive tokens: head h at tiles + h * head_stride.
 struct Part {

@@ -5,10 +5,6 @@
 namespace hillinfer {
 namespace {
 
-// Adding and subtracting 1.5 * 2^23 rounds a float of magnitude below 2^22 to the nearest integer, half to
-// even. Unlike rintf it needs no instruction beyond baseline x86-64, so the loop vectorises everywhere.
-constexpr float kRound = 12582912.0f;
-
 float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);

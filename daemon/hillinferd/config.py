@@ -262,7 +262,7 @@ DRIVE_KEYS = (
     ),
     Key(
         "profile",
-        config_key.one_of("none", "smartssd"),
+        config_key.one_of("none", "smartssd", "smartssd_third"),
         lambda _: "none",
         "none or smartssd",
         "device whose speed the host driver keeps to (default: none)",

@@ -33,9 +33,9 @@ class Logger:
         """Log what failed."""
         self._logger.error(message, extra={"facts": facts}, stacklevel=2)
 
-    def exception(self, message: str, **facts: object) -> None:
-        """Log a failure that should not happen, with the traceback of the error being handled."""
-        self._logger.exception(message, extra={"facts": facts}, stacklevel=2)
+    def exception(self, message: str, error: BaseException | None = None, /, **facts: object) -> None:
+        """Log a failure that should not happen, with the traceback of ``error``, or of the one handled."""
+        self._logger.error(message, exc_info=error or True, extra={"facts": facts}, stacklevel=2)
 
 
 def get_logger(name: str) -> Logger:

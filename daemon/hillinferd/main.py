@@ -15,7 +15,7 @@ from hillinfer_core.protocol import attach_socket
 
 from . import __version__, config, systemd
 from .logs import set_up
-from .process import RuntimeLock, die_with_parent, make_runtime_dir
+from .process import RuntimeLock, die_with_parent, make_runtime_dir, raise_descriptor_limit
 from .reload import Reloader
 from .serving import serve
 
@@ -44,12 +44,15 @@ def _serve(
     die_with_parent_: Annotated[
         bool, typer.Option("--die-with-parent", help="end when the process that started this one ends")
     ] = False,
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="say whether the configuration is accepted, and exit")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
 ) -> None:
     if version:
         print(__version__)
         return
-    if die_with_parent_:
+    if die_with_parent_ and not check_config:
         die_with_parent(signal.SIGTERM)
     overrides = {
         "runtime_dir": runtime_dir,
@@ -66,7 +69,11 @@ def _serve(
     }
     given = config.read(config_file, overrides)
     settings = config.build(given)
+    if check_config:
+        print("the configuration is accepted")
+        return
     set_up(settings.log_level)
+    raise_descriptor_limit()
     listening = systemd.listening_socket(attach_socket(settings.runtime_dir))
     make_runtime_dir(settings.runtime_dir)
     lock = RuntimeLock(settings.runtime_dir)

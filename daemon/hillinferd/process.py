@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import resource
 import signal
+import stat
 from pathlib import Path
 
 from hillinfer_core.errors import AlreadyRunning, ConfigError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+DESCRIPTORS = 65536
+"""As hillinferd.service has: five for each session, one for each gRPC connection, and some. Our choice."""
 
 _LONGEST_SOCKET_PATH = 107  # sun_path in sys/un.h, less the final zero
 
@@ -25,10 +30,22 @@ def die_with_parent(number: signal.Signals) -> None:
         raise SystemExit(1)
 
 
+def raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors as it may allow itself, up to :data:`DESCRIPTORS`.
+
+    The soft limit that a shell gives, often 1024, is for programs that call select(2).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def make_runtime_dir(directory: Path) -> None:
     """Make the directory of the sockets, mode 0700, unless it is there.
 
-    Raises :class:`ConfigError` if it cannot be made or written, or is too deep for a socket's path.
+    Raises :class:`ConfigError` if it cannot be made or written, if others could replace the sockets in it, or
+    if it is too deep for a socket's path.
     """
     longest = len(os.fsencode(directory / "attach.sock"))
     if longest > _LONGEST_SOCKET_PATH:
@@ -40,6 +57,14 @@ def make_runtime_dir(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"runtime_dir: cannot make {directory}: {error.strerror}") from None
+    status = directory.stat()
+    writable = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
+    if status.st_uid not in (0, os.getuid()) or writable:
+        # Whoever puts other sockets there poses as this daemon. A group is the choice of who made it.
+        raise ConfigError(
+            f"runtime_dir: {directory}, mode {status.st_mode & 0o7777:o}, belongs to user {status.st_uid}: "
+            "others could replace the sockets in it; choose a directory that only you can write"
+        )
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"runtime_dir: {directory} is not writable by this user")
 

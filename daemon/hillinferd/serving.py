@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from hillinfer_core.errors import ConfigError
@@ -53,7 +53,7 @@ async def serve(settings: config.Config, reloader: Reloader, listening: socket.s
             await transports.start()
             _announce(service, settings)
             async with _following(service, settings):
-                await _Run(service, settings, reloader, stop).until_stopped()
+                await _Run(service, settings, reloader, stop, metrics.fed).until_stopped()
             log.info("stopping")
             systemd.notify("STOPPING=1", "STATUS=Requests in flight finish")
         finally:
@@ -68,12 +68,18 @@ class _Run:
     """The time between ready and stop."""
 
     def __init__(
-        self, service: ColdPoolService, settings: config.Config, reloader: Reloader, stop: asyncio.Event
+        self,
+        service: ColdPoolService,
+        settings: config.Config,
+        reloader: Reloader,
+        stop: asyncio.Event,
+        fed: Callable[[float], None],
     ) -> None:
         self._service = service
         self._idle_s = settings.exit_when_idle
         self._reloader = reloader
         self._stop = stop
+        self._fed = fed
 
     async def until_stopped(self) -> None:
         if self._reloader.file is not None:
@@ -118,7 +124,7 @@ class _Run:
         """Feed the watchdog while supervision and the drives' work move, and say how things are."""
         progress = Progress(self._service.drives)
         limit_s = systemd.watchdog_s()
-        said = ""
+        said, fed_at = "", time.monotonic()
         systemd.notify("READY=1")
         while True:
             stalled = progress.stalled()
@@ -126,6 +132,10 @@ class _Run:
                 log.error("the watchdog is not fed", reason=stalled)
             said = stalled
             systemd.notify(f"STATUS={stalled or self._status()}", *([] if stalled else ["WATCHDOG=1"]))
+            if limit_s and not stalled:
+                now = time.monotonic()
+                self._fed(limit_s - (now - fed_at))
+                fed_at = now
             await asyncio.sleep(limit_s / _FEEDS if limit_s else STATUS_S)
 
     def _status(self) -> str:

@@ -53,6 +53,10 @@ def test_no_daemon_at_the_socket_named(refused, tmp_path):
     assert str(socket) in refused("--socket", socket)
 
 
+def test_no_share_of_the_cpu(refused):
+    assert "auto, or 0 to 1, not 'half'" in refused("--cpu-share", "half")
+
+
 def test_no_such_model_directory(refused, tmp_path):
     assert "not a directory" in refused(model=tmp_path / "nothing")
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hillinfer.bench import kernel as bench
-from hillinfer.bench import peers, sharing
+from hillinfer.bench import peers, sharing, split, split_rig
 from hillinfer.bench.recall import as_markdown, measure, untrained_qwen3
 from hillinfer.commands import app
 from hillinfer.demo import make_demo
@@ -18,7 +18,7 @@ from hillinfer.model_directory import ModelDirectory, bundled_model
 from hillinfer.progress import silent
 from hillinfer_core import kernel, reference
 from hillinfer_core.errors import InvalidInput, UnreadableModel
-from hillinfer_core.layout import Precision, tile_bytes
+from hillinfer_core.layout import DType, Precision, Shape, tile_bytes
 from hillinfer_core.units import parse_budget
 
 SMALL = (bench.Shape("small", 4096, 2, 64), bench.Shape("smaller", 512, 1, 80))
@@ -158,11 +158,35 @@ def test_the_tables_of_the_sharing_bench():
 
 
 def test_the_transports_are_compared(tmp_path):
-    told = CliRunner().invoke(
-        app, ["bench", "transport", "--calls", "25", "--pool-dir", str(tmp_path), "--json"]
-    )
+    asked = ["--calls", "25", "--clients", "2", "--seconds", "0.2", "--pool-dir", str(tmp_path), "--json"]
+    told = CliRunner().invoke(app, ["bench", "transport", *asked])
     assert told.exit_code == 0, told.output
     figures = json.loads(told.output)
     assert set(figures) == {"grpc_stream", "ring"}
     for each in figures.values():
         assert 0 < each["p50_us"] <= each["p99_us"]
+        assert 0 < each["above_p50_us"] < each["p50_us"]
+        assert each["per_s"] > 0
+
+
+def test_the_split_bench_slows_either_side_and_says_how_the_boundary_followed(tmp_path):
+    setup = split_rig.Setup("tiny", Shape(2, 2, 64, DType.float16, Precision.int8), 4, 4096)
+    before = os.sched_getaffinity(0)
+    found = split.measure(setup, tmp_path, "smartssd", 3, 50, [("cpu", 25), ("drive", 25)])
+    json.dumps(found)
+    assert os.sched_getaffinity(0) == before
+    assert all(ms > 0 for ms in found["evaluation_ms"].values())
+    assert [run["slowed"] for run in found["runs"]] == ["cpu", "drive"]
+    for run in found["runs"]:
+        assert len(run["steps"]) == 50
+        assert run["steps"][0]["cpu_ms"] is None  # the drive alone, at first
+        assert all(step["cpu_tokens"] > 0 for step in run["steps"][1:]), "both are made to work"
+        assert set(run["after"]) == {"imbalance", "balanced_share"}
+    table = split.as_markdown([found])
+    assert table.count("| tiny |") == 3
+
+
+@pytest.mark.parametrize("text", ["gpu@40", "cpu", "cpu@3", "drive@79", "cpu@x"])
+def test_a_side_to_slow_needs_a_step_with_room_around_it(text):
+    with pytest.raises(InvalidInput, match="cpu@STEP"):
+        split.parse_slow(text, 80)

@@ -34,6 +34,7 @@ KV_KEYS = {
     "hot_hit_rate",
     "predictors",
     "hidden_share",
+    "split",
 }
 
 
@@ -85,7 +86,7 @@ def test_run_on_a_daemon_that_is_there_speaks_plainly(hillinfer, demo, tmp_path)
         done = hillinfer(
             *("run", "--model", bundled_model(), "--context", context, *ask),
             *("--budget", "128", "--resident", "24MiB", "--precision", "int8", "--dtype", "float32"),
-            *("--socket", daemon.socket),
+            *("--socket", daemon.socket, "--cpu-share", "0.5"),
         )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -101,6 +102,7 @@ def test_run_on_a_daemon_that_is_there_speaks_plainly(hillinfer, demo, tmp_path)
         "resident, peak",
         "cold pool written",
         "hot hit rate",
+        "ranked by the CPU",
     ):
         assert line in done.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -137,7 +138,7 @@ def test_a_closed_context_is_unknown(context: Context) -> None:
 def test_a_context_of_another_session_is_unknown(context: Context, daemon: PrivateDaemon) -> None:
     with Session.connect(daemon.socket) as stranger:
         theirs = stranger.open_context(SHAPE)
-        theirs.context_id = context.context_id
+        theirs._origin.context_id = context.context_id
         with pytest.raises(errors.UnknownContext):
             theirs.append(0, KEYS, VALUES)
     still_works(context)
@@ -151,7 +152,7 @@ def test_no_daemon_at_an_explicit_socket(tmp_path: Path) -> None:
 
 def test_a_foreign_token(daemon: PrivateDaemon) -> None:
     with Session.connect(daemon.socket) as session:
-        session._metadata = session._stream._metadata = (("hillinfer-token", "not-a-token"),)
+        session._link._metadata = (("hillinfer-token", "not-a-token"),)
         with pytest.raises(errors.ForeignToken):
             session.open_context(SHAPE)
         with pytest.raises(errors.ForeignToken):
@@ -160,7 +161,9 @@ def test_a_foreign_token(daemon: PrivateDaemon) -> None:
 
 def test_the_token_of_a_session_that_has_ended(daemon: PrivateDaemon) -> None:
     with Session.connect(daemon.socket) as session:
-        session._connection.close()
+        session._link._connection.shutdown(socket.SHUT_RDWR)
+        # It must not ask for another session.
+        session._link._hung_up = lambda within_s: False
         with pytest.raises(errors.ForeignToken):
             ask_for_long(session)
 

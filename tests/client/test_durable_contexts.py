@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import grp
+import os
+import pwd
 import threading
 import time
 from collections.abc import Iterator
@@ -217,6 +220,25 @@ def test_the_list_says_what_there_is(daemon: PrivateDaemon, session: Session) ->
     assert session.find_context("lion") is None
     with Session.connect(daemon.socket, arena_bytes=0) as onlooker:
         assert [each.name for each in onlooker.list_contexts()] == ["ape", "bear", "zebra"]
+
+
+def test_saved_for_a_group(session: Session) -> None:
+    group = grp.getgrgid(os.getgid())
+    for number, wanted in enumerate((group.gr_name, group.gr_gid)):
+        context = session.open_context(SHAPE, durable=f"shared {number}", labels=LABELS)
+        fill(context)
+        with pytest.raises(errors.InvalidInput, match="there is no group"):
+            context.save(group="no such group")
+        context.save(group=wanted)
+    found = session.find_context("shared 0", pwd.getpwuid(os.getuid()).pw_name)
+    assert found is not None
+    assert found.gid == group.gr_gid
+    check(session.open_context(SHAPE, base="shared 1", owner=os.getuid(), labels=LABELS))
+    assert session.find_context("shared 0", os.getuid() + 1) is None
+    with pytest.raises(errors.UnknownContext):
+        session.open_context(SHAPE, base="shared 0", owner=os.getuid() + 1, labels=LABELS)
+    with pytest.raises(errors.InvalidInput, match="there is no user"):
+        session.open_context(SHAPE, base="shared 0", owner="no such user", labels=LABELS)
 
 
 @pytest.mark.parametrize("name", ["", " a", "a ", "x" * 300, "new\nline", "nul\0"])

@@ -80,7 +80,7 @@ def test_ranges_that_there_are_no_keys_for(session: Session) -> None:
         region, _ = staging.take((1 << 20,), np.uint8)
         for first, end in [(8, 32), (0, 24), (0, 1 << 40), (32, 16)]:
             with pytest.raises(InvalidInput):
-                context._fetch(
+                context.fetch_into(
                     0, region, keys=cold_pool_pb2.KeyRange(first_token=first, end_token=end, scales=region)
                 )
 
@@ -89,7 +89,7 @@ def test_keys_that_changed_on_their_way_are_refused(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = shape_of(Precision.int8)
-    fetch = Context._fetch
+    fetch = Context.fetch_into
 
     def spoiled(self: Context, *args: object, **which: object) -> object:
         answer = fetch(self, *args, **which)
@@ -98,6 +98,6 @@ def test_keys_that_changed_on_their_way_are_refused(
 
     with session.open_context(shape) as context:
         context.append(0, *random_kv(shape, 64))
-        monkeypatch.setattr(Context, "_fetch", spoiled)
+        monkeypatch.setattr(Context, "fetch_into", spoiled)
         with pytest.raises(CorruptData):
             context.fetch_keys(0, 0, 64)

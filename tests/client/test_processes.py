@@ -124,7 +124,7 @@ def evaluate_for_ever(item: EvaluateItem) -> None:
 
 
 def test_a_killed_daemon_is_an_error_not_a_hang(own_daemon: PrivateDaemon) -> None:
-    with Session.connect(own_daemon.socket, timeout_s=10) as session:
+    with Session.connect(own_daemon.socket, timeout_s=10, restart_s=0.5) as session:
         item = a_context(session)
         session.evaluate_and_bring(0, [item])
         os.kill(own_daemon.pid, signal.SIGKILL)

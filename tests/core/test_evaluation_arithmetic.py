@@ -131,6 +131,33 @@ def test_quantised_query_follows_its_definition(seed, dim, group, reduction):
         assert (np.abs(offsets * sigma[:, None] - behind) <= sigma[:, None] * 0.51).all()
 
 
+@settings(deadline=None, max_examples=150)
+@given(seed=seeds, dim=st.sampled_from(DIMS), group=st.integers(1, 9), power=st.integers(-44, 36),
+       reduction=st.sampled_from([Reduction.sum, Reduction.max]))  # fmt: skip
+def test_quantised_queries_are_bit_exact(seed, dim, group, power, reduction):
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore", under="ignore"):
+        scale = np.exp(rng.normal(size=(3, dim)) * 3).astype(np.float32)
+        query = (rng.normal(size=(3 * group, dim)) * 10.0**power).astype(np.float32)
+        # Levels that lie half way between two numbers.
+        query[:group] = rng.integers(-254, 255, (group, dim)) / 2 * scale[0].max()
+    scale[0] = 1
+    if rng.random() < 0.2:
+        query[rng.integers(3 * group), rng.integers(dim)] = rng.choice([np.nan, np.inf, -np.inf, 3e38])
+    zero = (rng.normal(size=(3, dim)) * np.exp(rng.normal() * 9)).astype(np.float32)
+    try:
+        expected = reference.quantise_query(query, Ranges(scale, zero), reduction)
+    except InvalidInput as error:
+        with pytest.raises(InvalidInput, match=str(error)[:20]):
+            kernel.quantise_query(query, Ranges(scale, zero), reduction)
+        return
+    for mine, right in zip(
+        kernel.quantise_query(query, Ranges(scale, zero), reduction), expected, strict=True
+    ):
+        assert mine.dtype == right.dtype
+        np.testing.assert_array_equal(mine, right)
+
+
 def test_an_offset_adds_in_ascending_order_and_is_cut_off_where_it_no_longer_counts():
     zero = np.zeros((1, 8), np.float32)
     zero[0, :3] = 2.0**60, 1.0, -(2.0**60)

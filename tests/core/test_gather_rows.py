@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hillinfer_core import kernel
+from hillinfer_core import transfers
 from hillinfer_core.errors import InvalidInput
 
 SIZE = 3 << 20
@@ -53,7 +53,7 @@ def test_rows_arrive_in_the_order_asked(opened, content, seed, count, row_bytes,
     fd, direct = opened
     offsets = np.random.default_rng(seed).integers(0, span - row_bytes, count).astype(np.uint64)
     out = np.zeros((count, row_bytes), np.uint8)
-    read, requests = kernel.gather(fd, offsets, row_bytes, out, direct)
+    read, requests = transfers.gather(fd, offsets, row_bytes, out, direct)
     np.testing.assert_array_equal(out, rows_at(content, offsets, row_bytes))
     assert requests <= count
     touched = {page for o in offsets.tolist() for page in range(o // 4096, (o + row_bytes - 1) // 4096 + 1)}
@@ -71,14 +71,14 @@ def test_touching_pages_are_read_once(opened, content):
     fd, direct = opened
     offsets = np.arange(0, 16384, 512, dtype=np.uint64)
     out = np.zeros((32, 512), np.uint8)
-    assert kernel.gather(fd, offsets, 512, out, direct) == (16384, 1)
+    assert transfers.gather(fd, offsets, 512, out, direct) == (16384, 1)
     np.testing.assert_array_equal(out.reshape(-1), content[:16384])
 
 
 def test_one_row_reads_one_page_when_direct(opened):
     fd, direct = opened
     out = np.zeros((1, 512), np.uint8)
-    assert kernel.gather(fd, np.array([4096 * 7 + 512], np.uint64), 512, out, direct) == (
+    assert transfers.gather(fd, np.array([4096 * 7 + 512], np.uint64), 512, out, direct) == (
         (4096 if direct else 512),
         1,
     )
@@ -91,7 +91,7 @@ def test_whole_pages_are_read_in_place(opened, content, count):
     memory = np.frombuffer(mmap.mmap(-1, (count + 1) * 4096), np.uint8)
     for out in (memory.reshape(-1, 4096), np.empty((count + 1, 4096), np.uint8)):
         out[:] = 0
-        kernel.gather(fd, offsets, 4096, out, direct)
+        transfers.gather(fd, offsets, 4096, out, direct)
         np.testing.assert_array_equal(out, rows_at(content, offsets, 4096))
 
 
@@ -103,22 +103,22 @@ def test_ranges_are_written_and_read(tmp_path, content, opened, length):
     data[:] = content[:length]
     fd = os.open(tmp_path / "range", os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0))
     try:
-        kernel.write_range(fd, 8192, data, direct)
-        kernel.read_range(fd, 8192, out, direct)
+        transfers.write_range(fd, 8192, data, direct)
+        transfers.read_range(fd, 8192, out, direct)
         np.testing.assert_array_equal(out, data)
         with pytest.raises(OSError, match="error") as caught:
-            kernel.read_range(fd, 12288, out, direct)
+            transfers.read_range(fd, 12288, out, direct)
         assert caught.value.errno == errno.EIO
     finally:
         os.close(fd)
     with pytest.raises(OSError, match="descriptor"):
-        kernel.write_range(fd, 0, data, direct)
+        transfers.write_range(fd, 0, data, direct)
 
 
 def test_typed_outputs_and_larger_outputs(opened, content):
     fd, direct = opened
     out = np.zeros((4, 2, 64), np.float32)
-    kernel.gather(fd, np.array([512, 0], np.uint64), 512, out, direct)
+    transfers.gather(fd, np.array([512, 0], np.uint64), 512, out, direct)
     assert out.view(np.uint8).reshape(-1)[:512].tobytes() == content[512:1024].tobytes()
     assert not out[2:].any()
 
@@ -126,23 +126,23 @@ def test_typed_outputs_and_larger_outputs(opened, content):
 def test_a_file_may_end_inside_a_page_but_not_inside_a_row(opened, content):
     fd, direct = opened
     out = np.zeros((1, 512), np.uint8)
-    kernel.gather(fd, np.array([SIZE + 488], np.uint64), 512, out, direct)
+    transfers.gather(fd, np.array([SIZE + 488], np.uint64), 512, out, direct)
     np.testing.assert_array_equal(out[0], content[-512:])
     for offset in (SIZE + 489, SIZE * 4):
         with pytest.raises(OSError, match="error") as caught:
-            kernel.gather(fd, np.array([offset], np.uint64), 512, out, direct)
+            transfers.gather(fd, np.array([offset], np.uint64), 512, out, direct)
         assert caught.value.errno == errno.EIO
 
 
 def test_errors_of_the_system_are_raised():
     out = np.zeros((40, 512), np.uint8)
     with pytest.raises(OSError, match="descriptor") as caught:
-        kernel.gather(-1, np.arange(0, 40 * 8192, 8192, dtype=np.uint64), 512, out, False)
+        transfers.gather(-1, np.arange(0, 40 * 8192, 8192, dtype=np.uint64), 512, out, False)
     assert caught.value.errno == errno.EBADF
 
 
 def test_nothing_to_read():
-    assert kernel.gather(-1, np.empty(0, np.uint64), 512, np.empty((0, 512), np.uint8), True) == (0, 0)
+    assert transfers.gather(-1, np.empty(0, np.uint64), 512, np.empty((0, 512), np.uint8), True) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_nothing_to_read():
 )
 def test_arguments_that_do_not_fit_are_refused(offsets, row_bytes, out):
     with pytest.raises(InvalidInput):
-        kernel.gather(0, offsets, row_bytes, out, False)
+        transfers.gather(0, offsets, row_bytes, out, False)
 
 
 def test_several_threads_gather_at_once(opened, content):
@@ -170,7 +170,7 @@ def test_several_threads_gather_at_once(opened, content):
         for _ in range(20):
             offsets = rng.integers(0, SIZE - 512, int(rng.integers(1, 80))).astype(np.uint64)
             out = np.zeros((offsets.size, 512), np.uint8)
-            kernel.gather(fd, offsets, 512, out, direct)
+            transfers.gather(fd, offsets, 512, out, direct)
             if not np.array_equal(out, rows_at(content, offsets, 512)):
                 wrong.append(seed)
 
@@ -186,12 +186,12 @@ def test_a_forked_child_gathers_too(path, content):
     fd = os.open(path, os.O_RDONLY)
     offsets = np.arange(0, 64 * 8192, 8192, dtype=np.uint64) % (SIZE - 512)
     out = np.zeros((64, 512), np.uint8)
-    kernel.gather(fd, offsets, 512, out, False)
+    transfers.gather(fd, offsets, 512, out, False)
     child = os.fork()
     if child == 0:
         try:
             out[:] = 0
-            kernel.gather(fd, offsets, 512, out, False)
+            transfers.gather(fd, offsets, 512, out, False)
             os._exit(0 if np.array_equal(out, rows_at(content, offsets, 512)) else 1)
         finally:
             os._exit(2)
@@ -204,7 +204,7 @@ def test_a_punched_range_reads_as_zeros(tmp_path):
     path.write_bytes(b"x" * 16384)
     fd = os.open(path, os.O_RDWR)
     try:
-        kernel.punch_hole(fd, 4096, 8192)
+        transfers.punch_hole(fd, 4096, 8192)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
@@ -213,4 +213,4 @@ def test_a_punched_range_reads_as_zeros(tmp_path):
         os.close(fd)
     assert path.read_bytes() == b"x" * 4096 + bytes(8192) + b"x" * 4096
     with pytest.raises(OSError, match="descriptor"):
-        kernel.punch_hole(-1, 0, 4096)
+        transfers.punch_hole(-1, 0, 4096)

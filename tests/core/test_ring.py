@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import settings
@@ -18,17 +22,18 @@ from hillinfer_core.ring import (
     PAYLOAD_BYTES,
     RING_BYTES,
     Entry,
-    RingFds,
     client_ends,
+    create_ring,
     daemon_ends,
 )
 
 
 @pytest.fixture
 def memory() -> Iterator[Arena]:
-    fds = RingFds.create("test")
-    yield Arena(fds.memory, RING_BYTES, verify=True)
-    fds.close()
+    ours, theirs = create_ring("test")
+    yield Arena(theirs.memory, RING_BYTES, verify=True)
+    ours.close()
+    theirs.close()
 
 
 def entry(number: int, payload: bytes = b"") -> Entry:
@@ -40,8 +45,8 @@ class RingModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fds = RingFds.create("model")
-        memory = Arena(self.fds.memory, RING_BYTES)
+        self.sides = create_ring("model")
+        memory = Arena(self.sides[0].memory, RING_BYTES)
         (submit, collect), (take, complete) = client_ends(memory), daemon_ends(memory)
         self.lanes = ((submit, take, deque()), (complete, collect, deque()))
         self.number = 0
@@ -69,7 +74,8 @@ class RingModel(RuleBasedStateMachine):
         assert all(len(waiting) <= ENTRIES for _, _, waiting in self.lanes)
 
     def teardown(self) -> None:
-        self.fds.close()
+        for side in self.sides:
+            side.close()
 
 
 TestRing = RingModel.TestCase
@@ -116,3 +122,27 @@ def test_a_senseless_length_is_refused(memory: Arena) -> None:
     memory.view(length, (1,), "<u4")[0] = PAYLOAD_BYTES + 1
     with pytest.raises(InvalidInput, match="bytes"):
         take.take()
+
+
+def test_the_other_side_never_sees_half_of_a_change(memory: Arena) -> None:
+    """Both sides in processes of their own, neither waiting for a doorbell: the counters are all there is."""
+    count = 30_000
+    producer, consumer = client_ends(memory)[0], daemon_ends(memory)[0]
+    child = os.fork()
+    if child == 0:
+        for number in range(count):
+            while True:
+                with suppress(QuotaExceeded):
+                    producer.put(entry(number))
+                    break
+        os._exit(0)
+    found: list[Entry] = []
+    try:
+        deadline = time.monotonic() + 60
+        while len(found) < count:
+            found += consumer.take()
+            assert time.monotonic() < deadline
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert [each.ticket for each in found] == list(range(count))

@@ -19,6 +19,7 @@ import numpy as np
 
 from hillinfer_core import protocol
 from hillinfer_core.arena import Arena
+from hillinfer_core.attach_socket import connect
 from hillinfer_core.layout import PAGE, Reduction, Shape
 from hillinfer_core.v1 import attach_pb2
 from hillinfer_core.v1 import cold_pool_pb2 as pb
@@ -35,8 +36,7 @@ class Refused(Exception):  # noqa: N818
 
 def attach_raw(runtime_dir: Path, packet: bytes) -> tuple[socket.socket, attach_pb2.AttachReply, list[int]]:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(CALL_S)
-    connection.connect(str(protocol.attach_socket(runtime_dir)))
+    connect(connection, protocol.attach_socket(runtime_dir), CALL_S)
     connection.send(packet)
     data, fds, _, _ = socket.recv_fds(connection, protocol.MAX_PACKET, 4)
     return connection, attach_pb2.AttachReply.FromString(data), fds

@@ -83,6 +83,27 @@ def test_drain_waits_until_the_last_has_gone(daemon: Path) -> None:
         ctl(daemon, "undrain")
 
 
+def test_a_user_sees_their_own_sessions_only(tmp_path: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    with (
+        served(tmp_path, drive_settings("one", tmp_path / "pool")) as service,
+        RawClient(tmp_path) as mine,
+        RawClient(tmp_path) as theirs,
+        RawClient(tmp_path) as also_theirs,
+    ):
+        for client in (theirs, also_theirs):
+            session = service.run(lambda client=client: service.service.sessions.by_token(client.token))
+            session.peer = Peer(1, nobody.pw_uid)
+        numbers = [each.accepted.session_id for each in (mine, theirs, also_theirs)]
+        assert [each.session_id for each in mine.status().sessions] == numbers
+        status = theirs.status()
+        assert [each.session_id for each in status.sessions] == numbers[1:]
+        # What concerns everybody is told to everybody.
+        assert status.pool == mine.status().pool
+        service.run(lambda: service.service.apply_limits(Limits(admin_groups=frozenset({nobody.pw_gid}))))
+        assert [each.session_id for each in theirs.status().sessions] == numbers
+
+
 def test_close_ends_one_session_and_frees_what_it_held(daemon: Path) -> None:
     with RawClient(daemon) as closed, RawClient(daemon) as other:
         context = closed.open(SHAPE)

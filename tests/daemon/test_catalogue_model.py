@@ -79,7 +79,7 @@ class Books(RuleBasedStateMachine):
     @rule(name=st.sampled_from("abc"))
     def open_reader(self, name: str) -> None:
         try:
-            context = self.books.open_reader(1, 0, name, SHAPE, {})
+            context = self.books.open_reader(1, 0, self.books.find_durable(0, name), SHAPE, {})
         except HillInferError:
             assert name not in self.durable or not self.durable[name].saved
             return

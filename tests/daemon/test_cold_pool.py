@@ -67,6 +67,7 @@ def test_rows_come_back_and_ranking_is_the_reference(
             np.testing.assert_array_equal(got_ids, want_ids)
             np.testing.assert_array_equal(got_scores, want_scores)
             assert result.generation == 0
+            assert result.scan_s > 0
             assert result.evaluated_bytes >= (end - first) * kv_heads * head_dim * precision.bits // 8
 
 

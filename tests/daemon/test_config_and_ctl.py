@@ -164,3 +164,16 @@ def test_health_and_reflection_need_no_token(daemon: Path) -> None:
         )
         names = {service.name for service in next(answers).list_services_response.service}
         assert {"hillinfer.v1.ColdPool", "hillinfer.v1.Admin", "grpc.health.v1.Health"} <= names
+
+
+def test_a_configuration_is_checked_without_a_daemon(tmp_path: Path) -> None:
+    file = tmp_path / "hillinferd.toml"
+    file.write_text("session_limit = 3\n")
+    command = ("hillinferd", "--config", str(file), "--runtime-dir", str(tmp_path / "run"), "--check-config")
+    good = run(*command)
+    assert (good.returncode, good.stdout, good.stderr) == (0, "the configuration is accepted\n", "")
+    file.write_text("session_limit = 0\n")
+    bad = run(*command)
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert "session_limit: 0 is not allowed" in bad.stderr
+    assert not (tmp_path / "run").exists()

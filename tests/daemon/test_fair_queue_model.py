@@ -316,4 +316,4 @@ def test_what_ended_sessions_used_is_forgotten(simulation: Simulation) -> None:
         simulation.queue.cancel(session, ForeignToken("the session has ended"))
     simulation.tick()
     assert simulation.backlogged() == {1}
-    assert all(len(share._finish) <= 1 for share in simulation.queue._shares.values())
+    assert all(len(share._finish) <= 1 for share in (simulation.queue._decode, simulation.queue._bulk))

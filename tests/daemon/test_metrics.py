@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import stat
+import time
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +114,20 @@ def _only_known_metrics_are_shown(found: Samples) -> None:
     ):
         # Prometheus itself adds the instance.
         assert labels - {"instance"} <= set(found[metric][0][0]), metric
+
+
+def test_the_margin_of_the_watchdog_is_measured(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, limit = "hillinferd_watchdog_margin_seconds", 3.0
+    with running_daemon(runtime_dir):
+        assert total(metrics(runtime_dir), f"{name}_count") == 0  # nobody waits
+    monkeypatch.setenv("WATCHDOG_USEC", str(int(limit * 1e6)))
+    (runtime_dir / "log").unlink()
+    with running_daemon(runtime_dir) as daemon:
+        wait_for(lambda: total(metrics(runtime_dir), f"{name}_count") >= 2, 20)
+        before = metrics(runtime_dir)
+        assert 0 < total(before, f"{name}_sum") <= limit * total(before, f"{name}_count")
+        daemon.send_signal(signal.SIGSTOP)
+        time.sleep(limit)
+        daemon.send_signal(signal.SIGCONT)
+        # It was late by more than systemd allows.
+        wait_for(lambda: total(metrics(runtime_dir), f"{name}_bucket", le="0.0") == 1, 20)

@@ -12,10 +12,10 @@ from raw_client import RawClient, Refused, random_rows, wait_for
 from service_thread import Served, drive_settings, served
 
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
+from hillinfer_core.packed import Item, Region
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinferd.domain.contexts import MAX_APPEND_BYTES
 from hillinferd.domain.extents import GRANULE, Extent
-from hillinferd.domain.regions import Region
 from hillinferd.service import pieces, requests
 from hillinferd.service.work_queue import Piece, Priority
 from hillinferd.worker import messages
@@ -30,7 +30,7 @@ NOTHING = Region(0, 0)
 def test_pieces_of_ids_are_all_of_them_in_their_order(counts: list[int], row_bytes: int) -> None:
     total = sum(counts)
     whole = messages.FetchIds(1, 2, 0, counts, Region(64, total * 4), Region(4096, total * row_bytes))
-    cut = pieces.of_ids(whole, row_bytes)
+    cut = pieces.OfIds(whole, row_bytes)
     assert np.sum([piece.count_per_head for piece in cut] or [[0] * len(counts)], axis=0).tolist() == counts
     heads = [head for piece in cut for head, count in enumerate(piece.count_per_head) for _ in range(count)]
     assert heads == sorted(heads)
@@ -56,13 +56,36 @@ def test_pieces_of_a_range_are_all_of_it(count: int, first: int) -> None:
 @given(st.lists(st.tuples(st.integers(1, 1 << 20), st.integers(1, 1000)), min_size=1, max_size=20))
 def test_pieces_of_evaluations_are_all_of_them(sizes: list[tuple[int, int]]) -> None:
     items = [
-        messages.Evaluation(7, 0, tokens, k, *[NOTHING] * 4, Region(0, k * 8 * ROW), NOTHING, NOTHING)
-        for tokens, k in sizes
+        Item(7, 0, tokens, k, *[NOTHING] * 4, Region(0, k * 8 * ROW), NOTHING, NOTHING) for tokens, k in sizes
     ]
     whole = messages.Evaluate(1, 0, 8, Reduction.sum, items)
     cut = pieces.of_evaluate(whole, [SHAPE] * len(items))
     assert [item for piece in cut for item in piece.evaluations] == items
     assert all(piece.evaluations for piece in cut)
+
+
+def test_ids_that_are_held_take_time_and_so_do_passes() -> None:
+    held = Region(0, 2 << 20)
+    many = [Item(7, 0, 16, 1, *[NOTHING] * 3, held, *[NOTHING] * 3)] * 9
+    cut = pieces.of_evaluate(messages.Evaluate(1, 0, 8, Reduction.sum, many), [SHAPE] * 9)
+    assert len(cut) == 9
+    assert [_pieces(reduction) for reduction in (Reduction.sum, Reduction.max)] == [1, 9]
+
+
+def _pieces(reduction: Reduction) -> int:
+    """How many there are of evaluations that scan little, with 128 query heads for each KV head."""
+    items = [Item(7, 0, 2048, 1, *[NOTHING] * 7)] * 9
+    return len(pieces.of_evaluate(messages.Evaluate(1, 0, 128 * 8, reduction, items), [SHAPE] * 9))
+
+
+def test_a_piece_of_very_many_ids_is_made_alone() -> None:
+    counts = [1 << 20] * 1024
+    cut = pieces.OfIds(messages.FetchIds(1, 2, 0, counts, Region(0, 1 << 32), Region(0, 1 << 35)), 32)
+    last = cut[len(cut) - 1]
+    assert last.rows.offset + last.rows.length == 1 << 35
+    assert last.count_per_head[:-1] == [0] * 1023
+    with pytest.raises(IndexError):
+        cut[len(cut)]
 
 
 def test_what_is_small_goes_with_decode() -> None:

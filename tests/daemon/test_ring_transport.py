@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import struct
 from collections.abc import Iterator
@@ -11,61 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_client import CALL_S, RawClient, attach_raw, attach_request
+from raw_client import RawClient, attach_raw, attach_request
+from raw_ring import RawRing
 
 from hillinfer import DType, EvaluateItem, Precision, PrivateDaemon, Session, Shape
 from hillinfer.session import Counters
-from hillinfer_core.arena import Arena
 from hillinfer_core.errors import DaemonUnavailable, DeadlineExceeded, InvalidInput
+from hillinfer_core.packed import Request, pack_request
 from hillinfer_core.protocol import attach_socket
 from hillinfer_core.ring import (
     ENTRIES,
-    RING_BYTES,
     Entry,
     Method,
-    Outcome,
-    RingFds,
-    clear_doorbell,
-    client_ends,
     ring_doorbell,
 )
-from hillinfer_core.v1 import attach_pb2
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 
 SHAPE = Shape(1, 2, 64, DType.float16, Precision.int8)
-
-
-class RawRing:
-    """A session's ring, used by hand."""
-
-    def __init__(self, runtime_dir: Path) -> None:
-        self.connection, reply, fds = attach_raw(runtime_dir, attach_request(1 << 20, ring=True))
-        assert reply.WhichOneof("outcome") == "accepted"
-        arena, *ring = fds
-        os.close(arena)
-        self.fds = RingFds(*ring)
-        self.memory = Arena(self.fds.memory, RING_BYTES, verify=True)
-        self.submissions, self.completions = client_ends(self.memory)
-
-    def completed(self, count: int) -> list[Entry]:
-        found: list[Entry] = []
-        while len(found) < count:
-            assert select.select([self.fds.completed], [], [], CALL_S)[0], "no completion came"
-            clear_doorbell(self.fds.completed)
-            found += self.completions.take()
-        return found
-
-    def refusal(self, entry: Entry) -> attach_pb2.Refused:
-        assert entry.code == Outcome.refused
-        return attach_pb2.Refused.FromString(entry.payload)
-
-    def hung_up(self) -> bool:
-        self.connection.settimeout(CALL_S)
-        return self.connection.recv(1) == b""
-
-    def close(self) -> None:
-        self.connection.close()
-        self.fds.close()
 
 
 @pytest.fixture
@@ -113,6 +74,10 @@ def test_many_requests_at_once_are_all_answered(ring: RawRing) -> None:
     [
         (99, b"", "no method 99"),
         (Method.Evaluate, b"\xff\xff\xff", "not a EvaluateRequest"),
+        (Method.EvaluatePacked, b"\xff" * 3, "not a packed evaluation"),
+        (Method.EvaluatePacked, b"\xff" * 16, "not a packed request"),
+        (Method.EvaluatePacked, bytes(pack_request(Request(0, 8, 9, 0, []))), "reduction 9 is not known"),
+        (Method.EvaluatePacked, bytes(pack_request(Request(0, 8, 1, 0, []))), "1 to 256 evaluations"),
         (Method.Append, b"\x08", "not a AppendRequest"),
         (Method.Fetch, b"", "fetch needs by_ids"),
     ],
@@ -165,7 +130,7 @@ def test_a_daemon_that_stops_answering_or_dies_is_an_error() -> None:
         kept = other.open_context(SHAPE)
         kept.append(0, rows, rows)
         os.kill(daemon.pid, signal.SIGKILL)
-        with pytest.raises(DaemonUnavailable, match="ended the session"):
+        with pytest.raises(DaemonUnavailable, match="went away"):
             kept.fetch_range(0, 0, 1)
         session.close()
         other.close()

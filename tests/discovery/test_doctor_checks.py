@@ -87,14 +87,18 @@ def test_pyxrt_is_needed_with_a_card_only_and_a_hang_is_not_waited_for(
 
 
 @pytest.mark.parametrize(
-    ("mine", "group", "mode", "verdict"),
+    ("mine", "service", "mode", "verdict"),
     [
         (True, None, 0o600, Verdict.OK),
-        (True, "owner", 0o660, Verdict.OK),
+        (True, "owner", 0o600, Verdict.OK),
+        (True, "owner", 0o440, Verdict.WARNING),
         (True, "other", 0o660, Verdict.WARNING),
-        (True, "owner", 0o640, Verdict.WARNING),
-        (False, "owner", 0o660, Verdict.WARNING),
-        (False, "owner", 0o600, Verdict.FAILED),
+        (True, "group", 0o600, Verdict.WARNING),
+        (True, "group", 0o660, Verdict.WARNING),
+        (True, "group", 0o640, Verdict.WARNING),
+        (False, "owner", 0o600, Verdict.WARNING),
+        (False, "group", 0o660, Verdict.WARNING),
+        (False, "other", 0o600, Verdict.FAILED),
         (False, None, 0o660, Verdict.FAILED),
     ],
 )
@@ -102,25 +106,29 @@ def test_who_may_open_a_drive(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     mine: bool,
-    group: str | None,
+    service: str | None,
     mode: int,
     verdict: Verdict,
 ) -> None:
-    def getgrnam(name: str) -> types.SimpleNamespace:
+    def account(name: str) -> types.SimpleNamespace:
         assert name == "hillinfer"
-        if group is None:
+        if service is None:
             raise KeyError(name)
-        return types.SimpleNamespace(gr_gid=4242 if group == "owner" else 4243)
+        return types.SimpleNamespace(
+            pw_uid=4242 if service == "owner" else 4243, gr_gid=4244 if service == "group" else 4245
+        )
 
-    status = types.SimpleNamespace(st_gid=4242, st_mode=stat.S_IFBLK | mode)
+    status = types.SimpleNamespace(st_uid=4242, st_gid=4244, st_mode=stat.S_IFBLK | mode)
     one = machine(tmp_path, tree.one_pair())
-    monkeypatch.setattr(access.grp, "getgrnam", getgrnam)
+    monkeypatch.setattr(access.grp, "getgrnam", account)
+    monkeypatch.setattr(access.pwd, "getpwnam", account)
     monkeypatch.setattr(access.os, "stat", lambda _: status)
     monkeypatch.setattr(access.os, "access", lambda *_: mine)
     for check in (access.namespaces, access.render_nodes):
         found = check(one)
         assert found.verdict == verdict
         assert bool(found.remedy) == (verdict != Verdict.OK)
+        assert ("all who may attach" in found.detail) == (service == "group" and mode & 0o060 > 0)
 
 
 def test_a_drive_in_use_needs_no_permissions(tmp_path: Path) -> None:

@@ -225,18 +225,18 @@ def test_where_direct_io_does_not_work_bytes_go_through_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     if how == "said":
-        monkeypatch.setattr(storage.kernel, "direct_alignment", lambda fd: (0, 0))
+        monkeypatch.setattr(storage.transfers, "direct_alignment", lambda fd: (0, 0))
     elif how == "refused":
         monkeypatch.setattr(storage.fcntl, "fcntl", no_flag)
     else:
-        real = storage.kernel.write_range
+        real = storage.transfers.write_range
 
         def late(fd: int, offset: int, data: np.ndarray, direct: bool) -> None:
             if direct:
                 raise OSError(22, "Invalid argument")
             real(fd, offset, data, direct)
 
-        monkeypatch.setattr(storage.kernel, "write_range", late)
+        monkeypatch.setattr(storage.transfers, "write_range", late)
     opened = kept(tmp_path / "pool")
     assert not opened.direct_io
     assert not fcntl.fcntl(opened._fd, fcntl.F_GETFL) & os.O_DIRECT

@@ -45,9 +45,12 @@ def test_selected_tokens_are_in_their_slots(steps):
     for count, seed in steps:
         wanted = np.sort(np.random.default_rng(seed).choice(40, count, replace=False).astype(np.uint32))
         slots.resize(count)
-        absent = slots.absent(0, 0, wanted)
-        places = slots.place(0, 0, wanted)
+        before = slots.ids[0, 0].copy()
+        absent, places, left, left_places = slots.exchange(0, 0, wanted)
         assert len(places) == len(absent)
+        assert absent.tolist() == sorted(set(wanted.tolist()) - set(before.tolist()))
+        assert set(left.tolist()) == set(before.tolist()) - set(wanted.tolist()) - {EMPTY}
+        assert (slots.keys[0, 0, left_places, 0].numpy() == left).all()
         for token, place in zip(absent, places, strict=True):
             slots.keys[0, 0, place] = float(token)
         held = slots.ids[0, 0][slots.ids[0, 0] != EMPTY]
@@ -136,3 +139,28 @@ def test_division_of_the_resident_budget():
     assert not divide(1000, 900, 200, 10, 4).keep_slots
     with pytest.raises(ResidentTooSmall, match="raise resident"):
         divide(1000, 1001, 0, 10, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=12), st.data())
+def test_what_another_round_of_a_step_brings_back_is_not_in_the_hot_pool_too(seeds, data):
+    slots = Slots(1, 1, 4, SINKS, RECENT, torch.zeros(1))
+    slots.append(0, kv(0, 60), kv(0, 60))
+    slots.resize(6)
+    hot = HotPool(1, 1, 4, np.float32)
+    hot.resize(4)
+    pools = Pools(slots, hot)
+    rounds = 0
+    for seed in seeds:
+        rounds += 1
+        wanted = np.sort(np.random.default_rng(seed).choice(14, 6, replace=False).astype(np.uint32))
+        missing, places = pools.admit(0, 0, wanted)
+        rows = np.broadcast_to(missing[:, None, None].astype(np.float32), (len(missing), 2, 4))
+        pools.fill(0, 0, places, rows.copy())
+        if rounds == 2 or data.draw(st.booleans()):
+            rounds = 0
+            pools.settle()
+            here = set(hot.ids[0, 0].tolist()) - {EMPTY}
+            assert not here & set(wanted.tolist())
+            for place, token in enumerate(hot.ids[0, 0].tolist()):
+                assert token == EMPTY or (hot.rows[0, 0, place] == token).all()

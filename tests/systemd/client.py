@@ -1,9 +1,9 @@
 """An application of a user in the machine: one JSON object a line for what it sees.
 
-client.py once            evaluates once and checks the answer
-client.py load            does so until its input ends; attaches anew after an error
-client.py save NAME       saves a durable context
-client.py check NAME      checks it
+client.py once                 evaluates once and checks the answer
+client.py load [NAME]          does so until its input ends, on a saved context; attaches anew after an error
+client.py save NAME [GROUP]    saves a durable context
+client.py check NAME [OWNER]   checks it
 """
 
 from __future__ import annotations
@@ -42,46 +42,47 @@ def check(context: Context) -> None:
         raise SystemExit("a wrong answer")
 
 
-def once(**kind: str) -> None:
+def once(group: str | None = None, **kind: str | None) -> None:
     with Session.connect(timeout_s=20) as session:
         context = session.open_context(SHAPE, **kind)
         if not kind.get("base"):
             context.append(0, KEYS, VALUES)
         check(context)
         if kind.get("durable"):
-            context.save()
+            context.save(group)
     tell(served=1)
 
 
-def load() -> None:
+def load(base: str | None) -> None:
     over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     while not over.is_set():
         served = 0
         try:
             with Session.connect(timeout_s=20) as session:
-                context = session.open_context(SHAPE)
-                context.append(0, KEYS, VALUES)
+                context = session.open_context(SHAPE, base=base)
+                if base is None:
+                    context.append(0, KEYS, VALUES)
                 while not over.is_set():
                     check(context)
                     served += 1
                     if served == 1:
                         tell(attached=session.session_id)
                     time.sleep(0.01)
-            tell(served=served)
+            tell(served=served, restarts=session.restarts)
         except errors.HillInferError as error:
             tell(served=served, error=type(error).__name__, message=str(error))
             time.sleep(0.05)
 
 
 if __name__ == "__main__":
-    what, *name = sys.argv[1:]
+    what, name, who = (*sys.argv[1:], None, None)[:3]
     try:
         if what == "load":
-            load()
+            load(name)
         else:
-            kinds = {"once": {}, "save": {"durable": "".join(name)}, "check": {"base": "".join(name)}}
-            once(**kinds[what])
+            kinds = {"save": {"durable": name, "group": who}, "check": {"base": name, "owner": who}}
+            once(**kinds.get(what, {}))
     except errors.HillInferError as error:
         tell(error=type(error).__name__, message=str(error))
         raise SystemExit(1) from None

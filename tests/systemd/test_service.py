@@ -12,13 +12,13 @@ from systemd_machine import PYTHON, Machine, wait_for
 
 from hillinferd.journal import EVENTS
 
-TYPED = {"DaemonUnavailable", "DeviceUnavailable", "DeadlineExceeded"}
+TYPED = {"ContextLost", "DaemonUnavailable", "DeviceUnavailable", "DeadlineExceeded"}
 
 
 @contextmanager
-def load(machine: Machine, user: str = "alice") -> Iterator[list[dict[str, object]]]:
+def load(machine: Machine, user: str = "alice", *name: str) -> Iterator[list[dict[str, object]]]:
     """A client that works all the time; the list has what it saw once it is done."""
-    command = machine.command(PYTHON, "/opt/client.py", "load", user=user)
+    command = machine.command(PYTHON, "/opt/client.py", "load", *name, user=user)
     seen: list[dict[str, object]] = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdin is not None
@@ -152,10 +152,16 @@ def test_reload_applies_what_it_can_and_says_what_needs_a_restart(machine: Machi
         assert json.loads(machine.client("once", check=False))["error"] == "QuotaExceeded"
 
     (machine.root / "etc/hillinfer/hillinferd.toml").write_text("session_limit = 0\n")
-    machine.run("systemctl", "reload", "hillinferd")
-    wait_for(lambda: events(machine, "configuration not reloaded"))
-    assert "session_limit: 0 is not allowed" in machine.journal()
+    refused = subprocess.run(
+        machine.command("systemctl", "reload", "hillinferd"), capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1, refused
+    assert "failed" in refused.stderr
+    reason = "session_limit: 0 is not allowed"
+    assert reason in machine.journal()
+    assert reason in machine.run("systemctl", "status", "--no-pager", "hillinferd")
     assert machine.daemon == before
+    assert events(machine, "configuration not reloaded") == 0
     with load(machine):
         assert json.loads(machine.client("once", check=False))["error"] == "QuotaExceeded"
 
@@ -183,6 +189,45 @@ def test_restart_and_stop_under_load(machine: Machine) -> None:
         assert sum("attached" in each for each in seen) == 3
     assert machine.show("Result") == "success"
     assert machine.show("NRestarts") == "0"
+
+
+def test_a_reader_of_a_saved_context_goes_through_restarts(machine: Machine) -> None:
+    machine.client("save", "read")
+    with load(machine, "alice", "read") as seen:
+        machine.run("systemctl", "restart", "hillinferd")
+        time.sleep(1)
+        machine.signal("KILL", machine.daemon)
+        wait_for(lambda: serves(machine))
+        time.sleep(1)
+        machine.run("systemctl", "stop", "hillinferd")
+        wait_for(lambda: serves(machine))
+        time.sleep(1)
+    # It attached once and met no error.
+    assert [sorted(each) for each in seen] == [["attached"], ["restarts", "served"]]
+    assert seen[-1]["restarts"] == 3
+
+
+def test_a_group_reads_what_its_owner_lets_it(machine: Machine) -> None:
+    machine.client("save", "shared", "hillinfer", user="alice")
+    machine.client("save", "own", user="alice")
+    assert json.loads(machine.client("check", "shared", "alice", user="bob")) == {"served": 1}
+    for name in ("own", "none"):
+        found = json.loads(machine.client("check", name, "alice", user="bob", check=False))
+        assert found["error"] == "UnknownContext"
+    refused = json.loads(machine.client("save", "given", "root", user="alice", check=False))
+    assert refused["error"] == "NotAllowed"
+    listed = machine.run("hillinferctl", "contexts", "--json", user="bob")
+    assert [each["name"] for each in json.loads(listed)["contexts"]] == ["shared"]
+    uid = machine.run("id", "-u", "alice").strip()
+    deleted = machine.run(
+        "hillinferctl", "contexts", "delete", "shared", "--uid", uid, user="bob", check=False
+    )
+    assert "may not delete" in deleted
+    with load(machine, "alice"):
+        everyone = json.loads(machine.run("hillinferctl", "sessions", "--json"))["sessions"]
+        assert "alice" in {each["user"] for each in everyone}
+        sessions = json.loads(machine.run("hillinferctl", "sessions", "--json", user="bob"))["sessions"]
+        assert {each["user"] for each in sessions} <= {"bob"}
 
 
 def test_a_hung_worker_is_replaced_and_the_daemon_stays(machine: Machine) -> None:

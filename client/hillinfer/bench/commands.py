@@ -111,18 +111,27 @@ def placement_command(
 @app.command("transport")
 def transport_command(
     calls: Annotated[int, typer.Option(min=25, help="Evaluations by each transport.")] = 1000,
+    clients: Annotated[
+        int, typer.Option(min=0, max=64, help="Also measure what as many processes get together.")
+    ] = 0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long those ask.")] = 5.0,
     pool_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the pool lies.")] = Path("/dev/shm"),
     as_json: JsonOption = False,
 ) -> None:
     """Measure the round trip of the smallest evaluation, by gRPC and by the ring in shared memory."""
     from hillinfer.bench.transport import bench_transport
 
-    result = bench_transport(calls, pool_dir)
+    result = bench_transport(calls, pool_dir, clients, seconds)
     if as_json:
         print(json.dumps(result, indent=2))
         return
     for name, figures in result.items():
-        print(f"{name:12} p50 {figures['p50_us']:6,} us   p99 {figures['p99_us']:6,} us")
+        print(
+            f"{name:12} p50 {figures['p50_us']:6,} us   p99 {figures['p99_us']:6,} us   "
+            f"above the ranking: p50 {figures['above_p50_us']:6,} us   p99 {figures['above_p99_us']:6,} us"
+        )
+        if clients:
+            print(f"{'':12} {clients} clients together: {figures['per_s']:,} evaluations/s")
 
 
 @app.command("recall")
@@ -203,3 +212,35 @@ def sharing_command(
     from rich.markdown import Markdown
 
     Console().print(Markdown(as_markdown(found)))
+
+
+@app.command("split")
+def split_command(
+    profile: Annotated[str, typer.Option(help="What the drive is paced to.")] = "smartssd",
+    slow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="cpu|drive@STEP",
+            help="Have that side a third as fast from a step on; repeat it for several runs.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2048, help="Length of the context.")] = 32768,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the 8B shape.")] = 4,
+    rounds: Annotated[int, typer.Option(min=3, help="Of drive, CPU and both, in turn.")] = 30,
+    steps: Annotated[int, typer.Option(min=30, help="Of each run of the split.")] = 80,
+    pool_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the pool lies.")] = Path("/dev/shm"),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure whether CPU and drive finish together when both rank, what it is worth, and after a change.
+
+    Layers of an 8B model's shape and of the bundled one's. Times vary with what else runs: repeat it.
+    """
+    from hillinfer.bench.split import as_markdown, measure, parse_slow, setups
+    from hillinfer.progress import progress_for_stderr
+
+    changes = [parse_slow(each, steps) for each in slow or []]
+    found = [
+        measure(setup, pool_dir, profile, rounds, steps, changes, progress_for_stderr())
+        for setup in setups(tokens, layers)
+    ]
+    print(json.dumps({"setups": found}, indent=2) if as_json else as_markdown(found))

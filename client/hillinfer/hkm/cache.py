@@ -23,7 +23,7 @@ from hillinfer.hkm.tensors import row_dtype
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.pipeline.prefetch import Pipeline
 from hillinfer.session import Session
-from hillinfer.split.ranking import SplitRanking
+from hillinfer.split.ranking import CpuShare, SplitRanking
 from hillinfer_core.errors import (
     BudgetTooSmall,
     ContextMismatch,
@@ -38,6 +38,7 @@ from hillinfer_core.units import Budget
 Observer = Callable[["HierarchicalCache", int, torch.Tensor, float], None]
 """Sees the cache, the layer, its queries [B, H, n, D] and their scaling after every attended step."""
 
+_MIRROR_SHARE = 2  # of what slots leave, mirrored keys get at most one part in so many: our choice
 _HOT_STEP = 16  # rows by which a hot pool grows or shrinks, so that it is not resized at every step
 
 
@@ -50,7 +51,8 @@ class HkmConfig:
         attention (0 to 1) of every query head, and not to a budget; resident:
         bytes held in memory, client and daemon together; sinks, recent: pinned
         tokens (recent is raised to the append unit of the rows where that is larger);
-        predictor: the query that ranks them, see `Predictor`; without effect under min_mass.
+        predictor: the query that ranks them, see `Predictor`; without effect under min_mass;
+        cpu_share: of the tokens, ranked by the CPU beside the drive, see `SplitRanking`; None for none.
     """
 
     budget: Budget
@@ -60,6 +62,7 @@ class HkmConfig:
     recent: int = 32
     min_mass: float | None = None
     predictor: Predictor = Predictor.exact
+    cpu_share: CpuShare | None = None
 
     def __post_init__(self) -> None:
         if self.sinks < 1 or self.recent < 1:
@@ -93,7 +96,7 @@ class HierarchicalCache(Cache):
 
     durable: the name under which `save` will keep the one sequence; base: the
     name of a saved one to begin with, as if the model had just read it (blocks;
-    raises UnknownContext, ContextMismatch). `labels` as in `Session.open_context`.
+    raises UnknownContext, ContextMismatch). `owner`, `labels` as in `Session.open_context`.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class HierarchicalCache(Cache):
         *,
         durable: str | None = None,
         base: str | None = None,
+        owner: str | int | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> None:
         self.session = session
@@ -118,13 +122,13 @@ class HierarchicalCache(Cache):
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
         super().__init__(layers=[self._layer(layer) for layer in kept_layers(model_config)])
-        self.pipeline = Pipeline(
-            session, policy or ColdPoolRanking(), config.predictor, len(self.full_layers)
-        )
+        own = ColdPoolRanking() if config.cpu_share is None else SplitRanking.with_share(config.cpu_share)
+        self.pipeline = Pipeline(session, policy or own, config.predictor, len(self.full_layers))
         self.guarantee = None if config.min_mass is None else Guarantee(self, config.min_mass)
         self._named = durable is not None or base is not None
         self._durable = durable
         self._base = base
+        self._owner = owner
         self._labels = labels
         if self._named and len(self.full_layers) < len(self.layers):
             raise UnsupportedModel(
@@ -147,21 +151,21 @@ class HierarchicalCache(Cache):
         self.pipeline.policy = policy
 
     def _begin_with(self, name: str) -> None:
-        saved = self.session.find_context(name)
+        saved = self.session.find_context(name, self._owner)
         if saved is None:
             raise UnknownContext(f"there is no context named {name!r}: hillinferctl contexts lists them")
         # Heads and dtype are the stored ones until the model's first step shows its own, see `open_contexts`.
         shape = replace(saved.shape, layers=len(self.full_layers), precision=self.config.precision)
-        self._add_context(self.session.open_context(shape, base=name, labels=self._labels))
+        self._add_context(self.session.open_context(shape, base=name, owner=self._owner, labels=self._labels))
         for layer in self.full_layers:
             layer.begin_with(self.contexts[0].length(layer.index))
 
-    def save(self) -> None:
+    def save(self, group: str | int | None = None) -> None:
         """Keep what the cache holds under its `durable` name, complete and read-only, and go on after it.
 
         What is appended from here on belongs to this cache alone; it goes on
         exactly as one that begins with the name does. Blocks. Raises
-        InvalidInput for a cache without a name, and for one that holds padding.
+        InvalidInput for a cache without a name, and for one that holds padding. `group` as in `Context.save`.
         """
         self.check_usable()
         if self._durable is None or not self.contexts:
@@ -174,7 +178,7 @@ class HierarchicalCache(Cache):
             layer.append_window()
         if any(writer.length(layer.index) != layer.get_seq_length() for layer in self.full_layers):
             raise InvalidInput("a context with padding cannot be saved: give the text without any")
-        writer.save()
+        writer.save(group)
         self.contexts[0] = self.session.open_context(writer.shape, base=self._durable, labels=self._labels)
         self._base, self._durable = self._durable, None
         writer.close()
@@ -237,7 +241,9 @@ class HierarchicalCache(Cache):
             )
         new = None
         if self._base is not None:
-            new = self.session.open_context(old.shape, base=self._base, labels=self._labels)
+            new = self.session.open_context(
+                old.shape, base=self._base, owner=self._owner, labels=self._labels
+            )
             if new.length(0) > tokens:
                 new.close()
                 new, self._base = None, None
@@ -315,9 +321,6 @@ class HierarchicalCache(Cache):
         streams = len(self.full_layers) * len(self.contexts) * shape.kv_heads
         pinned = slots.pinned * shape.row_bytes * streams
         fixed = kinds["evaluation_keys"] + kinds["checksums"] + kinds["buffers"] + pinned
-        if isinstance(self.policy, SplitRanking):
-            # All of its limit: the mirror grows between two divisions.
-            fixed += self.policy.limit_bytes
         tokens = int(slots.lengths.max())
         hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
@@ -325,6 +328,9 @@ class HierarchicalCache(Cache):
         # A prefetch of one layer waits beside the slots of all.
         prefetch = 0 if self.config.predictor is Predictor.exact else a_layers_rows - self.pipeline.nbytes
         slot_bytes = selected * row * streams // len(self.full_layers) + hits + max(0, prefetch)
+        if isinstance(self.policy, SplitRanking):
+            left = self.config.resident - fixed - slot_bytes
+            fixed += self.policy.reserve(left // _MIRROR_SHARE, self.contexts)
         room = divide(self.config.resident, fixed, slot_bytes, row, streams)
         return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
@@ -342,7 +348,7 @@ class HierarchicalCache(Cache):
             + sum(context.tail_bytes for context in contexts),
         }
         if isinstance(self.policy, SplitRanking):
-            kinds["mirrored_keys"] = self.policy.mirrored_bytes
+            kinds["mirrored_keys"] = self.policy.held_bytes(contexts)
         return kinds
 
     def full_bytes(self) -> int:
@@ -386,6 +392,8 @@ def _check_croppable(layer: DynamicSlidingWindowLayer, removed: int) -> None:
 
 def _close_all(pipeline: Pipeline, contexts: list[Context]) -> None:
     pipeline.close()
+    if isinstance(pipeline.policy, SplitRanking):
+        pipeline.policy.forget(contexts)
     while contexts:
         # A session or a daemon that is gone has freed its contexts already.
         with suppress(HillInferError):

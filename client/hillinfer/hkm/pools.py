@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from hillinfer.hkm.hot_pool import HotPool
-from hillinfer.hkm.slots import EMPTY, Slots
+from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
 
 Ids = npt.NDArray[np.uint32]
@@ -26,6 +26,7 @@ class Pools:
         self.hot = hot
         self._chosen: dict[tuple[int, int], Ids] = {}
         self._left: list[tuple[int, int, Ids, torch.Tensor]] = []
+        self._again: set[tuple[int, int]] = set()  # admitted in more than one round of the step
 
     def admit(self, row: int, head: int, ids: Ids) -> tuple[Ids, npt.NDArray[np.int64]]:
         """Give the selected `ids`, ascending and at most as many as there are slots, a slot each.
@@ -33,13 +34,14 @@ class Pools:
         Rows that the hot pool has are moved. Returns the ids whose rows are in
         neither, and the slots to `fill` with them.
         """
-        slots, hot = self.slots, self.hot
-        self._keep_aside(row, head, ids)
-        absent = slots.absent(row, head, ids)
-        places = slots.place(row, head, ids)
+        hot = self.hot
+        absent, places, left, left_places = self.slots.exchange(row, head, ids)
+        self._keep_aside(row, head, left, left_places)
         found, at = hot.find(row, head, absent)
         self.fill(row, head, places[found], hot.rows[row, head, at])
         hot.release(row, head, at)
+        if (row, head) in self._chosen:
+            self._again.add((row, head))
         self._chosen[row, head] = ids
         return absent[~found], places[~found]
 
@@ -63,18 +65,20 @@ class Pools:
         for (row, head), ids in self._chosen.items():
             self.hot.count(row, head, ids, int(self.slots.lengths[row]))
         for row, head, ids, kv in self._left:
-            # A second round of the same step may have brought some back.
-            away = ~np.isin(ids, self.slots.ids[row, head])
-            self.hot.offer(row, head, ids[away], to_storage(kv)[away])
+            rows = to_storage(kv)
+            if (row, head) in self._again:
+                # A second round of the same step may have brought some back.
+                away = ~np.isin(ids, self.slots.ids[row, head])
+                ids, rows = ids[away], rows[away]
+            self.hot.offer(row, head, ids, rows)
         self._chosen.clear()
         self._left.clear()
+        self._again.clear()
 
-    def _keep_aside(self, row: int, head: int, staying: Ids) -> None:
-        held = self.slots.ids[row, head]
-        leaving = np.flatnonzero((held != EMPTY) & ~np.isin(held, staying))
-        if not self.hot.capacity or not len(leaving):
+    def _keep_aside(self, row: int, head: int, ids: Ids, places: npt.NDArray[np.int64]) -> None:
+        if not self.hot.capacity or not len(ids):
             return
-        places = torch.from_numpy(leaving + self.slots.pinned).to(self.slots.keys.device)
-        keys = self.slots.keys[row, head].index_select(0, places)
-        values = self.slots.values[row, head].index_select(0, places)
-        self._left.append((row, head, held[leaving], torch.stack((keys, values), 1)))
+        target = torch.from_numpy(places).to(self.slots.keys.device)
+        keys = self.slots.keys[row, head].index_select(0, target)
+        values = self.slots.values[row, head].index_select(0, target)
+        self._left.append((row, head, ids, torch.stack((keys, values), 1)))

@@ -7,11 +7,26 @@ token once in a slot stays there for as long as it keeps being selected.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 EMPTY = np.uint32(0xFFFFFFFF)
+
+
+class Exchange(NamedTuple):
+    """What `Slots.exchange` did; places are indices of the buffers `keys` and `values`."""
+
+    absent: npt.NDArray[np.uint32]
+    """Wanted ids whose rows no slot had, ascending."""
+    places: npt.NDArray[np.int64]
+    """The slots they were given, in the same order."""
+    left: npt.NDArray[np.uint32]
+    """Ids that had slots and lost them."""
+    left_places: npt.NDArray[np.int64]
+    """The slots that these had: their rows are there until others are put into them."""
 
 
 class Slots:
@@ -110,23 +125,25 @@ class Slots:
         self.keys = _resized(self.keys, self.pinned + kept, self.pinned + selected)
         self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
 
-    def place(self, row: int, head: int, wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-        """Give every id in `wanted` a slot; returns those, as buffer indices, that have no row yet.
+    def exchange(self, row: int, head: int, wanted: npt.NDArray[np.uint32]) -> Exchange:
+        """Give every id in `wanted`, ascending and at most `selected` long, a slot; see `Exchange`.
 
-        `wanted` is ascending, at most `selected` long; the result follows the
-        order of the absent ids in `wanted` (see `absent`, to be called first).
+        Rows are the caller's to move: those that leave before those that come.
         """
         ids = self.ids[row, head]
-        free = np.flatnonzero(~np.isin(ids, wanted))
+        # Where each id held would be among the wanted ones: one search tells who stays, leaves and comes.
+        spot = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
+        stays = wanted[spot] == ids if len(wanted) else np.zeros(len(ids), np.bool_)
+        comes = np.ones(len(wanted), np.bool_)
+        comes[spot[stays]] = False
+        absent = wanted[comes]
+        free = np.flatnonzero(~stays)
+        leaving = free[ids[free] != EMPTY]
+        left = ids[leaving]
+        taken = free[: len(absent)]
         ids[free] = EMPTY
-        missing = wanted[~np.isin(wanted, ids)]
-        taken = free[: len(missing)]
-        ids[taken] = missing
-        return taken + self.pinned
-
-    def absent(self, row: int, head: int, wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-        """Ids in `wanted`, in their order, that no slot holds."""
-        return wanted[~np.isin(wanted, self.ids[row, head])]
+        ids[taken] = absent
+        return Exchange(absent, taken + self.pinned, left, leaving + self.pinned)
 
     def visible(self) -> torch.Tensor | None:
         """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""

@@ -150,12 +150,16 @@ def balanced(work: Work, machine: Machine, limit: int) -> int:
     cpu, drive, tokens = Estimate(), Estimate(), 0
     per_token = work.key_bytes_per_token
     nothing = Layer(0, 0, 0, 0, delay=machine.request + machine.kernel_start)
+    alone_s = drive_seconds(_ranked(nothing, work, machine, 0))
     for _ in range(_SETTLING):
         ranked = _ranked(nothing, work, machine, tokens)
-        drive.observe(per_token * (work.tokens - tokens), drive_seconds(ranked))
+        waited = drive_seconds(ranked)
+        drive.observe(per_token * (work.tokens - tokens), waited, waited - ranked.delay)
         seen = tokens or min(BLOCK_TOKENS, work.tokens)
-        cpu.observe(per_token * seen, per_token * seen / machine.host_scan)
-        tokens = choose(work.tokens, tokens, limit, per_token, cpu, drive, machine.request).cpu_tokens
+        scan = per_token * seen / machine.host_scan
+        cpu.observe(per_token * seen, scan, scan)
+        chosen = choose(work.tokens, tokens, limit, per_token, cpu, drive, alone_s, machine.request)
+        tokens = chosen.cpu_tokens
     return tokens
 
 

@@ -10,8 +10,8 @@ from hillinfer.split.estimates import Estimate
 BLOCK_TOKENS = 256
 """Tokens that the boundary moves by: some 16 KiB of keys a head, read in one request. Our choice."""
 
-HYSTERESIS = 0.05
-"""Imbalance, of the larger time, up to which the boundary stays. Our choice: a third of the 15 % aimed at."""
+HYSTERESIS = 0.075
+"""Imbalance, of the larger time, up to which the boundary stays. Our choice: half of the 15 % aimed at."""
 
 LEAST_GAIN = 0.1
 """Share of the drive's time alone that a split must save, else the drive ranks everything. Our choice."""
@@ -25,6 +25,7 @@ class Stop(StrEnum):
     memory = "at its limit of memory"
     all_cpu = "at its end: the drive ranks one block"
     block = "as near as a block allows"
+    probe = "a probe of the CPU's speed"
     fixed = "fixed"
 
 
@@ -51,15 +52,17 @@ def choose(
     bytes_per_token: int,
     cpu: Estimate,
     drive: Estimate,
+    alone_s: float,
     extra_s: float,
     least_gain: float = LEAST_GAIN,
 ) -> Boundary:
     """Choose how many of ``tokens`` the CPU ranks: whole blocks, at most ``limit`` tokens.
 
-    ``current`` are its tokens now; both estimates are known. ``extra_s`` is what a split costs besides, the
-    second request for rows. Where it saves less than ``least_gain``, the drive gets everything; a split that
-    is there stays until it saves less than half of that. A negative ``least_gain`` always splits, by a block
-    at least.
+    ``current`` are its tokens now; both estimates are known, and of rankings in which both sides worked.
+    ``alone_s`` is what the drive takes for everything while the CPU ranks nothing: less than ``drive`` has it
+    where both share cores or memory. ``extra_s`` is what a split costs besides, the second request for rows.
+    Where it saves less than ``least_gain``, the drive gets everything; a split that is there stays until it
+    saves less than half of that. A negative ``least_gain`` always splits, by a block at least.
     """
 
     def times(share: int) -> tuple[float, float]:
@@ -68,20 +71,19 @@ def choose(
     def at(share: int, stop: Stop) -> Boundary:
         return Boundary(share, stop, *times(share))
 
-    alone = drive.seconds(tokens * bytes_per_token)
     # A side that ranks nothing is not seen to become faster.
     most = max(0, min(limit, tokens - BLOCK_TOKENS)) // BLOCK_TOKENS * BLOCK_TOKENS
     if most == 0:
         return at(0, Stop.memory if limit < BLOCK_TOKENS <= tokens else Stop.no_gain)
-    pace = (cpu.s_per_unit + drive.s_per_unit) * bytes_per_token
-    even = (alone - cpu.overhead_s) / pace
+    pace = (cpu.s_per_byte + drive.s_per_byte) * bytes_per_token
+    even = (drive.seconds(tokens * bytes_per_token) - cpu.overhead_s) / pace
     least = BLOCK_TOKENS if least_gain < 0 else 0
     wanted = min(max(round(even / BLOCK_TOKENS) * BLOCK_TOKENS, least), most)
     kept = 0 < current <= most and at(current, Stop.none).imbalance <= HYSTERESIS
     share = current if kept else wanted
-    saved = alone - max(times(share)) - extra_s
+    saved = alone_s - max(times(share)) - extra_s
     needed = least_gain / 2 if current else least_gain
-    if share == 0 or (least_gain >= 0 and saved < needed * alone):
+    if share == 0 or (least_gain >= 0 and saved < needed * alone_s):
         return at(0, Stop.no_gain)
     chosen = at(share, Stop.none)
     if chosen.imbalance <= HYSTERESIS:

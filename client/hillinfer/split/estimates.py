@@ -3,71 +3,71 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from statistics import median
 
-WEIGHT = 0.4
-"""Weight of the newest observation. Our choice: three of them make four fifths of the estimate."""
-
-_MEDIAN_OF = 3  # observations: one outlier alone moves nothing, a lasting change counts after two
-
-_SPREAD = 0.05  # of the sizes, relative: with less, overhead and rate cannot be told apart
-
-_LEAST_RATE_SHARE = 0.25  # of the mean time: less would be noise that leaves nothing to divide
+LATEST = 7
+"""Observations of which a median is taken. Our choice: three outliers move nothing, and a lasting change
+counts after four, well within the 20 steps in which a boundary is to have followed."""
 
 
-@dataclass
+class Latest:
+    """The median of the last `LATEST` figures. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._figures: deque[float] = deque(maxlen=LATEST)
+
+    def add(self, figure: float) -> None:
+        """Count a figure."""
+        self._figures.append(figure)
+
+    @property
+    def known(self) -> bool:
+        """Whether there was any."""
+        return bool(self._figures)
+
+    @property
+    def median(self) -> float:
+        """Return it, 0 before any figure."""
+        return median(self._figures) if self._figures else 0.0
+
+
 class Estimate:
-    """Time of a side as a line: T = overhead + amount / rate.
+    """Time of a side as a line: T = overhead + bytes of evaluation keys / rate. Not thread-safe.
 
-    ``amount`` is bytes of evaluation keys, or rows. Means are exponentially weighted, of observations
-    freed of outliers by the median of their last three ratios to what was expected. Not thread-safe.
+    A side says how long its scan took of the time waited for it. The rate is of the scan alone; the rest (the
+    way there and back, waiting in a queue, a thread that starts) is overhead. A line fitted to the time
+    waited alone would take the noise of one for a change of the other: nothing tells them apart while the
+    boundary stands still.
     """
 
-    overhead_s: float = 0.0
-    s_per_unit: float = 0.0
-    observations: int = 0
-    _latest: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_MEDIAN_OF))
-    _amount: float = 0.0
-    _time: float = 0.0
-    _variance: float = 0.0
-    _covariance: float = 0.0
+    def __init__(self) -> None:
+        self.observations = 0
+        self._s_per_byte, self._overhead_s = Latest(), Latest()
 
     @property
     def known(self) -> bool:
         """Whether anything was observed."""
         return self.observations > 0
 
-    def seconds(self, amount: float) -> float:
-        """Return the time expected for ``amount``; 0 of it take none."""
-        return self.overhead_s + amount * self.s_per_unit if amount > 0 else 0.0
+    @property
+    def s_per_byte(self) -> float:
+        """Seconds of scan for a byte, 0 before any observation."""
+        return self._s_per_byte.median
 
-    def observe(self, amount: float, seconds: float) -> None:
-        """Learn that ``amount``, above 0, took ``seconds``, above 0."""
-        if amount <= 0 or seconds <= 0:
+    @property
+    def overhead_s(self) -> float:
+        """Seconds beside the scan, 0 before any observation."""
+        return self._overhead_s.median
+
+    def seconds(self, nbytes: float) -> float:
+        """Return the time expected for ``nbytes``; 0 of them take none."""
+        return self.overhead_s + nbytes * self.s_per_byte if nbytes > 0 else 0.0
+
+    def observe(self, nbytes: float, waited_s: float, scan_s: float) -> None:
+        """Learn that ``nbytes`` took ``waited_s``, ``scan_s`` of it for the scan; 0: not said."""
+        if nbytes <= 0 or waited_s <= 0:
             return
         self.observations += 1
-        if self.observations == 1:
-            self._latest.append((amount, seconds))
-            self._amount, self._time = amount, seconds
-            self.s_per_unit = seconds / amount
-            return
-        self._latest.append((amount, seconds))
-        # Anew by today's estimate: ratios to former ones would correct the same error twice.
-        ratio = median(took / self.seconds(many) for many, took in self._latest)
-        seconds = self.seconds(amount) * ratio
-        ahead, late = amount - self._amount, seconds - self._time
-        self._amount += WEIGHT * ahead
-        self._time += WEIGHT * late
-        self._variance = (1 - WEIGHT) * (self._variance + WEIGHT * ahead * ahead)
-        self._covariance = (1 - WEIGHT) * (self._covariance + WEIGHT * ahead * late)
-        self._fit()
-
-    def _fit(self) -> None:
-        mean = self._time / self._amount
-        if self._variance > (_SPREAD * self._amount) ** 2:
-            slope = self._covariance / self._variance
-            slope = min(max(slope, _LEAST_RATE_SHARE * mean), mean)
-            self.overhead_s = self._time - slope * self._amount
-        self.overhead_s = min(self.overhead_s, (1 - _LEAST_RATE_SHARE) * self._time)
-        self.s_per_unit = (self._time - self.overhead_s) / self._amount
+        scan_s = min(scan_s or waited_s, waited_s)
+        self._s_per_byte.add(scan_s / nbytes)
+        self._overhead_s.add(waited_s - scan_s)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ehillinfer_core/v1/attach.proto\x12\x0chillinfer.v1\"y\n\rAttachRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0elayout_version\x18\x02 \x01(\r\x12\x13\n\x0b\x63lient_name\x18\x03 \x01(\t\x12\x13\n\x0b\x61rena_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04ring\x18\x05 \x01(\x08\"n\n\x0b\x41ttachReply\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.hillinfer.v1.AcceptedH\x00\x12(\n\x07refused\x18\x02 \x01(\x0b\x32\x15.hillinfer.v1.RefusedH\x00\x42\t\n\x07outcome\"\x8a\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x13\n\x0b\x61rena_bytes\x18\x04 \x01(\x04\x12\x18\n\x10\x61rena_generation\x18\x05 \x01(\r\x12\x16\n\x0eserver_version\x18\x06 \x01(\t\")\n\x07Refused\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ehillinfer_core/v1/attach.proto\x12\x0chillinfer.v1\"y\n\rAttachRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0elayout_version\x18\x02 \x01(\r\x12\x13\n\x0b\x63lient_name\x18\x03 \x01(\t\x12\x13\n\x0b\x61rena_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04ring\x18\x05 \x01(\x08\"n\n\x0b\x41ttachReply\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.hillinfer.v1.AcceptedH\x00\x12(\n\x07refused\x18\x02 \x01(\x0b\x32\x15.hillinfer.v1.RefusedH\x00\x42\t\n\x07outcome\"\x9c\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x13\n\x0b\x61rena_bytes\x18\x04 \x01(\x04\x12\x18\n\x10\x61rena_generation\x18\x05 \x01(\r\x12\x16\n\x0eserver_version\x18\x06 \x01(\t\x12\x10\n\x08instance\x18\x07 \x01(\t\")\n\x07Refused\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHREPLY']._serialized_start=171
   _globals['_ATTACHREPLY']._serialized_end=281
   _globals['_ACCEPTED']._serialized_start=284
-  _globals['_ACCEPTED']._serialized_end=422
-  _globals['_REFUSED']._serialized_start=424
-  _globals['_REFUSED']._serialized_end=465
+  _globals['_ACCEPTED']._serialized_end=440
+  _globals['_REFUSED']._serialized_start=442
+  _globals['_REFUSED']._serialized_end=483
 # @@protoc_insertion_point(module_scope)

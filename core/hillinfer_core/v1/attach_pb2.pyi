@@ -28,20 +28,22 @@ class AttachReply(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("session_id", "token", "grpc_address", "arena_bytes", "arena_generation", "server_version")
+    __slots__ = ("session_id", "token", "grpc_address", "arena_bytes", "arena_generation", "server_version", "instance")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
     ARENA_GENERATION_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     token: str
     grpc_address: str
     arena_bytes: int
     arena_generation: int
     server_version: str
-    def __init__(self, session_id: _Optional[int] = ..., token: _Optional[str] = ..., grpc_address: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_generation: _Optional[int] = ..., server_version: _Optional[str] = ...) -> None: ...
+    instance: str
+    def __init__(self, session_id: _Optional[int] = ..., token: _Optional[str] = ..., grpc_address: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., arena_generation: _Optional[int] = ..., server_version: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("error", "message")

@@ -49,7 +49,7 @@ class Region(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class OpenContextRequest(_message.Message):
-    __slots__ = ("layers", "kv_heads", "head_dim", "dtype", "precision", "durable_name", "base_name", "labels")
+    __slots__ = ("layers", "kv_heads", "head_dim", "dtype", "precision", "durable_name", "base_name", "labels", "base_uid")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class OpenContextRequest(_message.Message):
     DURABLE_NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_NAME_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    BASE_UID_FIELD_NUMBER: _ClassVar[int]
     layers: int
     kv_heads: int
     head_dim: int
@@ -73,10 +74,11 @@ class OpenContextRequest(_message.Message):
     durable_name: str
     base_name: str
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., durable_name: _Optional[str] = ..., base_name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    base_uid: int
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., durable_name: _Optional[str] = ..., base_name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., base_uid: _Optional[int] = ...) -> None: ...
 
 class OpenContextResponse(_message.Message):
-    __slots__ = ("context_id", "append_unit", "append_limit", "layer_tokens", "tail_tokens", "evaluation_key_bytes", "checksum_bytes")
+    __slots__ = ("context_id", "append_unit", "append_limit", "layer_tokens", "tail_tokens", "evaluation_key_bytes", "checksum_bytes", "durable_id", "content_checksum")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     APPEND_UNIT_FIELD_NUMBER: _ClassVar[int]
     APPEND_LIMIT_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +86,8 @@ class OpenContextResponse(_message.Message):
     TAIL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_KEY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     context_id: int
     append_unit: int
     append_limit: int
@@ -91,7 +95,9 @@ class OpenContextResponse(_message.Message):
     tail_tokens: _containers.RepeatedScalarFieldContainer[int]
     evaluation_key_bytes: int
     checksum_bytes: int
-    def __init__(self, context_id: _Optional[int] = ..., append_unit: _Optional[int] = ..., append_limit: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., tail_tokens: _Optional[_Iterable[int]] = ..., evaluation_key_bytes: _Optional[int] = ..., checksum_bytes: _Optional[int] = ...) -> None: ...
+    durable_id: str
+    content_checksum: int
+    def __init__(self, context_id: _Optional[int] = ..., append_unit: _Optional[int] = ..., append_limit: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., tail_tokens: _Optional[_Iterable[int]] = ..., evaluation_key_bytes: _Optional[int] = ..., checksum_bytes: _Optional[int] = ..., durable_id: _Optional[str] = ..., content_checksum: _Optional[int] = ...) -> None: ...
 
 class CloseContextRequest(_message.Message):
     __slots__ = ("context_id",)
@@ -168,24 +174,28 @@ class Evaluation(_message.Message):
     def __init__(self, context_id: _Optional[int] = ..., first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., k: _Optional[int] = ..., query: _Optional[_Union[Region, _Mapping]] = ..., ids: _Optional[_Union[Region, _Mapping]] = ..., scores: _Optional[_Union[Region, _Mapping]] = ..., held: _Optional[_Union[Region, _Mapping]] = ..., rows: _Optional[_Union[Region, _Mapping]] = ..., histogram: _Optional[_Union[Region, _Mapping]] = ..., scales: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
 
 class EvaluateResponse(_message.Message):
-    __slots__ = ("results",)
+    __slots__ = ("results", "answered_at")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_AT_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[EvaluationResult]
-    def __init__(self, results: _Optional[_Iterable[_Union[EvaluationResult, _Mapping]]] = ...) -> None: ...
+    answered_at: float
+    def __init__(self, results: _Optional[_Iterable[_Union[EvaluationResult, _Mapping]]] = ..., answered_at: _Optional[float] = ...) -> None: ...
 
 class EvaluationResult(_message.Message):
-    __slots__ = ("generation", "missing_per_head", "rows_brought", "evaluated_bytes", "read_bytes")
+    __slots__ = ("generation", "missing_per_head", "rows_brought", "evaluated_bytes", "read_bytes", "scan_s")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     MISSING_PER_HEAD_FIELD_NUMBER: _ClassVar[int]
     ROWS_BROUGHT_FIELD_NUMBER: _ClassVar[int]
     EVALUATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SCAN_S_FIELD_NUMBER: _ClassVar[int]
     generation: int
     missing_per_head: _containers.RepeatedScalarFieldContainer[int]
     rows_brought: int
     evaluated_bytes: int
     read_bytes: int
-    def __init__(self, generation: _Optional[int] = ..., missing_per_head: _Optional[_Iterable[int]] = ..., rows_brought: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ...) -> None: ...
+    scan_s: float
+    def __init__(self, generation: _Optional[int] = ..., missing_per_head: _Optional[_Iterable[int]] = ..., rows_brought: _Optional[int] = ..., evaluated_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., scan_s: _Optional[float] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("context_id", "layer", "by_ids", "range", "tail", "keys", "rows")
@@ -246,10 +256,12 @@ class FetchResponse(_message.Message):
     def __init__(self, read_bytes: _Optional[int] = ..., generation: _Optional[int] = ..., key_checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SaveContextRequest(_message.Message):
-    __slots__ = ("context_id",)
+    __slots__ = ("context_id", "gid")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
+    GID_FIELD_NUMBER: _ClassVar[int]
     context_id: int
-    def __init__(self, context_id: _Optional[int] = ...) -> None: ...
+    gid: int
+    def __init__(self, context_id: _Optional[int] = ..., gid: _Optional[int] = ...) -> None: ...
 
 class SaveContextResponse(_message.Message):
     __slots__ = ()
@@ -266,7 +278,7 @@ class ListContextsResponse(_message.Message):
     def __init__(self, contexts: _Optional[_Iterable[_Union[DurableContext, _Mapping]]] = ...) -> None: ...
 
 class DurableContext(_message.Message):
-    __slots__ = ("name", "uid", "saved", "tokens", "extent_bytes", "layers", "kv_heads", "head_dim", "dtype", "precision", "labels", "created_unix_s", "users", "drive")
+    __slots__ = ("name", "uid", "saved", "tokens", "extent_bytes", "layers", "kv_heads", "head_dim", "dtype", "precision", "labels", "created_unix_s", "users", "drive", "gid")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +300,7 @@ class DurableContext(_message.Message):
     CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
     DRIVE_FIELD_NUMBER: _ClassVar[int]
+    GID_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: int
     saved: bool
@@ -302,7 +315,8 @@ class DurableContext(_message.Message):
     created_unix_s: int
     users: int
     drive: str
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[int] = ..., saved: bool = ..., tokens: _Optional[int] = ..., extent_bytes: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., created_unix_s: _Optional[int] = ..., users: _Optional[int] = ..., drive: _Optional[str] = ...) -> None: ...
+    gid: int
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[int] = ..., saved: bool = ..., tokens: _Optional[int] = ..., extent_bytes: _Optional[int] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., created_unix_s: _Optional[int] = ..., users: _Optional[int] = ..., drive: _Optional[str] = ..., gid: _Optional[int] = ...) -> None: ...
 
 class DeleteContextRequest(_message.Message):
     __slots__ = ("name", "uid")

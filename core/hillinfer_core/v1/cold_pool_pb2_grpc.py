@@ -127,7 +127,7 @@ class ColdPoolServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListContexts(self, request, context):
-        """Durable contexts of the caller's user; of every user for root.
+        """Durable contexts that the caller's user may begin with; all for root.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

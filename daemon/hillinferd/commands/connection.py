@@ -12,6 +12,7 @@ import grpc
 import typer
 from google.protobuf.message import Message
 
+from hillinfer_core.attach_socket import connect
 from hillinfer_core.errors import DaemonUnavailable, HillInferError, by_name
 from hillinfer_core.protocol import (
     ERROR_KEY,
@@ -58,9 +59,8 @@ def connected(path: Path | None) -> Iterator[tuple[grpc.Channel, Call]]:
 
 
 def _attach(connection: socket.socket, path: Path) -> attach_pb2.Accepted:
-    connection.settimeout(TIMEOUT_S)
     try:
-        connection.connect(str(path))
+        connect(connection, path, TIMEOUT_S)
         request = attach_pb2.AttachRequest(
             protocol_version=PROTOCOL_VERSION, layout_version=LAYOUT_VERSION, client_name="hillinferctl"
         )

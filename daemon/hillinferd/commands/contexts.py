@@ -16,7 +16,7 @@ from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 
 from .connection import JsonOption, SocketOption, connected, to_plain
 from .console import wide_console
-from .users import user_name
+from .users import group_name, user_name
 
 DELETE_TIMEOUT_S = 60.0
 """Longest that a deletion may take: its space is discarded on the drive. Our choice."""
@@ -26,7 +26,7 @@ app = typer.Typer(add_completion=False, help="Durable contexts, which outlive th
 
 @app.callback(invoke_without_command=True)
 def list_contexts(context: typer.Context, as_json: JsonOption = False, socket: SocketOption = None) -> None:
-    """List your durable contexts; those of every user for root."""
+    """List the durable contexts that you may begin with; those of every user for root."""
     if context.invoked_subcommand is not None:
         return
     with connected(socket) as (channel, call):
@@ -34,11 +34,12 @@ def list_contexts(context: typer.Context, as_json: JsonOption = False, socket: S
     if as_json:
         print(json.dumps(to_plain(found), indent=2))
         return
-    table = Table("name", "user", "state", "tokens", "size", "shape", "used by", "made")
+    table = Table("name", "user", "group", "state", "tokens", "size", "shape", "used by", "made")
     for item in found.contexts:
         table.add_row(
             item.name,
             user_name(item.uid),
+            group_name(item.gid) if item.HasField("gid") else "-",
             "saved" if item.saved else "not saved",
             f"{item.tokens:,}",
             format_bytes(item.extent_bytes),

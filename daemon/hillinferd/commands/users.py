@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import pwd
 
 
@@ -11,3 +12,11 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+def group_name(gid: int) -> str:
+    """Return the group's name, or the number if it has none here."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

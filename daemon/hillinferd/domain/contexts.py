@@ -33,6 +33,9 @@ MAX_APPEND_BYTES = 1 << 20
 MAX_SESSION_LAYERS = 1 << 16
 """Layers of all contexts that one session has open: a bound on the daemon's memory, not on what is stored."""
 
+MAX_SESSION_CONTEXTS = 4096
+"""Contexts that one session has open: each is looked at when another is opened, and closed at the end."""
+
 MAX_DURABLE = 4096
 """Durable contexts of one user on one drive: a bound on the catalogue, whatever they hold."""
 
@@ -72,6 +75,11 @@ class Context:
     def checksum_bytes(self) -> int:
         """Bytes of row checksums in DRAM."""
         return self.row_count * CHECKSUM_BYTES
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the worker knows it: a durable one is loaded when it is first used."""
+        return self.durable is None or self.durable.loaded
 
     @property
     def own_extents(self) -> list[Extent]:
@@ -205,16 +213,15 @@ class Catalogue:
         return context
 
     def open_reader(
-        self, session_id: int, uid: int, name: str, shape: Shape, labels: Mapping[str, str]
+        self, session_id: int, uid: int, durable: Durable, shape: Shape, labels: Mapping[str, str]
     ) -> Context:
-        """Register a volatile context that begins with the saved durable context ``name``.
+        """Register a volatile context of the user that begins with a saved one, which may be another's.
 
-        Raises :class:`UnknownContext`, ``ContextMismatch``, or :class:`ContextInUse` for one not saved.
+        Raises :class:`ContextMismatch`, or :class:`ContextInUse` for one not saved.
         """
-        durable = self.find_durable(uid, name)
         durable.check_matches(shape, labels)
         if not durable.saved:
-            raise ContextInUse(f"context {name!r} is not saved yet; continue it, or delete it")
+            raise ContextInUse(f"context {durable.name!r} is not saved yet; continue it, or delete it")
         context = self._register(session_id, uid, shape, [layer.continued() for layer in durable.layers])
         context.base = durable
         durable.readers.add(context.context_id)
@@ -316,6 +323,10 @@ class Catalogue:
                     f"this {what} has {count} contexts open and may have {limit}; close some, or raise "
                     f"{what}_context_limit"
                 )
+        if len(mine) >= MAX_SESSION_CONTEXTS:
+            raise QuotaExceeded(
+                f"this session has {len(mine)} contexts open; more are not allowed, close some"
+            )
         layers = shape.layers + sum(context.shape.layers for context in mine)
         if layers > MAX_SESSION_LAYERS:
             raise QuotaExceeded(

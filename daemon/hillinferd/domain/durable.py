@@ -30,6 +30,9 @@ class Durable:
 
     Written by one context at a time (``writer``, 0 for none) until it is saved. From then on nothing of it
     changes, and any number of volatile contexts (``readers``) begin with its tokens.
+
+    ``unique`` tells it from every other there ever is; ``checksum`` is over the checksums of its rows and
+    over its tails, as of when it was last loaded. ``gid``: a group that may begin with it, None for none.
     """
 
     record_id: int
@@ -45,6 +48,9 @@ class Durable:
     readers: set[int] = field(default_factory=set)
     context_id: int = 0
     loaded: bool = False
+    unique: str = ""
+    checksum: int = 0
+    gid: int | None = None
 
     @property
     def extents(self) -> list[Extent]:

@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hillinfer_core.errors import InvalidInput
+from hillinfer_core.packed import Region
 
-
-@dataclass(frozen=True)
-class Region:
-    """A byte range of an arena; ``length`` 0 means that the region is not wanted."""
-
-    offset: int
-    length: int
+__all__ = ["ArenaSpace", "Region"]
 
 
 @dataclass(frozen=True)

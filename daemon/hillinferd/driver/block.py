@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hillinfer_core import kernel
+from hillinfer_core import transfers
 from hillinfer_core.errors import ConfigError
 from hillinfer_core.layout import PAGE
 
@@ -95,7 +95,7 @@ def format_device(path: Path, *, force: bool = False) -> str:
         if device_bytes(fd) < 2 * _PROBED_BYTES:
             raise ConfigError(f"{path} is too small for a cold pool")
         page = np.zeros(_PROBED_BYTES, np.uint8)
-        kernel.read_range(fd, 0, page, False)
+        transfers.read_range(fd, 0, page, False)
         if page.any() and not force:
             what = "a cold pool" if page.tobytes().startswith(MAGIC) else "content"
             raise ConfigError(f"{path} has {what} on it; to lose that, format with --force")
@@ -105,7 +105,7 @@ def format_device(path: Path, *, force: bool = False) -> str:
         header = Header.new(HEADER_BYTES)
         page[:] = 0
         page[:HEADER_BYTES] = np.frombuffer(header.pack(), np.uint8)
-        kernel.write_range(fd, 0, page, False)
+        transfers.write_range(fd, 0, page, False)
         os.fsync(fd)
     finally:
         os.close(fd)

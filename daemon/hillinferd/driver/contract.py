@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,8 +72,7 @@ class KeySegment:
         return self.first_token + self.tokens
 
 
-@dataclass(frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """Rank tokens ``first .. end - 1`` for ``q`` int8 [kv_heads, R, head_dim], and find the best ``k``.
 
     ``segments`` ascend and follow one another without a gap; those that hold none of the tokens are passed
@@ -91,8 +90,7 @@ class Scan:
     offsets: I32 | None = None
 
 
-@dataclass(frozen=True)
-class Winners:
+class Winners(NamedTuple):
     """The best of a scan: ``ids`` [kv_heads, min(k, tokens)] ascending, and their ``scores``.
 
     ``scanned`` and ``read`` are bytes of evaluation keys: looked at, and of these brought from the drive.

@@ -6,7 +6,7 @@ published measurements), and the project has never run on one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hillinfer_core.errors import ConfigError
 from hillinfer_core.layout import PAGE
@@ -71,9 +71,23 @@ SMARTSSD = Profile(
 """Samsung SmartSSD with Xilinx KU15P; every figure is the vendor's."""
 
 
+SMARTSSD_THIRD = replace(
+    SMARTSSD,
+    name="smartssd_third",
+    **{
+        rate: getattr(SMARTSSD, rate) / 3
+        for rate in (
+            "nand_read", "nand_write", "read_iops", "card_dram", "kernel", "host_read", "host_write", "p2p",
+        )
+    },
+    latency=SMARTSSD.latency * 3,
+)  # fmt: skip
+"""A third as fast: for trials of what adapts to a drive that becomes slower."""
+
+
 def profile(name: str) -> Profile:
     """Return the profile called ``name``, or raise :class:`ConfigError`."""
-    for known in (NONE, SMARTSSD):
+    for known in (NONE, SMARTSSD, SMARTSSD_THIRD):
         if known.name == name:
             return known
     raise ConfigError(f"profile: {name!r} is not known; use none or smartssd")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hillinfer_core import kernel
+from hillinfer_core import transfers
 from hillinfer_core.errors import ConfigError, DamagedCatalogue
 from hillinfer_core.layout import PAGE
 from hillinfer_core.reference import U8
@@ -98,7 +98,7 @@ class Storage:
         if len(data):
             started = self._pacing.now()
             try:
-                kernel.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
+                transfers.write_range(self._fd, offset, np.frombuffer(data, np.uint8), self.direct_io)
             except OSError as error:
                 raise self._gone(error) from None
             self.requests.writes += 1
@@ -129,22 +129,23 @@ class Storage:
         self.requests.reads += 1
         if self.direct_io and (offset % PAGE or target.size % PAGE or target.ctypes.data % PAGE):
             return self._read_bounced(offset, target)
-        kernel.read_range(self._fd, offset, target, self.direct_io)
+        transfers.read_range(self._fd, offset, target, self.direct_io)
         return target.size
 
     def gather(self, offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> int:
-        """Read rows, many requests at a time; see :func:`hillinfer_core.kernel.gather`."""
+        """Read rows, many requests at a time; see :func:`hillinfer_core.transfers.gather`."""
         if len(offsets) == 0:
             return 0
         if int(offsets.max()) + out.shape[1] > self.capacity:
             raise ValueError("a row to gather is beyond the capacity")
         started = self._pacing.now()
         if self._memory is not None:
-            kernel.copy_rows(self._memory, offsets, out)
-            touching = np.count_nonzero(np.diff(np.sort(offsets)) == out.shape[1])
-            self._pacing.read(started, out.size, len(offsets) - int(touching))
+            transfers.copy_rows(self._memory, offsets, out)
+            if self._pacing.profile is not NONE:
+                touching = np.count_nonzero(np.diff(np.sort(offsets)) == out.shape[1])
+                self._pacing.read(started, out.size, len(offsets) - int(touching))
             return out.size
-        total, requests = kernel.gather(self._fd, offsets, out.shape[1], out, self.direct_io, self.depth)
+        total, requests = transfers.gather(self._fd, offsets, out.shape[1], out, self.direct_io, self.depth)
         self.requests.reads += requests
         self._pacing.read(started, total, requests)
         return total
@@ -157,7 +158,7 @@ class Storage:
         if not length:
             return
         try:
-            (discard_device if self._device else kernel.punch_hole)(self._fd, offset, length)
+            (discard_device if self._device else transfers.punch_hole)(self._fd, offset, length)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise self._gone(error) from None
@@ -185,7 +186,7 @@ class Storage:
             start = (offset + done) // PAGE * PAGE
             skip = offset + done - start
             length = min(_BOUNCE_BYTES, -(-(skip + target.size - done) // PAGE) * PAGE)
-            kernel.read_range(self._fd, start, self._bounce[:length], self.direct_io)
+            transfers.read_range(self._fd, start, self._bounce[:length], self.direct_io)
             take = min(length - skip, target.size - done)
             target[done : done + take] = self._bounce[skip : skip + take]
             total += length
@@ -244,10 +245,10 @@ class Storage:
         page = self._bounce[:PAGE]
         page[:] = np.frombuffer(header.pack(), np.uint8)
         try:
-            kernel.write_range(self._fd, 0, page, self.direct_io)
+            transfers.write_range(self._fd, 0, page, self.direct_io)
         except OSError as error:
             self._without_direct(error)
-            kernel.write_range(self._fd, 0, page, False)
+            transfers.write_range(self._fd, 0, page, False)
         os.fsync(self._fd)
 
     def _without_direct(self, error: OSError) -> None:
@@ -260,7 +261,7 @@ class Storage:
 
 def _mapped(fd: int, capacity: int) -> U8 | None:
     """Map a pool on a file system that is memory, such as /dev/shm: reading it is no I/O to wait for."""
-    if not kernel.is_memory(fd):
+    if not transfers.is_memory(fd):
         return None
     return np.frombuffer(mmap.mmap(fd, capacity, prot=mmap.PROT_READ), np.uint8)
 
@@ -286,7 +287,7 @@ def _open(path: Path, direct: bool, keep: bool) -> tuple[int, bool, bool]:
 
 
 def _start_direct(fd: int) -> bool:
-    alignment = kernel.direct_alignment(fd)
+    alignment = transfers.direct_alignment(fd)
     if alignment is not None and not 0 < max(alignment) <= PAGE:
         return False
     try:

@@ -24,6 +24,8 @@ LATENESS_S = 1.0
 
 _LATENESS = (1e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+_MARGIN = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.5, 10.0, 20.0, 40.0)
+
 
 class Metrics:
     """Metrics of ``service`` at ``metrics.sock`` in ``runtime_dir``, and in ``file`` unless it is None."""
@@ -38,10 +40,20 @@ class Metrics:
             buckets=_LATENESS,
             registry=self._registry,
         )
+        self._margin = Histogram(
+            "hillinferd_watchdog_margin_seconds",
+            "What was left of WatchdogSec when the watchdog was fed again",
+            buckets=_MARGIN,
+            registry=self._registry,
+        )
         service.observe(Recorder(self._registry).observe)
         self._socket = MetricsSocket(metrics_socket(runtime_dir), self.render)
         self._file = file
         self._tasks: list[asyncio.Task[None]] = []
+
+    def fed(self, margin_s: float) -> None:
+        """Note that the watchdog was fed with ``margin_s`` seconds to go."""
+        self._margin.observe(margin_s)
 
     def render(self) -> bytes:
         """Return all metrics as text; on the event loop of the service."""

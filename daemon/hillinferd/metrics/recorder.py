@@ -29,7 +29,7 @@ class _Bound:
 
     queue: Histogram
     service: Histogram
-    moved: dict[str, Counter]
+    moved: list[tuple[str, Counter]]
     reads: Counter
     writes: Counter
 
@@ -80,10 +80,13 @@ class Recorder:
             bound = self._bound[key] = self._bind(_labels(drive, piece))
         bound.queue.observe(piece.queue_s)
         bound.service.observe(piece.service_s)
-        bound.reads.inc(moved.reads)
-        bound.writes.inc(moved.writes)
-        for kind, counter in bound.moved.items():
-            counter.inc(getattr(moved, kind))
+        if moved.reads:
+            bound.reads.inc(moved.reads)
+        if moved.writes:
+            bound.writes.inc(moved.writes)
+        for kind, counter in bound.moved:
+            if amount := getattr(moved, kind):
+                counter.inc(amount)
         if piece.error is not None:
             self._errors.labels(*_labels(drive, piece), _error_name(piece.error)).inc()
 
@@ -91,7 +94,7 @@ class Recorder:
         return _Bound(
             self._queue.labels(*labels),
             self._service.labels(*labels),
-            {kind: self._moved.labels(*labels, kind) for kind in _KINDS},
+            [(kind, self._moved.labels(*labels, kind)) for kind in _KINDS],
             self._requests.labels(*labels, "read"),
             self._requests.labels(*labels, "write"),
         )

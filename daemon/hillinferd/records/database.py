@@ -8,7 +8,7 @@ import sqlite3
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,7 @@ class Database:
         self.fresh = not path.exists() or path.stat().st_size == 0
         self.salvaged: set[int] = set()
         with self._typed():
+            _make(path)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._sequence_fd = -1
             try:
@@ -274,6 +275,12 @@ class Database:
             if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
                 raise self._damaged(str(error)) from error
             raise DeviceUnavailable(f"the catalogue {self._path} cannot be used: {error}") from error
+
+
+def _make(path: Path) -> None:
+    """Make the file if there is none, for its owner alone: it holds rows. SQLite's log takes its mode."""
+    with suppress(OSError):  # SQLite says better what is wrong.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _crc(key: Key, body: bytes) -> int:

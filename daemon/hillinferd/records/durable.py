@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,6 +102,14 @@ class DurableRecords:
         """Return what a worker needs to go on with each layer."""
         return [self._content(durable, index) for index in range(durable.shape.layers)]
 
+    def checksum(self, durable: Durable, contents: Iterable[LayerContent]) -> int:
+        """Return the CRC-32 over the row checksums of ``contents``, which are all there is, and its tails."""
+        value = 0
+        for index, content in enumerate(contents):
+            value = zlib.crc32(content.row_checksums.tobytes(), value)
+            value = zlib.crc32(self.tail(durable, index), value)
+        return value
+
     def _content(self, durable: Durable, index: int) -> LayerContent:
         shape = durable.shape
         fields = self._json(Key("layer", durable.record_id, index))
@@ -153,6 +162,9 @@ class DurableRecords:
             fields["labels"],
             fields["created"],
             fields["saved"],
+            # Catalogues of before have none.
+            unique=fields.get("unique") or f"{key.context}-{fields['created']}",
+            gid=fields.get("gid"),
         )
         tails = {
             k.layer: int.from_bytes(tail[:4], "little") for k, tail in self.database.all("tail", key.context)
@@ -187,6 +199,8 @@ class DurableRecords:
             "layout": LAYOUT_VERSION,
             "name": durable.name,
             "uid": durable.uid,
+            "unique": durable.unique,
+            "gid": durable.gid,
             "labels": durable.labels,
             "created": durable.created_unix_s,
             "saved": saved,

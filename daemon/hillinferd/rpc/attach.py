@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ log = get_logger(__name__)
 REQUEST_TIMEOUT_S = 5.0
 """How long a connection may stay silent before it is dropped; a client writes at once. Our choice."""
 
-_BACKLOG = 64
+SILENT_LIMIT = 64
+"""Connections that may be silent at a time; one more ends the oldest of whoever has the most. Our choice."""
+
+_BACKLOG = 1024
 
 _UCRED = struct.Struct("iII")  # struct ucred in socket(7): pid, uid, gid
 
@@ -51,7 +55,7 @@ class AttachServer:
         self._grpc_address = grpc_address
         self._connections: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
-        self._unattached = asyncio.Semaphore(_BACKLOG)
+        self._silent: dict[asyncio.Task[None], int] = {}  # by user, the oldest first
         self._sock = listening or _listen(path)
 
     def start(self) -> None:
@@ -75,20 +79,30 @@ class AttachServer:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            # Each connection is a descriptor: silent ones must not use up all there are.
-            await self._unattached.acquire()
             try:
                 connection, _ = await loop.sock_accept(self._sock)
+                peer = _peer(connection)
             except OSError as error:
-                self._unattached.release()
                 log.warning("cannot accept a client", error=error)
                 await asyncio.sleep(0.1)
                 continue
-            task = asyncio.create_task(self._serve(connection))
+            # Each is a descriptor: silent ones must neither use up all there are nor keep others out.
+            if len(self._silent) >= SILENT_LIMIT:
+                self._drop_silent()
+            task = asyncio.create_task(self._serve(connection, peer))
+            self._silent[task] = peer.uid
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
+            # While many wait, accepting would otherwise give nobody else a turn.
+            await asyncio.sleep(0)
 
-    async def _serve(self, connection: socket.socket) -> None:
+    def _drop_silent(self) -> None:
+        ((most, _),) = Counter(self._silent.values()).most_common(1)
+        oldest = next(task for task, uid in self._silent.items() if uid == most)
+        del self._silent[oldest]
+        oldest.cancel()
+
+    async def _serve(self, connection: socket.socket, peer: Peer) -> None:
         loop = asyncio.get_running_loop()
         session = None
         with connection:
@@ -98,10 +112,11 @@ class AttachServer:
                     async with asyncio.timeout(REQUEST_TIMEOUT_S):
                         packet = await loop.sock_recv(connection, MAX_PACKET)
                 finally:
-                    self._unattached.release()
+                    if task := asyncio.current_task():
+                        self._silent.pop(task, None)
                 if not packet:
                     return
-                session = await self._attach(connection, packet)
+                session = await self._attach(connection, peer, packet)
                 if session:
                     await self._until_hang_up(connection, session)
             except (OSError, TimeoutError) as error:
@@ -114,11 +129,7 @@ class AttachServer:
 
     async def _until_hang_up(self, connection: socket.socket, session: Session) -> None:
         """Serve the session's ring until the client hangs up, breaks a protocol, or is to go."""
-        ring = (
-            RingServer(self._servicer, session, session.ring, self._service.count_refused)
-            if session.ring
-            else None
-        )
+        ring = RingServer(self._service, self._servicer, session, session.ring) if session.ring else None
         hang_up = asyncio.create_task(asyncio.get_running_loop().sock_recv(connection, 1))
         closing = asyncio.create_task(session.closing.wait())
         waiting: list[asyncio.Task[Any]] = [hang_up, closing]
@@ -137,8 +148,7 @@ class AttachServer:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def _attach(self, connection: socket.socket, packet: bytes) -> Session | None:
-        peer = _peer(connection)
+    async def _attach(self, connection: socket.socket, peer: Peer, packet: bytes) -> Session | None:
         try:
             request = _parse(packet)
             session = await self._service.attach(request.client_name, request.arena_bytes, peer, request.ring)
@@ -155,6 +165,7 @@ class AttachServer:
             arena_bytes=session.arena.nbytes,
             arena_generation=session.arena.generation,
             server_version=__version__,
+            instance=self._service.instance,
         )
         log.info(
             "session attached",
@@ -165,12 +176,13 @@ class AttachServer:
             arena_bytes=session.arena.nbytes,
         )
         fds = [session.arena_fd] if session.arena_fd is not None else []
-        if session.ring is not None:
-            fds += [session.ring.memory, session.ring.submitted, session.ring.completed]
+        if (ring := session.clients_ring) is not None:
+            fds += [ring.memory, ring.submitted, ring.completed]
         try:
             socket.send_fds(connection, [pb.AttachReply(accepted=accepted).SerializeToString()], fds)
         except OSError:
             log.debug("client left while attaching", session=session.session_id)
+        session.close_clients_ring()
         return session
 
 

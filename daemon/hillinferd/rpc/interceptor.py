@@ -16,13 +16,14 @@ from ..logs import get_logger
 
 log = get_logger(__name__)
 
-_OURS = "/hillinfer."
+_LONGEST_MESSAGE = 2048
+"""Bytes. gRPC sends it as metadata, up to three times as long, and may drop the call above 8 KiB of them."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method of the hillinfer services; others pass unchanged.
+    """Wraps every method of every service, gRPC's own health and reflection too.
 
     ``refused`` is called with the name of each error that is answered with.
     """
@@ -37,11 +38,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Return the handler with its errors mapped."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_OURS):
-            return handler
+        if handler is None:
+            return None
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 _stream(handler.stream_stream, self._refused),
+                _decoder(handler.request_deserializer),
+                handler.response_serializer,
+            )
+        if handler.response_streaming:
+            # Health's Watch, which writes its answers itself.
+            return grpc.unary_stream_rpc_method_handler(
+                _unary(handler.unary_stream, self._refused),
                 _decoder(handler.request_deserializer),
                 handler.response_serializer,
             )
@@ -103,7 +111,9 @@ async def _abort(context: Context, error: HillInferError, refused: Callable[[str
     name = name_of(error)
     refused(name)
     log.debug("call refused", error=name, reason=error)
-    await context.abort(grpc.StatusCode[error.status], str(error), ((ERROR_KEY, name),))
+    # A message may quote what the client sent; its end matters least.
+    message = str(error).encode()[:_LONGEST_MESSAGE].decode(errors="ignore")
+    await context.abort(grpc.StatusCode[error.status], message, ((ERROR_KEY, name),))
 
 
 async def _abort_unexpected(context: Context, error: Exception, refused: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,6 +12,8 @@ from google.protobuf.message import DecodeError, Message
 
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import HillInferError, InvalidInput, name_of
+from hillinfer_core.layout import Reduction
+from hillinfer_core.packed import pack_answer, unpack_request, unpack_results
 from hillinfer_core.ring import (
     ENTRIES,
     PAYLOAD_BYTES,
@@ -26,8 +29,11 @@ from hillinfer_core.ring import (
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
 
 from ..logs import get_logger
+from ..service import requests
+from ..service.calls import Call
+from ..service.cold_pool import ColdPoolService
 from ..service.sessions import Session
-from .servicer import ColdPoolServicer
+from .servicer import ColdPoolServicer, evaluate_ask, evaluate_response
 
 log = get_logger(__name__)
 
@@ -41,28 +47,30 @@ _REQUESTS: dict[int, type[Message]] = {
 class RingServer:
     """Answers what ``session`` submits to its ring ``fds``, which stays the session's. One event loop.
 
-    ``refused`` is called with the name of each error that is answered with.
+    Evaluations go the whole way by callbacks, without a task: each token asks for one in every layer.
+    Errors that it answers with are counted by the service.
     """
 
     def __init__(
         self,
+        service: ColdPoolService,
         servicer: ColdPoolServicer,
         session: Session,
         fds: RingFds,
-        refused: Callable[[str], None],
     ) -> None:
-        self._tell_refused = refused
+        self._service = service
         self._session = session
         self._fds = fds
         self._submissions, self._completions = daemon_ends(Arena(fds.memory, RING_BYTES))
-        self._calls: dict[int, Callable[[Session, Any, float | None], Awaitable[Message]]] = {
-            Method.Evaluate: servicer.evaluate,
+        self._methods: dict[int, Callable[[Session, Any, float | None], Awaitable[Message]]] = {
             Method.Append: servicer.append,
             Method.Fetch: servicer.fetch,
         }
         self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: dict[int, Call] = {}
+        self._numbers = itertools.count()
         self.broken = asyncio.Event()
-        """Set when the client broke the ring's rules: nothing more is taken from it, end the session."""
+        """Set when the client broke the ring's rules or left it: nothing more is taken, end the session."""
 
     def start(self) -> None:
         """Begin to answer."""
@@ -73,60 +81,117 @@ class RingServer:
         asyncio.get_running_loop().remove_reader(self._fds.submitted)
         for task in self._tasks:
             task.cancel()
+        for call in list(self._calls.values()):
+            call.give_up()
+        self._calls.clear()
 
     def _rung(self) -> None:
-        clear_doorbell(self._fds.submitted)
+        if not clear_doorbell(self._fds.submitted):
+            self._end()
+            return
         try:
             entries = self._submissions.take()
-            if len(entries) + len(self._tasks) > ENTRIES:
+            if len(entries) + len(self._tasks) + len(self._calls) > ENTRIES:
                 raise InvalidInput(f"more than {ENTRIES} requests are in flight on the ring")
         except HillInferError as error:
             self._break(error)
             return
         for entry in entries:
-            task = asyncio.create_task(self._serve(entry))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            if self.broken.is_set():
+                return
+            if entry.code in (Method.Evaluate, Method.EvaluatePacked):
+                self._evaluate(entry)
+            else:
+                task = asyncio.create_task(self._serve(entry))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    def _evaluate(self, entry: Entry) -> None:
+        number = next(self._numbers)
+
+        def answer(results: bytes, error: Exception | None) -> None:
+            self._calls.pop(number, None)
+            if error is not None:
+                payload = b""
+            elif entry.code == Method.Evaluate:
+                payload = evaluate_response(unpack_results(results)).SerializeToString()
+            else:
+                payload = pack_answer(time.monotonic(), results)
+            self._complete(entry, payload, error)
+
+        try:
+            ask = _unpacked(entry.payload) if entry.code != Method.Evaluate else evaluate_ask(_request(entry))
+            call = self._service.begin_evaluate(self._session, ask, _deadline(entry), answer)
+        except Exception as error:
+            self._complete(entry, b"", error)
+            return
+        if not call.done():
+            self._calls[number] = call
 
     async def _serve(self, entry: Entry) -> None:
         try:
-            answer = (await self._answer(entry)).SerializeToString()
-            if len(answer) > PAYLOAD_BYTES:
-                raise InvalidInput("the answer does not fit in the ring; make this call by gRPC")
-            outcome = Outcome.answered
-        except HillInferError as error:
-            log.debug("call refused", error=name_of(error), reason=error)
-            self._tell_refused(name_of(error))
-            outcome, answer = Outcome.refused, _refused(name_of(error), str(error))
-        except Exception:
-            log.exception("unexpected error in a call on a ring")
-            message = "internal error; see the daemon's log"
-            self._tell_refused(HillInferError.__name__)
-            outcome, answer = Outcome.refused, _refused(HillInferError.__name__, message)
-        try:
-            self._completions.put(Entry(entry.ticket, outcome, 0, answer))
-        except HillInferError as error:
-            self._break(error)
-            return
-        ring_doorbell(self._fds.completed)
+            if entry.code not in self._methods:
+                raise InvalidInput(f"the ring has no method {entry.code}")
+            message = await self._methods[entry.code](self._session, _request(entry), _deadline(entry))
+            answer = message.SerializeToString()
+        except Exception as error:
+            self._complete(entry, b"", error)
+            # The future that raised it keeps it, and its traceback this frame and so the ring's memory: a
+            # cycle, and a descriptor that would go when garbage is next collected.
+            error.__traceback__ = None
+        else:
+            self._complete(entry, answer, None)
 
-    async def _answer(self, entry: Entry) -> Message:
-        kind = _REQUESTS.get(entry.code)
-        if kind is None:
-            raise InvalidInput(f"the ring has no method {entry.code}")
+    def _complete(self, entry: Entry, payload: bytes, error: Exception | None) -> None:
+        if error is None and len(payload) > PAYLOAD_BYTES:
+            error = InvalidInput("the answer does not fit in the ring; make this call by gRPC")
+        if error is not None:
+            payload = self._refusal(error)
+        outcome = Outcome.answered if error is None else Outcome.refused
         try:
-            request = kind.FromString(entry.payload)
-        except DecodeError:
-            raise InvalidInput(f"the payload is not a {kind.DESCRIPTOR.name}") from None
-        deadline = time.monotonic() + entry.timeout_ms / 1000 if entry.timeout_ms else None
-        return await self._calls[entry.code](self._session, request, deadline)
+            self._completions.put(Entry(entry.ticket, outcome, 0, payload))
+            ring_doorbell(self._fds.completed)
+        except HillInferError as broken:
+            self._break(broken)
+        except BrokenPipeError:
+            self._end()
+
+    def _refusal(self, error: Exception) -> bytes:
+        if isinstance(error, HillInferError):
+            name, message = name_of(error), str(error)
+            log.debug("call refused", error=name, reason=error)
+        else:
+            name, message = HillInferError.__name__, "internal error; see the daemon's log"
+            log.exception("unexpected error in a call on a ring", error)
+        self._service.count_refused(name)
+        # A message may quote what the client sent; its end matters least.
+        return attach_pb2.Refused(error=name, message=message[: PAYLOAD_BYTES // 8]).SerializeToString()
 
     def _break(self, error: HillInferError) -> None:
         log.warning("a client broke its ring", session=self._session.session_id, reason=error)
+        self._end()
+
+    def _end(self) -> None:
         self.stop()
         self.broken.set()
 
 
-def _refused(name: str, message: str) -> bytes:
-    # A message may quote what the client sent; its end matters least.
-    return attach_pb2.Refused(error=name, message=message[: PAYLOAD_BYTES // 8]).SerializeToString()
+def _request(entry: Entry) -> Any:
+    kind = _REQUESTS[entry.code]
+    try:
+        return kind.FromString(entry.payload)
+    except DecodeError:
+        raise InvalidInput(f"the payload is not a {kind.DESCRIPTOR.name}") from None
+
+
+def _unpacked(payload: bytes) -> requests.Evaluate:
+    layer, query_heads, reduction, generation, items = unpack_request(payload)
+    evaluations = [
+        requests.Evaluation(*item[:4], *(requests.RawRegion(*region, generation) for region in item[4:]))
+        for item in items
+    ]
+    return requests.Evaluate(layer, query_heads, Reduction.from_proto(reduction), evaluations, payload)
+
+
+def _deadline(entry: Entry) -> float | None:
+    return time.monotonic() + entry.timeout_ms / 1000 if entry.timeout_ms else None

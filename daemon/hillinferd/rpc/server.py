@@ -21,7 +21,7 @@ from ..service.cold_pool import ColdPoolService
 from ..service.drain import Drain
 from ..service.supervisor import Supervisor
 from .admin import AdminServicer
-from .attach import AttachServer
+from .attach import REQUEST_TIMEOUT_S, AttachServer
 from .interceptor import ErrorInterceptor
 from .servicer import ColdPoolServicer
 
@@ -32,6 +32,15 @@ STOP_GRACE_S = 0.5
 
 DRAIN_S = 5.0
 """How long requests in flight may go on after a stop was asked for; new ones are refused. Our choice."""
+
+_OPTIONS = (
+    # A connection that does not begin to speak HTTP/2 is dropped as soon as one that does not attach.
+    ("grpc.server_handshake_timeout_ms", int(REQUEST_TIMEOUT_S * 1000)),
+    # Some 20 KB each. More are refused at once, which costs those nothing who are connected. Our choice.
+    ("grpc.max_allowed_incoming_connections", 8192),
+    # Of a connection. Calls beyond that wait in the client; a session may have 256 requests. Our choice.
+    ("grpc.max_concurrent_streams", 1024),
+)
 
 _SERVICES = (
     cold_pool_pb2.DESCRIPTOR.services_by_name["ColdPool"].full_name,
@@ -60,7 +69,9 @@ class Transports:
         # The lock is ours: what lies there was left by a daemon that was killed.
         self._unlink()
         address = f"unix:{self._grpc_path}"
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor(service.count_refused)])
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(service.count_refused)], options=_OPTIONS
+        )
         self._health = health.aio.HealthServicer()
         servicer = ColdPoolServicer(service)
         cold_pool_pb2_grpc.add_ColdPoolServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
+from hillinfer_core.packed import Evaluated
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1 import cold_pool_pb2_grpc
 
@@ -34,10 +36,14 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             DType.from_proto(request.dtype),
             Precision.from_proto(request.precision),
         )
-        ask = requests.OpenContext(shape, request.durable_name, request.base_name, dict(request.labels))
+        owner = request.base_uid if request.HasField("base_uid") else None
+        ask = requests.OpenContext(
+            shape, request.durable_name, request.base_name, dict(request.labels), owner
+        )
         if request.WhichOneof("kind") and not (ask.durable_name or ask.base_name):
             raise InvalidInput("the name of a durable context is empty")
         opened = await self._service.open_context(self._session(context), ask, deadline_of(context))
+        kept = opened.durable or opened.base
         return pb.OpenContextResponse(
             context_id=opened.context_id,
             append_unit=shape.append_unit,
@@ -46,6 +52,8 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
             tail_tokens=opened.tails,
             evaluation_key_bytes=opened.evaluation_key_bytes,
             checksum_bytes=opened.checksum_bytes,
+            durable_id=kept.unique if kept else "",
+            content_checksum=opened.base.checksum if opened.base else 0,
         )
 
     async def CloseContext(
@@ -88,26 +96,8 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
     async def evaluate(
         self, session: Session, request: pb.EvaluateRequest, deadline: float | None
     ) -> pb.EvaluateResponse:
-        """Answer one evaluation, from whatever transport."""
-        ask = requests.Evaluate(
-            request.layer,
-            request.query_heads,
-            Reduction.from_proto(request.reduction),
-            [_evaluation(item) for item in request.evaluations],
-        )
-        results = await self._service.evaluate(session, ask, deadline)
-        return pb.EvaluateResponse(
-            results=[
-                pb.EvaluationResult(
-                    generation=result.generation,
-                    missing_per_head=result.missing_per_head,
-                    rows_brought=result.rows_brought,
-                    evaluated_bytes=result.evaluated_bytes,
-                    read_bytes=result.read_bytes,
-                )
-                for result in results
-            ]
-        )
+        """Answer one evaluation."""
+        return evaluate_response(await self._service.evaluate(session, evaluate_ask(request), deadline))
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
         """Bring rows by id or by range."""
@@ -157,7 +147,10 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
 
     async def SaveContext(self, request: pb.SaveContextRequest, context: Context) -> pb.SaveContextResponse:
         """Make a durable context complete and read-only."""
-        await self._service.save_context(self._session(context), request.context_id, deadline_of(context))
+        gid = request.gid if request.HasField("gid") else None
+        await self._service.save_context(
+            self._session(context), request.context_id, gid, deadline_of(context)
+        )
         return pb.SaveContextResponse()
 
     async def ListContexts(
@@ -178,11 +171,36 @@ class ColdPoolServicer(cold_pool_pb2_grpc.ColdPoolServicer):
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Describe device, pool and sessions; waits for nothing."""
-        self._session(context)
-        return status_response(self._service, __version__)
+        return status_response(self._service, __version__, self._session(context))
 
     def _session(self, context: Context) -> Session:
         return session_of(self._service, context)
+
+
+def evaluate_ask(request: pb.EvaluateRequest) -> requests.Evaluate:
+    """Return what the service takes for ``request``, from whatever transport."""
+    reduction = Reduction.from_proto(request.reduction)
+    items = [_evaluation(item) for item in request.evaluations]
+    return requests.Evaluate(request.layer, request.query_heads, reduction, items)
+
+
+def evaluate_response(results: list[Evaluated]) -> pb.EvaluateResponse:
+    """Return the message for what the service answered."""
+    return pb.EvaluateResponse(
+        results=[
+            pb.EvaluationResult(
+                generation=result.generation,
+                missing_per_head=result.missing_per_head,
+                rows_brought=result.rows_brought,
+                evaluated_bytes=result.evaluated_bytes,
+                read_bytes=result.read_bytes,
+                scan_s=result.scan_s,
+            )
+            for result in results
+        ],
+        # A client whose cores are busy sees the answer late; this is when it was there.
+        answered_at=time.monotonic(),
+    )
 
 
 def _region(region: pb.Region) -> requests.RawRegion:

@@ -14,8 +14,8 @@ from ..service.sessions import Session
 from ..service.usage import Usage
 
 
-def status_response(service: ColdPoolService, version: str) -> pb.StatusResponse:
-    """Return the state of this moment; blocks for nothing and changes nothing."""
+def status_response(service: ColdPoolService, version: str, asking: Session) -> pb.StatusResponse:
+    """Return the state of this moment, with the sessions that ``asking`` may see; changes nothing."""
     drives = [_drive(drive) for drive in service.drives]
     return pb.StatusResponse(
         version=version,
@@ -26,7 +26,7 @@ def status_response(service: ColdPoolService, version: str) -> pb.StatusResponse
             used_bytes=sum(drive.pool.used_bytes for drive in drives),
             extents=sum(drive.pool.extents for drive in drives),
         ),
-        sessions=[_session(service, session) for session in service.sessions],
+        sessions=[_session(service, session) for session in service.sessions.seen_by(asking)],
         drives=drives,
         draining=service.sessions.drain.on,
     )
@@ -50,6 +50,7 @@ def durable_context(drive: Drive, durable: Durable) -> pb.DurableContext:
         created_unix_s=durable.created_unix_s,
         users=len(durable.readers) + bool(durable.writer),
         drive=drive.name,
+        gid=durable.gid,
     )
 
 

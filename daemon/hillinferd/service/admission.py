@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hillinfer_core.errors import InvalidInput, OutOfOrder
 from hillinfer_core.layout import PAGE, TILE_TOKENS, Reduction, Shape
+from hillinfer_core.packed import NOT_WANTED, Item
 from hillinfer_core.reference import HISTOGRAM_BINS
 from hillinfer_core.units import format_bytes
 
@@ -29,7 +30,11 @@ MAX_GROUP = 128
 """Query heads for one KV head: more than any model has; each is a pass over the keys with Reduction.max."""
 
 MAX_SCANNED = 32 << 30
-"""Bytes of evaluation keys in one request: seconds from memory, within the deadline from a drive."""
+"""Bytes of evaluation keys in one request, each pass over them counted: seconds from memory, within the
+deadline from a drive."""
+
+MAX_HELD = 64 << 20
+"""Bytes of the ids held in one evaluation: 2 million for each of 8 KV heads, 0.2 s to look through."""
 
 MAX_EVALUATIONS = 256
 """Evaluations in one request: keeps the message to the worker within one packet."""
@@ -39,8 +44,6 @@ MAX_FETCHED_KEYS = 8 << 20
 
 SCALE_ITEM_BYTES = 4
 """Bytes of a float32 of the ranges' scale."""
-
-NOT_WANTED = Region(0, 0)
 
 
 def append_rows(session: Session, context: Context, ask: requests.Append) -> Region:
@@ -81,8 +84,12 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     """Check a whole request; raises :class:`InvalidInput` or what ``Catalogue.get`` raises."""
     if not 1 <= len(ask.evaluations) <= MAX_EVALUATIONS:
         raise InvalidInput(f"a request takes 1 to {MAX_EVALUATIONS} evaluations, not {len(ask.evaluations)}")
-    checked = [_evaluation(session, catalogue, ask, evaluation) for evaluation in ask.evaluations]
-    heads = sum(catalogue.get(session.session_id, item.context_id).shape.kv_heads for item in checked)
+    contexts = [catalogue.get(session.session_id, item.context_id) for item in ask.evaluations]
+    checked = [
+        _evaluation(session, context, ask, item)
+        for context, item in zip(contexts, ask.evaluations, strict=True)
+    ]
+    heads = sum(context.shape.kv_heads for context in contexts)
     if heads > MAX_RESULTS:
         raise InvalidInput(
             f"{heads} evaluations times KV heads in one request; at most {MAX_RESULTS} are allowed"
@@ -91,14 +98,16 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     if rows > session.arena.nbytes:
         raise InvalidInput(f"the regions for rows have {rows} bytes together, more than the arena")
     scanned = sum(
-        scan_bytes(catalogue.get(session.session_id, item.context_id).shape, item) for item in checked
+        scan_bytes(context.shape, item, ask) for context, item in zip(contexts, checked, strict=True)
     )
     if scanned > MAX_SCANNED:
         raise InvalidInput(
             f"a request that scans {format_bytes(scanned)} of evaluation keys; at most "
             f"{format_bytes(MAX_SCANNED)} are allowed, ask in several"
         )
-    return messages.Evaluate(session.session_id, ask.layer, ask.query_heads, ask.reduction, checked)
+    return messages.Evaluate(
+        session.session_id, ask.layer, ask.query_heads, ask.reduction, checked, ask.packed
+    )
 
 
 def fetch_ids(session: Session, context: Context, ask: requests.FetchIds) -> messages.FetchIds:
@@ -152,16 +161,16 @@ def fetch_keys(session: Session, context: Context, ask: requests.FetchKeys) -> m
     return messages.FetchKeys(session.session_id, ask.context_id, ask.layer, first, end, tiles, scales)
 
 
-def scan_bytes(shape: Shape, item: messages.Evaluation) -> int:
-    """Return the bytes of evaluation keys that an evaluation scans."""
+def scan_bytes(shape: Shape, item: Item, ask: requests.Evaluate | messages.Evaluate) -> int:
+    """Return the bytes of evaluation keys that an evaluation of ``ask`` scans, all its passes together."""
     tokens = -(-(item.end_token - item.first_token) // TILE_TOKENS) * TILE_TOKENS
-    return key_bytes(shape, tokens)
+    passes = 1 if ask.reduction is Reduction.sum else ask.query_heads // shape.kv_heads
+    return key_bytes(shape, tokens) * passes
 
 
 def _evaluation(
-    session: Session, catalogue: Catalogue, ask: requests.Evaluate, item: requests.Evaluation
-) -> messages.Evaluation:
-    context = catalogue.get(session.session_id, item.context_id)
+    session: Session, context: Context, ask: requests.Evaluate, item: requests.Evaluation
+) -> Item:
     layer, shape = context.layer(ask.layer), context.shape
     heads = shape.kv_heads
     if ask.query_heads == 0 or ask.query_heads % heads:
@@ -185,9 +194,11 @@ def _evaluation(
         raise InvalidInput("no rows are brought for query heads that are ranked apart: fetch them by id")
     id_bytes = (ask.query_heads if apart else heads) * item.k * ID_BYTES
     held = _optional(session, "held", item.held, align=ID_BYTES)
+    if held.length > MAX_HELD:
+        raise InvalidInput(f"held: {held.length} bytes of ids; at most {MAX_HELD} are looked through")
     if held.length % (heads * ID_BYTES):
         raise InvalidInput(f"held: {held.length} bytes are not the same number of ids for {heads} KV heads")
-    return messages.Evaluation(
+    return Item(
         context_id=item.context_id,
         first_token=item.first_token,
         end_token=item.end_token,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -17,6 +18,7 @@ from hillinfer_core.errors import (
     NotAllowed,
     UnknownContext,
 )
+from hillinfer_core.packed import Evaluated, unpack_results
 
 from ..domain.contexts import Context
 from ..domain.durable import Durable
@@ -24,10 +26,11 @@ from ..logs import get_logger
 from ..worker import messages
 from . import requests
 from .administration import Administration
+from .calls import Answer, Call
 from .drive import Drive, DriveSettings
 from .limits import Limits
 from .sessions import Peer, Session, Sessions
-from .work_queue import Piece
+from .work_queue import Piece, Result
 
 log = get_logger(__name__)
 
@@ -64,6 +67,8 @@ class ColdPoolService:
         self._opening: dict[tuple[int, str], Drive] = {}
         self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
+        self.instance = secrets.token_hex(16)
+        """Another in each run of the daemon."""
 
     @property
     def uptime_s(self) -> float:
@@ -167,15 +172,18 @@ class ColdPoolService:
         await self._drive_of(context_id).close_context(session, context_id, deadline)
 
     @_counted
-    async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
-        """Make a durable context complete and read-only."""
-        await self._drive_of(context_id).save_context(session, context_id, deadline)
+    async def save_context(
+        self, session: Session, context_id: int, gid: int | None, deadline: float | None
+    ) -> None:
+        """Make a durable context complete and read-only, for its owner and the group ``gid``."""
+        if gid is not None:
+            self.sessions.check_may_share(session, gid)
+        await self._drive_of(context_id).save_context(session, context_id, gid, deadline)
 
     def list_contexts(self, session: Session) -> list[tuple[Drive, Durable]]:
-        """Return the durable contexts that the session's user may see: all for root, else their own."""
-        uid = session.peer.uid
+        """Return the durable contexts that the session's user may begin with: all for root."""
         found = [(drive, durable) for drive in self.drives for durable in drive.catalogue.durables]
-        return [(drive, durable) for drive, durable in found if uid in (0, durable.uid)]
+        return [(drive, durable) for drive, durable in found if self.sessions.may_read(session, durable)]
 
     @_counted
     async def delete_context(self, session: Session, uid: int, name: str, deadline: float | None) -> int:
@@ -195,18 +203,31 @@ class ColdPoolService:
     @_counted
     async def evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None
-    ) -> list[messages.Evaluated]:
+    ) -> list[Evaluated]:
         """Rank tokens and bring missing rows; one result for each evaluation."""
+        packed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._evaluate(session, ask, deadline, packed)
+        return unpack_results(await packed)
+
+    def begin_evaluate(
+        self, session: Session, ask: requests.Evaluate, deadline: float | None, answer: Answer
+    ) -> Call:
+        """Like :meth:`evaluate`, without a task: ``answer`` gets packed results, at once or later."""
+        self.sessions.begin(session)
+        call = Call(answer, partial(self.sessions.end, session))
+        try:
+            self._evaluate(session, ask, deadline, call)
+        except HillInferError as error:
+            call.set_exception(error)
+        return call
+
+    def _evaluate(
+        self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
+    ) -> None:
         drives = {self._drive_of(item.context_id) for item in ask.evaluations} or {self.drives[0]}
         if len(drives) > 1:
             raise InvalidInput("the contexts of one evaluation request must lie on one drive")
-        drive = drives.pop()
-        results = await drive.evaluate(session, ask, deadline)
-        for item, result in zip(ask.evaluations, results, strict=True):
-            winners, missing = item.k * len(result.missing_per_head), sum(result.missing_per_head)
-            drive.usage.rank(winners, missing)
-            session.usage.rank(winners, missing)
-        return results
+        drives.pop().evaluate(session, ask, deadline, result)
 
     @_counted
     async def fetch(
@@ -258,11 +279,16 @@ class ColdPoolService:
                 return drive
         raise UnknownContext(f"context {context_id} is not an open context of this session")
 
-    def _drive_with(self, uid: int, name: str) -> Drive | None:
+    def _with(self, uid: int, name: str) -> tuple[Drive, Durable] | None:
         for drive in self.drives:
-            if any((durable.uid, durable.name) == (uid, name) for durable in drive.catalogue.durables):
-                return drive
+            for durable in drive.catalogue.durables:
+                if (durable.uid, durable.name) == (uid, name):
+                    return drive, durable
         return None
+
+    def _drive_with(self, uid: int, name: str) -> Drive | None:
+        found = self._with(uid, name)
+        return found[0] if found else None
 
     def _drive_without(self, name: str) -> Drive:
         """Return a drive to say that there is no such context, unless one that is gone may have it."""
@@ -272,9 +298,14 @@ class ColdPoolService:
 
     def _drive_for(self, session: Session, ask: requests.OpenContext) -> Drive:
         """Return the drive of a named context, else of the session's other contexts, else the emptiest."""
-        name = ask.base_name or ask.durable_name
-        if name and (drive := self._drive_with(session.peer.uid, name)):
-            return drive
+        name, uid = ask.base_name or ask.durable_name, session.peer.uid
+        if ask.base_name and ask.base_uid is not None:
+            uid = ask.base_uid
+        if name and (found := self._with(uid, name)):
+            # As if it were not there: names of others are nobody's business.
+            if self.sessions.may_read(session, found[1]):
+                return found[0]
+            raise UnknownContext(f"there is no context {name!r} of user {uid} that this user may read")
         if ask.base_name:
             return self._drive_without(name)
         for drive in self._serving:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 
-from hillinfer_core.errors import HillInferError, InvalidInput
+from hillinfer_core.errors import HillInferError, InvalidInput, UnknownContext
 
 from ..domain.contexts import Catalogue, Context
 from ..domain.durable import Durable
@@ -21,19 +22,24 @@ from .sessions import Session
 log = get_logger(__name__)
 
 Call = Callable[..., Awaitable[messages.Done]]
+MayRead = Callable[[Session, Durable], bool]
 
 
 class ContextWork:
     """Work on contexts, carried out one piece at a time: each method is one piece, for the drive's queue.
 
-    ``call`` carries a request to the worker; ``store`` is None for a pool that goes with the daemon. What
+    ``call`` carries a request to the worker; ``store`` is None for a pool that goes with the daemon;
+    ``may_read`` says who may begin with what. What
     raises has changed nothing that a client could see.
     """
 
-    def __init__(self, catalogue: Catalogue, store: DurableStore | None, call: Call) -> None:
+    def __init__(
+        self, catalogue: Catalogue, store: DurableStore | None, call: Call, may_read: MayRead
+    ) -> None:
         self.catalogue = catalogue
         self._durables = store
         self._call = call
+        self._may_read = may_read
 
     async def open(self, session: Session, ask: requests.OpenContext) -> Context:
         """Open a context; see ``OpenContextRequest`` in cold_pool.proto."""
@@ -51,7 +57,9 @@ class ContextWork:
 
     async def _open_writer(self, session: Session, ask: requests.OpenContext) -> Context:
         store, uid, name = self._store(), session.peer.uid, ask.durable_name
-        new = Durable(0, name, uid, ask.shape, dict(ask.labels), int(time.time()))
+        new = Durable(
+            0, name, uid, ask.shape, dict(ask.labels), int(time.time()), unique=secrets.token_hex(16)
+        )
         context = self.catalogue.open_writer(session.session_id, uid, name, ask.shape, ask.labels, new)
         try:
             if context.durable is new:
@@ -67,7 +75,12 @@ class ContextWork:
     async def _open_reader(self, session: Session, ask: requests.OpenContext) -> Context:
         self._store()
         uid = session.peer.uid
-        context = self.catalogue.open_reader(session.session_id, uid, ask.base_name, ask.shape, ask.labels)
+        owner = uid if ask.base_uid is None else ask.base_uid
+        durable = self.catalogue.find_durable(owner, ask.base_name)
+        # Between admission and its turn it may have become another.
+        if not self._may_read(session, durable):
+            raise UnknownContext(f"there is no context {ask.base_name!r} that this user may read")
+        context = self.catalogue.open_reader(session.session_id, uid, durable, ask.shape, ask.labels)
         assert context.base is not None
         try:
             await self._load(context.base)
@@ -147,7 +160,7 @@ class ContextWork:
         os.pwrite(session.arena_fd, data, rows.offset)
         return 0
 
-    async def save(self, session: Session, context_id: int) -> None:
+    async def save(self, session: Session, context_id: int, gid: int | None) -> None:
         """Make a durable context complete and read-only."""
         context = self.catalogue.get(session.session_id, context_id)
         durable = context.durable
@@ -163,9 +176,11 @@ class ContextWork:
             )
         await self.ensure_loaded(context)
         done = await self._call(messages.SealContext(context_id))
+        durable.gid = gid
         try:
             await self._store().save(durable, done.sealed)
         except BaseException:
+            durable.gid = None
             await self._unload(durable)
             raise
         durable.saved = True

@@ -25,17 +25,16 @@ from ..worker import messages
 from . import admission, pieces, requests
 from .context_work import ContextWork
 from .durable_store import DurableStore
+from .evaluating import Evaluating, Prepared
+from .preparing import discard_free, tell_of_arenas
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
 from .usage import Meter, Usage
-from .work_queue import Piece, Priority, WorkQueue
+from .work_queue import End, Piece, Priority, Result, WorkQueue
 
 log = get_logger(__name__)
 
 T = TypeVar("T")
-
-_DISCARD_BYTES = 64 << 30
-"""Free space discarded in one request at start: a device may take a while for it. Our choice."""
 
 HEARTBEAT_S = 10.0
 """Longest between two questions whether an idle drive still answers. Our choice."""
@@ -84,9 +83,9 @@ class Drive:
         path, pool = settings.catalogue, Path(settings.driver.path)
         self._durables = DurableStore(path, pool) if path else None
         self._quotas = quotas
+        self._sessions = sessions
         self._contexts = self._empty(0)
         self.key_bytes = 0
-        self._sessions = sessions
         self._pool_id = ""
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -149,9 +148,9 @@ class Drive:
     async def detach(self, session: Session) -> None:
         """Free what a session holds on this drive; work of it that is already running ends first."""
         for context in self.catalogue.of_session(session.session_id):
-            # What fails here, with the worker, is freed after it.
+            # One at a time, as there may be thousands. What fails here, with the worker, is freed after it.
             with suppress(HillInferError):
-                await self._discard_in_pieces(session, context, None)
+                await self._close(session, context, None)
         await self.queue.submit_urgent(lambda: self._contexts.free(session), operation="detach")
 
     async def open_context(
@@ -164,11 +163,13 @@ class Drive:
 
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:
         """Close a context, also a lost one, and free what is its own."""
-        context = self.catalogue.find(session.session_id, context_id)
+        await self._close(session, self.catalogue.find(session.session_id, context_id), deadline)
+
+    async def _close(self, session: Session, context: Context, deadline: float | None) -> None:
         await self._discard_in_pieces(session, context, deadline)
 
         async def work() -> None:
-            if self.catalogue.find(session.session_id, context_id) is context:
+            if self.catalogue.find(session.session_id, context.context_id) is context:
                 await self._contexts.close(context)
 
         await self._bulk("close", session, work, deadline)
@@ -190,9 +191,11 @@ class Drive:
             await self._bulk("close", session, work, deadline)
         context.discarded = True
 
-    async def save_context(self, session: Session, context_id: int, deadline: float | None) -> None:
+    async def save_context(
+        self, session: Session, context_id: int, gid: int | None, deadline: float | None
+    ) -> None:
         """Make a durable context complete and read-only."""
-        await self._bulk("save", session, lambda: self._contexts.save(session, context_id), deadline)
+        await self._bulk("save", session, lambda: self._contexts.save(session, context_id, gid), deadline)
 
     async def delete_context(self, session: Session, uid: int, name: str, deadline: float | None) -> int:
         """Delete a durable context that nobody has open; return the bytes freed."""
@@ -206,22 +209,35 @@ class Drive:
         work = self._contexts.append_tail if ask.tail else self._contexts.append
         return await self._bulk("append", session, lambda: work(session, ask), deadline)
 
-    async def evaluate(
-        self, session: Session, ask: requests.Evaluate, deadline: float | None
-    ) -> list[messages.Evaluated]:
-        """Rank tokens and bring missing rows; one result for each evaluation."""
+    def evaluate(
+        self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
+    ) -> None:
+        """Rank tokens and bring missing rows; ``result`` gets the packed results. Raises nothing."""
 
-        async def prepare() -> list[messages.Evaluate]:
+        def prepare() -> Prepared:
             request = admission.evaluate(session, self.catalogue, ask)
             contexts = [
                 self.catalogue.get(session.session_id, item.context_id) for item in request.evaluations
             ]
+            return (
+                pieces.of_evaluate(request, [context.shape for context in contexts]),
+                [context for context in contexts if not context.loaded],
+            )
+
+        async def load(contexts: list[Context]) -> None:
             for context in contexts:
                 await self._contexts.ensure_loaded(context)
-            return pieces.of_evaluate(request, [context.shape for context in contexts])
 
-        done = await self._in_pieces("evaluate", session, prepare, Priority.decode, deadline)
-        return [result for piece in done for result in piece.evaluated]
+        Evaluating(
+            self.queue,
+            session,
+            deadline,
+            result,
+            prepare=prepare,
+            load=load,
+            send=self._send,
+            usages=(self.usage, session.usage),
+        ).enter()
 
     async def fetch(
         self,
@@ -239,7 +255,7 @@ class Drive:
             await self._contexts.ensure_loaded(context)
             if isinstance(ask, requests.FetchRange):
                 return pieces.of_range(admission.fetch_range(session, context, ask), context.shape)
-            return pieces.of_ids(admission.fetch_ids(session, context, ask), context.shape.row_bytes)
+            return pieces.OfIds(admission.fetch_ids(session, context, ask), context.shape.row_bytes)
 
         done = await self._in_pieces("fetch", session, prepare, pieces.priority_of(ask), deadline)
         return sum(piece.traffic.read for piece in done)
@@ -323,6 +339,14 @@ class Drive:
         self.key_bytes = done.key_bytes
         return done
 
+    def _send(self, request: messages.Evaluate, end: End) -> None:
+        def answered(done: messages.Done | None, error: Exception | None) -> None:
+            if done is not None:
+                self.key_bytes = done.key_bytes
+            end(done, error)
+
+        self.worker.send(request, answered)
+
     def _account(self, piece: Piece) -> None:
         # One piece at a time: what was moved since the last one was moved by this one.
         moved = self._meter.moved(self.worker.traffic)
@@ -361,17 +385,7 @@ class Drive:
 
     async def _worker_ready(self) -> None:
         await self._recover()
-        told: dict[int, Session] = {}
-        # Others may attach meanwhile, and find no worker yet: until there is nobody new.
-        while new := [each for each in self._sessions if each.arena_fd and each.session_id not in told]:
-            for session in new:
-                told[session.session_id] = session
-                if session.arena_fd is not None:
-                    request = messages.AttachArena(session.session_id, session.arena.nbytes)
-                    await self.worker.prepare(request, session.arena_fd)
-        for session in told.values():
-            if not self._sessions.is_open(session):
-                await self.worker.prepare(messages.DetachArena(session.session_id))
+        await tell_of_arenas(self.worker, self._sessions)
 
     async def _recover(self) -> None:
         """With the first worker: take in durable contexts, and discard whatever else the pool holds."""
@@ -387,26 +401,13 @@ class Drive:
         if self._durables is not None:
             for durable in await self._durables.recover(identity):
                 self.catalogue.restore(durable)
-            await self._discard_free()
+            await discard_free(self.worker, self.catalogue.allocator, self.name)
         self._pool_id = identity.pool_id
         # Another pool made in its place would be another pool.
         self.worker.new_pool_id("")
 
-    async def _discard_free(self) -> None:
-        pieces = [
-            Extent(offset, min(_DISCARD_BYTES, free.end - offset))
-            for free in self.catalogue.allocator.free_ranges()
-            for offset in range(free.offset, free.end, _DISCARD_BYTES)
-        ]
-        for piece in pieces:
-            try:
-                await self.worker.prepare(messages.Discard([piece]))
-            except HillInferError as error:
-                # Nobody can read what they did not write; only the drive's space is not given back.
-                log.warning("free space was not discarded", drive=self.name, error=error)
-                return
-
     def _empty(self, capacity: int) -> ContextWork:
         # The first granule holds the pool's header.
         allocator = ExtentAllocator(capacity, reserved=GRANULE)
-        return ContextWork(Catalogue(allocator, self._quotas), self._durables, self._call)
+        catalogue = Catalogue(allocator, self._quotas)
+        return ContextWork(catalogue, self._durables, self._call, self._sessions.may_read)

@@ -102,8 +102,12 @@ class DurableStore:
         await asyncio.to_thread(self._opened.delete, durable)
 
     async def content(self, durable: Durable) -> int:
-        """Return a descriptor, to be closed, of a file with what a worker needs to load the context."""
+        """Return a descriptor, to be closed, of a file with what a worker needs to load the context.
+
+        Notes its checksum.
+        """
         contents = await asyncio.to_thread(self._opened.content, durable)
+        durable.checksum = await asyncio.to_thread(self._opened.checksum, durable, contents)
         fd = os.memfd_create("hillinfer-context", os.MFD_CLOEXEC)
         with open(os.dup(fd), "wb") as file:
             pickle.dump(contents, file, pickle.HIGHEST_PROTOCOL)

@@ -28,6 +28,11 @@ class FairShare:
         """Account ``seconds`` of service, which began with the last :meth:`first`, to its ``flow``."""
         self._finish[flow] = self._now + seconds / weight
 
+    def reset(self) -> None:
+        """Drop what is known of all flows."""
+        self._now = 0.0
+        self._finish.clear()
+
     def forget(self, flow: int) -> None:
         """Drop what is known of a flow; if it comes back, it does as a new one."""
         self._finish.pop(flow, None)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..domain.contexts import UNLIMITED, Quotas
+from ..domain.durable import Durable
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ class Limits:
         if not self.attach_users and not self.attach_groups:
             return True
         return uid in self.attach_users or _in_any(uid, self.attach_groups) or self.may_administer(uid)
+
+    def may_read(self, uid: int, durable: Durable) -> bool:
+        """Say whether the user may begin with a durable context; may block."""
+        if uid in (0, durable.uid):
+            return True
+        return durable.gid is not None and _in_any(uid, frozenset({durable.gid}))
+
+    def may_share(self, uid: int, gid: int) -> bool:
+        """Say whether the user may have a group read what is theirs: one that they are in; may block."""
+        return uid == 0 or _in_any(uid, frozenset({gid}))
 
     def may_administer(self, uid: int) -> bool:
         """Say whether the user is root, the daemon's own, or in one of ``admin_groups``; may block."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hillinfer_core.layout import Reduction, Shape
 
 
-@dataclass(frozen=True)
-class RawRegion:
+class RawRegion(NamedTuple):
     """A byte range of the caller's arena, as the caller named it."""
 
     offset: int = 0
@@ -25,6 +25,7 @@ class OpenContext:
     durable_name: str = ""
     base_name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    base_uid: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class Appended:
     checksum_bytes: int
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """See ``Evaluation`` in cold_pool.proto."""
 
     context_id: int
@@ -65,14 +65,15 @@ class Evaluation:
     scales: RawRegion
 
 
-@dataclass(frozen=True)
-class Evaluate:
+class Evaluate(NamedTuple):
     """See ``EvaluateRequest`` in cold_pool.proto."""
 
     layer: int
     query_heads: int
     reduction: Reduction
     evaluations: list[Evaluation]
+    packed: bytes = b""
+    """The same by :mod:`hillinfer_core.packed`, if it came so."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from hillinfer_core.arena import create_arena
 from hillinfer_core.errors import DaemonUnavailable, ForeignToken, InvalidInput, NotAllowed, QuotaExceeded
 from hillinfer_core.layout import PAGE
-from hillinfer_core.ring import RingFds
+from hillinfer_core.ring import RingFds, create_ring
 from hillinfer_core.units import format_bytes
 
+from ..domain.durable import Durable
 from ..domain.regions import ArenaSpace
 from .drain import Drain
 from .limits import Limits
@@ -38,6 +39,7 @@ class Peer:
 class Session:
     """One attached application. The session owns ``arena_fd`` and ``ring``; either may be None.
 
+    ``clients_ring`` are descriptors for the client, to be closed once it has them.
     ``weight`` is its share of a drive beside other sessions, ``requests`` how many of it are in flight,
     ``since`` a ``time.monotonic()``. Whoever sets ``closing`` has the transport end the session.
     """
@@ -49,6 +51,7 @@ class Session:
     arena: ArenaSpace
     arena_fd: int | None
     ring: RingFds | None = None
+    clients_ring: RingFds | None = None
     weight: float = 1.0
     requests: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -68,6 +71,13 @@ class Session:
         if self.ring is not None:
             self.ring.close()
             self.ring = None
+        self.close_clients_ring()
+
+    def close_clients_ring(self) -> None:
+        """Close the client's ends: they are its own, and closed here it shows when it closes them."""
+        if self.clients_ring is not None:
+            self.clients_ring.close()
+            self.clients_ring = None
 
 
 class Sessions:
@@ -92,9 +102,9 @@ class Sessions:
     def open(self, client_name: str, arena_bytes: int, peer: Peer, ring: bool = False) -> Session:
         """Register a session with a new arena of ``arena_bytes`` rounded up to pages (0: none), and a ring.
 
-        Raises :class:`InvalidInput` for a long name or a ring without an arena, and :class:`QuotaExceeded`
-        above a limit, and for a session with an arena ``Draining``. Others may still ask and administer.
-        Raises :class:`NotAllowed` for a user who may not attach.
+        Raises :class:`InvalidInput` for a name that is long or cannot be printed, or a ring without an arena,
+        and :class:`QuotaExceeded` above a limit, and for a session with an arena ``Draining``. Others may
+        still ask and administer. Raises :class:`NotAllowed` for a user who may not attach.
         """
         if not self._limits.may_attach(peer.uid):
             raise NotAllowed(
@@ -105,6 +115,9 @@ class Sessions:
             raise InvalidInput(
                 f"client_name has {len(client_name)} characters; at most {MAX_NAME} are allowed"
             )
+        if not client_name.isprintable():
+            # It is shown on administrators' terminals, which control characters would steer.
+            raise InvalidInput(f"client_name {client_name!r} has characters that cannot be printed")
         if ring and not arena_bytes:
             raise InvalidInput("a ring is of no use without an arena; ask for both or for none")
         self._check_going_on()
@@ -132,7 +145,7 @@ class Sessions:
         session = Session(session_id, secrets.token_urlsafe(32), client_name, peer, arena, fd)
         if ring:
             try:
-                session.ring = RingFds.create(f"hillinfer-ring-{session_id}")
+                session.ring, session.clients_ring = create_ring(f"hillinfer-ring-{session_id}")
             except BaseException:
                 session.close_arena()
                 raise
@@ -142,7 +155,15 @@ class Sessions:
 
     @contextmanager
     def request(self, session: Session) -> Iterator[None]:
-        """Count what happens inside as a request in flight.
+        """Count what happens inside as a request in flight; raises as :meth:`begin`."""
+        self.begin(session)
+        try:
+            yield
+        finally:
+            self.end(session)
+
+    def begin(self, session: Session) -> None:
+        """Count a request in flight until :meth:`end`.
 
         Raises :class:`QuotaExceeded` above a limit, and :class:`DaemonUnavailable` after :meth:`finish`.
         """
@@ -158,11 +179,11 @@ class Sessions:
                     f"or raise {what}_request_limit"
                 )
         session.requests += 1
-        try:
-            yield
-        finally:
-            session.requests -= 1
-            self._look_whether_finished()
+
+    def end(self, session: Session) -> None:
+        """Count a request in flight as over."""
+        session.requests -= 1
+        self._look_whether_finished()
 
     async def finish(self, timeout_s: float) -> bool:
         """Refuse sessions and requests from now on; return whether those in flight ended in ``timeout_s``."""
@@ -188,6 +209,23 @@ class Sessions:
             raise NotAllowed(
                 f"user {session.peer.uid} may not administer the daemon; ask as root, as the daemon's user, "
                 "or as a user in one of its admin_groups"
+            )
+
+    def seen_by(self, session: Session) -> list[Session]:
+        """Return the sessions of the session's user; of everybody for who may administer."""
+        uid = session.peer.uid
+        return list(self if self._limits.may_administer(uid) else self._of_user(uid))
+
+    def may_read(self, session: Session, durable: Durable) -> bool:
+        """Say whether the session's user may begin with a durable context, by the groups they are in now."""
+        return self._limits.may_read(session.peer.uid, durable)
+
+    def check_may_share(self, session: Session, gid: int) -> None:
+        """Raise :class:`NotAllowed` unless the session's user is in the group, or root."""
+        if not self._limits.may_share(session.peer.uid, gid):
+            raise NotAllowed(
+                f"user {session.peer.uid} is not in group {gid} and may not have it read a context; name a "
+                "group of your own"
             )
 
     def is_open(self, session: Session) -> bool:

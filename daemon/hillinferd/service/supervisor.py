@@ -14,7 +14,7 @@ from hillinfer_core.errors import DeviceUnavailable, by_name
 from ..driver.contract import Identity
 from ..driver.settings import DriverSettings
 from ..logs import get_logger
-from ..worker import messages
+from ..worker import messages, packets
 
 log = get_logger(__name__)
 
@@ -25,6 +25,9 @@ PREPARE_TIMEOUT_S = 60.0
 """Longest a new worker may take for one request of ``on_ready``: discarding takes time. Our choice."""
 
 _LONGEST_PAUSE_S = 10.0
+
+Answered = Callable[[messages.Done | None, Exception | None], None]
+"""Called once with what a request came to."""
 
 
 class Supervisor:
@@ -56,7 +59,7 @@ class Supervisor:
         self._on_death = on_death
         self._process: asyncio.subprocess.Process | None = None
         self._sock: socket.socket | None = None
-        self._replies: asyncio.Queue[messages.Reply | None] = asyncio.Queue()
+        self._answered: Callable[[messages.Reply | None], None] | None = None
         self._up = False
         self._changed = asyncio.Event()
         self._there = asyncio.Event()
@@ -132,6 +135,13 @@ class Supervisor:
             raise self.unavailable()
         return await self._exchange(request, fd, self._timeout_s)
 
+    def send(self, request: messages.Request, answered: Answered) -> None:
+        """Like :meth:`call`, without a task: ``answered`` is called, at once or later. Raises nothing."""
+        if self._up:
+            self._begin(request, None, self._timeout_s, answered)
+        else:
+            answered(None, self.unavailable())
+
     async def prepare(self, request: messages.Request, fd: int | None = None) -> messages.Done:
         """Like :meth:`call`, for ``on_ready``: before other requests are let through."""
         return await self._exchange(request, fd, PREPARE_TIMEOUT_S)
@@ -190,6 +200,7 @@ class Supervisor:
     async def stop(self) -> None:
         """End the worker: by hang-up, and after 5 s by force."""
         self._close_socket()
+        self._hear(None)
         if self._process is not None:
             try:
                 await asyncio.wait_for(self._process.wait(), 5.0)
@@ -208,13 +219,17 @@ class Supervisor:
                 # A terminal's Ctrl-C is for the daemon, which then stops the worker in order.
                 start_new_session=True,
             )
-        self._sock, self._replies = ours, asyncio.Queue()
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, ours, self._replies)
+        self._sock = ours
+        received = packets.Packets(ours)
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, ours, received)
 
     async def _opened(self) -> Identity:
+        ready: asyncio.Future[messages.Reply | None] = asyncio.get_running_loop().create_future()
+        # Set before anything else can run on the loop that read the socket.
+        self._answered = lambda reply: None if ready.done() else ready.set_result(reply)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                reply = await self._replies.get()
+                reply = await ready
         except TimeoutError:
             raise DeviceUnavailable(
                 f"the device worker did not open its drive in {START_TIMEOUT_S:g} s"
@@ -231,46 +246,77 @@ class Supervisor:
         await self._there.wait()
 
     async def _exchange(self, request: messages.Request, fd: int | None, timeout_s: float) -> messages.Done:
+        result: asyncio.Future[messages.Done] = asyncio.get_running_loop().create_future()
+
+        def answered(done: messages.Done | None, error: Exception | None) -> None:
+            if result.done():
+                return
+            if done is not None:
+                result.set_result(done)
+            elif error is not None:
+                result.set_exception(error)
+
+        self._begin(request, fd, timeout_s, answered)
+        return await result
+
+    def _begin(self, request: messages.Request, fd: int | None, timeout_s: float, answered: Answered) -> None:
         sock = self._sock
         if sock is None:
-            raise self._died()
+            answered(None, self._died())
+            return
         try:
             # Never blocks: with one request at a time the socket's buffer is empty.
-            socket.send_fds(sock, [messages.encode(request)], [fd] if fd is not None else [])
-            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the reply.
-            async with asyncio.timeout(timeout_s):
-                reply = await self._replies.get()
-        except TimeoutError:
-            self.exchanges += 1
-            what = type(request).__name__
-            log.error("device worker hangs, killing it", drive=self._name, request=what, pid=self.pid)
-            if sock is self._sock:
-                self.replace()
-            raise DeviceUnavailable(
-                f"the worker of drive {self._name} did not answer in {timeout_s:g} s; it is being restarted"
-            ) from None
+            if fd is None:
+                sock.send(packets.encode(request))
+            else:
+                socket.send_fds(sock, [packets.encode(request)], [fd])
         except OSError:
             self.replace()
-            raise self._died() from None
-        self.exchanges += 1
-        if isinstance(reply, messages.Done | messages.Failed):
-            self.traffic.add(reply.traffic)
-        if not isinstance(reply, messages.Done):
-            raise self._error_of(reply)
-        return reply
+            answered(None, self._died())
+            return
+        timer = asyncio.get_running_loop().call_later(
+            timeout_s, self._hangs, sock, type(request).__name__, timeout_s, answered
+        )
 
-    def _readable(self, sock: socket.socket, replies: asyncio.Queue[messages.Reply | None]) -> None:
+        def hear(reply: messages.Reply | None) -> None:
+            timer.cancel()
+            self.exchanges += 1
+            if isinstance(reply, messages.Done | messages.Failed):
+                self.traffic.add(reply.traffic)
+            if isinstance(reply, messages.Done):
+                answered(reply, None)
+            else:
+                answered(None, self._error_of(reply))
+
+        self._answered = hear
+
+    def _hangs(self, sock: socket.socket, what: str, timeout_s: float, answered: Answered) -> None:
+        self._answered = None
+        self.exchanges += 1
+        log.error("device worker hangs, killing it", drive=self._name, request=what, pid=self.pid)
+        if sock is self._sock:
+            self.replace()
+        error = f"the worker of drive {self._name} did not answer in {timeout_s:g} s; it is being restarted"
+        answered(None, DeviceUnavailable(error))
+
+    def _readable(self, sock: socket.socket, received: packets.Packets) -> None:
         try:
-            reply = messages.receive_reply(sock)
+            reply = received.reply()
         except BlockingIOError:
             return
         except OSError:
             reply = None
-        replies.put_nowait(reply)
-        if reply is None:
+        if reply is not None:
+            self._hear(reply)
+        else:
             asyncio.get_running_loop().remove_reader(sock.fileno())
             if sock is self._sock:
                 self._gone()
+
+    def _hear(self, reply: messages.Reply | None) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            answered(reply)
 
     def _gone(self) -> None:
         was_up, self._up = self._up, False
@@ -278,14 +324,14 @@ class Supervisor:
         if was_up:
             self._changed.set()
             self._on_death()
+        # After what waited for its turn has failed: an answer, also this one, lets the next one begin.
+        self._hear(None)
 
     def _close_socket(self) -> None:
         if self._sock is not None:
             asyncio.get_running_loop().remove_reader(self._sock.fileno())
             self._sock.close()
             self._sock = None
-            # Whoever waits for an answer shall not wait for a worker that is not listened to any more.
-            self._replies.put_nowait(None)
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -293,6 +339,7 @@ class Supervisor:
 
     async def _put_down(self) -> None:
         self._close_socket()
+        self._hear(None)
         self._kill()
         if self._process is not None:
             await self._process.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..worker.messages import Traffic
 from .work_queue import Piece
@@ -44,8 +44,8 @@ class Meter:
 
     def moved(self, total: Traffic) -> Traffic:
         """Return ``total`` less what it was at the last call."""
-        before, self._before = self._before, replace(total)
-        return Traffic(
+        before = self._before
+        moved = Traffic(
             total.written - before.written,
             total.read - before.read,
             total.evaluated - before.evaluated,
@@ -53,3 +53,5 @@ class Meter:
             total.reads - before.reads,
             total.writes - before.writes,
         )
+        before.add(moved)
+        return moved

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from hillinfer_core.errors import DeadlineExceeded, HillInferError
 
@@ -42,8 +43,7 @@ class Flow(Protocol):
         """Above 0; looked at whenever the session was served."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One piece of work that left the queue: times in seconds.
 
     ``error`` is what it failed with, also without having run (``service_s`` is 0 then): cancelled, or
@@ -61,12 +61,28 @@ class Piece:
 Observer = Callable[[Piece], None]
 """Called on the event loop when a piece is done; must not block. What it raises is logged."""
 
+End = Callable[[Any, Exception | None], None]
+"""Called once with what a piece of work came to: a result, or an error."""
 
-@dataclass(eq=False)
+
+class Result(Protocol):
+    """Where the outcome of a piece goes: a future, or whatever needs no task. No method may raise."""
+
+    def done(self) -> bool:
+        """Whether nobody waits for an outcome (any more)."""
+
+    def set_result(self, value: Any, /) -> None:
+        """Take the result, once."""
+
+    def set_exception(self, error: Exception, /) -> None:
+        """Take the error instead."""
+
+
+@dataclass(eq=False, slots=True)
 class _Entry:
     operation: str
-    work: Callable[[], Awaitable[Any]]
-    result: asyncio.Future[Any]
+    begin: Callable[[End], None]
+    result: Result
     deadline: float | None
     priority: Priority | None
     flow: Flow | None
@@ -89,12 +105,15 @@ class WorkQueue:
         self.observe = observe
         self.done = 0
         """Pieces carried out so far."""
+        self._open = False
         self._running = False
+        self._pumping = False
+        self._task: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] | None = None
         self._clock = clock
         self._waiting: dict[int, deque[_Entry]] = {}
         self._urgent: deque[_Entry] = deque()
-        self._some = asyncio.Event()
-        self._shares = {priority: FairShare() for priority in Priority}
+        self._decode, self._bulk = FairShare(), FairShare()
         self._bulk_due = 0.0
 
     @property
@@ -121,19 +140,44 @@ class WorkQueue:
         ``deadline`` is a time of the queue's clock. Raises :class:`DeadlineExceeded` if it passes before the
         turn comes, and whatever :meth:`cancel` was given.
         """
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.enter(flow, partial(self._run, work), result, deadline, operation=operation, priority=priority)
+        return await result
+
+    def enter(
+        self,
+        flow: Flow,
+        begin: Callable[[End], None],
+        result: Result,
+        deadline: float | None = None,
+        *,
+        operation: str = "",
+        priority: Priority = Priority.decode,
+    ) -> None:
+        """Like :meth:`submit`, for work that needs no task: one costs as much as a short piece of work.
+
+        When its turn comes ``begin`` is called, must not block, and calls what it is given when the work has
+        ended, at once or later. Unless ``result`` is done by then it gets the outcome, and may enter the next
+        piece of the same work while it does.
+        """
         entries = self._waiting.setdefault(flow.session_id, deque())
-        return await self._enter(entries, operation, work, deadline, priority, flow)
+        entries.append(_Entry(operation, begin, result, deadline, priority, flow, self._clock()))
+        self._pump()
 
     async def submit_urgent(self, work: Callable[[], Awaitable[T]], *, operation: str = "") -> T:
         """Like :meth:`submit`, ahead of every session and charged to none: for attaching and for freeing."""
-        return await self._enter(self._urgent, operation, work, None, None, None)
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        begin = partial(self._run, work)
+        self._urgent.append(_Entry(operation, begin, result, None, None, None, self._clock()))
+        self._pump()
+        return await result
 
     def cancel(self, session_id: int, error: HillInferError) -> None:
         """Fail everything that waits for the session with ``error``."""
         for entry in self._waiting.pop(session_id, ()):
             self._drop(entry, error)
-        for share in self._shares.values():
-            share.forget(session_id)
+        self._decode.forget(session_id)
+        self._bulk.forget(session_id)
 
     def cancel_all(self, error: HillInferError) -> None:
         """Fail everything that waits, urgent work excepted, with ``error``."""
@@ -141,102 +185,135 @@ class WorkQueue:
             self.cancel(session_id, error)
 
     async def run(self) -> None:
-        """Carry out work until cancelled."""
-        while True:
-            if not await self.step():
-                self._some.clear()
-                await self._some.wait()
+        """Carry out work until cancelled; then the task of what runs is cancelled too."""
+        self._open = True
+        self._ended = asyncio.get_running_loop().create_future()
+        self._pump()
+        try:
+            # Nothing but an error of the queue itself.
+            await self._ended
+        finally:
+            self._open = False
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.gather(self._task, return_exceptions=True)
 
     async def step(self) -> bool:
-        """Carry out the next piece; return whether there was one."""
+        """Carry out the next piece, where nothing :meth:`run`; return whether there was one."""
         entry = self._next()
         if entry is None:
             return False
-        self._running = True
-        try:
-            await self._carry_out(entry)
-        finally:
-            self._running = False
-            self.done += 1
-        # Who has another piece ready at once is heard before the next one is chosen.
-        await asyncio.sleep(0)
+        self._begin(entry)
+        while self._running:
+            await asyncio.sleep(0)
         return True
 
-    async def _enter(
-        self,
-        entries: deque[_Entry],
-        operation: str,
-        work: Callable[[], Awaitable[T]],
-        deadline: float | None,
-        priority: Priority | None,
-        flow: Flow | None,
-    ) -> T:
-        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        entries.append(_Entry(operation, work, result, deadline, priority, flow, self._clock()))
-        self._some.set()
-        return await result
+    def _pump(self) -> None:
+        """Begin the next piece unless one runs. A loop, as a piece may end while it begins."""
+        if not self._open or self._pumping:
+            return
+        self._pumping = True
+        try:
+            while not self._running and (entry := self._next()) is not None:
+                self._begin(entry)
+        except Exception as error:
+            self._open = False
+            if self._ended is not None and not self._ended.done():
+                self._ended.set_exception(error)
+        finally:
+            self._pumping = False
+
+    def _begin(self, entry: _Entry) -> None:
+        self._running = True
+        contended = self._is_contended(entry)
+        started = self._clock()
+
+        def end(value: Any, error: Exception | None) -> None:
+            seconds = self._clock() - started
+            self.done += 1
+            self._charge(entry, seconds, contended)
+            # First of all to whoever waits; what it enters at once is heard before the next one is chosen.
+            _settle(entry.result, value, error)
+            self._tell(entry, started, seconds, error)
+            if self._task is None:
+                self._running = False
+                self._pump()
+            else:
+                # The same for a task that submits: it goes on in the loop's next turn.
+                self._task = None
+                asyncio.get_running_loop().call_soon(self._heard)
+
+        try:
+            entry.begin(end)
+        except Exception as error:
+            end(None, error)
+
+    def _heard(self) -> None:
+        self._running = False
+        self._pump()
+
+    def _run(self, work: Callable[[], Awaitable[T]], end: End) -> None:
+        async def carry_out() -> None:
+            try:
+                value = await work()
+            except asyncio.CancelledError:
+                if self._ended is not None:
+                    self._ended.cancel()
+                raise
+            except Exception as error:
+                end(None, error)
+            else:
+                end(value, None)
+
+        self._task = asyncio.create_task(carry_out())
 
     def _next(self) -> _Entry | None:
         while self._urgent:
             entry = self._urgent.popleft()
             if not entry.result.done():
                 return entry
-        heads = self._heads()
-        if not heads:
+        decode, bulk = self._heads()
+        if not decode and not bulk:
             # Nobody waits, so nobody is ahead of anybody.
             self._waiting.clear()
-            self._shares = {priority: FairShare() for priority in Priority}
+            self._decode.reset()
+            self._bulk.reset()
             self._bulk_due = 0.0
             return None
-        waiting = {
-            priority: [each for each, entry in heads.items() if entry.priority is priority]
-            for priority in Priority
-        }
-        priority = self._choose(waiting)
-        return self._waiting[self._shares[priority].first(waiting[priority])].popleft()
+        if self._is_bulks_turn(decode, bulk):
+            return self._waiting[self._bulk.first(bulk)].popleft()
+        return self._waiting[self._decode.first(decode)].popleft()
 
-    def _heads(self) -> dict[int, _Entry]:
-        """Return what each session would run next, having dropped what will not run any more."""
+    def _heads(self) -> tuple[list[int], list[int]]:
+        """Return sessions whose next piece is decode, and bulk, having dropped what will not run any more."""
         now = self._clock()
-        late = DeadlineExceeded("the deadline passed before the work's turn came")
-        for entries in self._waiting.values():
+        decode: list[int] = []
+        bulk: list[int] = []
+        # A list: whoever hears of an error may submit something else at once.
+        for session_id, entries in list(self._waiting.items()):
             while entries and (entries[0].result.done() or _is_late(entries[0], now)):
-                self._drop(entries.popleft(), late)
-        return {session_id: entries[0] for session_id, entries in self._waiting.items() if entries}
+                self._drop(
+                    entries.popleft(), DeadlineExceeded("the deadline passed before the work's turn came")
+                )
+            if entries:
+                (decode if entries[0].priority is Priority.decode else bulk).append(session_id)
+        return decode, bulk
 
-    def _choose(self, waiting: dict[Priority, list[int]]) -> Priority:
-        if not waiting[Priority.bulk]:
+    def _is_bulks_turn(self, decode: list[int], bulk: list[int]) -> bool:
+        if not bulk:
             # Who does not wait is owed nothing.
             self._bulk_due = 0.0
-            return Priority.decode
-        if not waiting[Priority.decode]:
-            return Priority.bulk
+            return False
         # Never above 0 after a piece of bulk, so that decode is next after it.
-        return Priority.bulk if self._bulk_due > 0 else Priority.decode
-
-    async def _carry_out(self, entry: _Entry) -> None:
-        contended = self._is_contended(entry)
-        started = self._clock()
-        error: BaseException | None = None
-        try:
-            value = await entry.work()
-        except Exception as failed:
-            error = failed
-            if not entry.result.done():
-                entry.result.set_exception(failed)
-        else:
-            if not entry.result.done():
-                entry.result.set_result(value)
-        seconds = self._clock() - started
-        self._charge(entry, seconds, contended)
-        self._tell(entry, started, seconds, error)
+        return not decode or self._bulk_due > 0
 
     def _charge(self, entry: _Entry, seconds: float, contended: bool) -> None:
         if entry.flow is None or entry.priority is None:
             return
         # Not to a session that ended meanwhile: nobody would forget it again.
         if entry.flow.session_id in self._waiting:
-            self._shares[entry.priority].charge(entry.flow.session_id, entry.flow.weight, seconds)
+            share = self._decode if entry.priority is Priority.decode else self._bulk
+            share.charge(entry.flow.session_id, entry.flow.weight, seconds)
         if entry.priority is Priority.bulk:
             paid = seconds * (1 - BULK_SHARE) if contended else 0.0
             self._bulk_due = min(0.0, self._bulk_due - paid)
@@ -263,6 +340,19 @@ class WorkQueue:
             except Exception:
                 # Whoever only looks on must not stop the work.
                 log.exception("an observer of the queue failed", operation=entry.operation)
+
+
+def _settle(result: Result, value: Any, error: Exception | None) -> None:
+    if result.done():
+        return
+    try:
+        if error is None:
+            result.set_result(value)
+        else:
+            result.set_exception(error)
+    except Exception:
+        # It must not, and if it does the others' work goes on.
+        log.exception("the result of work was not taken")
 
 
 def _is_late(entry: _Entry, now: float) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from hillinfer_core.arena import Arena
 from hillinfer_core.mass import wide_query
+from hillinfer_core.packed import Evaluated, Item
 from hillinfer_core.reference import F32, Ranked
 
 from ..driver.contract import Driver
@@ -22,10 +25,10 @@ def evaluate_apart(
     keys: KeyKeeper,
     arena: Arena,
     store: LayerStore,
-    item: messages.Evaluation,
+    item: Item,
     query: F32,
     traffic: messages.Traffic,
-) -> messages.Evaluated:
+) -> Evaluated:
     """Carry out an evaluation with ``Reduction.none`` for ``query`` float32 [query_heads, head_dim].
 
     Raises as :func:`~hillinferd.worker.evaluate.evaluate` does.
@@ -35,7 +38,9 @@ def evaluate_apart(
     before = traffic.read
     _find_clipped(driver, store, traffic)
     q, scale = wide_query(query, ranges, precision)
+    began = time.perf_counter()
     won = keys.rank(store, Ranking(q, item.first_token, item.end_token, item.k, histogram=True), traffic)
+    scan_s = time.perf_counter() - began
     ranked = Ranked(won.ids, won.scores, won.histogram)
     ranked, scale = store.clipped.raised(
         ranked, query, q, scale, ranges, precision, item.first_token, item.end_token
@@ -46,7 +51,8 @@ def evaluate_apart(
         arena.view(item.scores.offset, ranked.scores.shape, np.int32)[:] = ranked.scores
     arena.view(item.histogram.offset, ranked.histogram.shape, np.uint32)[:] = ranked.histogram
     arena.view(item.scales.offset, (len(query), 6), np.float64)[:] = scale.packed
-    return messages.Evaluated(store.quantisation.generation, [], 0, won.scanned, traffic.read - before)
+    read = traffic.read - before
+    return Evaluated(store.quantisation.generation, [], 0, won.scanned, read, scan_s)
 
 
 def _find_clipped(driver: Driver, store: LayerStore, traffic: messages.Traffic) -> None:

@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from hillinfer_core import kernel
-from hillinfer_core.arena import Arena
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Shape
-from hillinfer_core.reference import F32
+from hillinfer_core.reference import F32, U8
 
 from ..domain.content import Appended
 from ..domain.quantisation import Quantisation
@@ -35,20 +34,21 @@ LEAST_GROWTH = 1 / 16
 def append(
     driver: Driver,
     keys: KeyKeeper,
-    arena: Arena,
     store: LayerStore,
     ask: messages.Append,
+    data: U8,
     traffic: messages.Traffic,
 ) -> Appended:
-    """Carry out ``ask``; raises with nothing changed that a reader could see.
+    """Carry out ``ask`` with the bytes ``data`` of its rows, which are page-aligned and only ours.
 
-    :class:`InvalidInput` for rows with NaN or infinity, ``MemoryLimit``, ``CorruptData`` if rows read back to
-    fit ranges again are damaged, ``OSError`` from the drive.
+    Raises with nothing changed that a reader could see: :class:`InvalidInput` for rows with NaN or infinity,
+    ``MemoryLimit``, ``CorruptData`` if rows read back to fit ranges again are damaged, ``OSError`` from the
+    drive.
     """
     shape = store.shape
     if ask.first_token != store.tokens:
         raise InvalidInput(f"the worker's layer holds {store.tokens} tokens, not {ask.first_token}")
-    new = arena.view(ask.rows.offset, (shape.kv_heads, ask.tokens, 2, shape.head_dim), shape.dtype.storage)
+    new = data.view(shape.dtype.storage).reshape(shape.kv_heads, ask.tokens, 2, shape.head_dim)
     end = ask.first_token + ask.tokens
     how = store.quantisation or _first(new, shape)
     tiles, clipped, nonfinite = kernel.quantise_keys(new, how.ranges, shape.precision)
@@ -62,7 +62,7 @@ def append(
     keys.make_room(store, ask.tokens)
     try:
         checksums = kernel.row_checksums(new.reshape(-1, 2, shape.head_dim)).reshape(shape.kv_heads, -1)
-        traffic.written += _write(driver, arena, segments, shape, ask)
+        traffic.written += _write(driver, data, segments, shape, ask)
         again = _should_refit(how, store, end)
         if again:
             how, segments = _refitted(driver, keys, store, new, segments, traffic)
@@ -157,13 +157,13 @@ def _extremes(keys: F32) -> F32:
     return np.stack((keys.min(axis=1), keys.max(axis=1)), axis=1)
 
 
-def _write(driver: Driver, arena: Arena, segments: list[Segment], shape: Shape, ask: messages.Append) -> int:
+def _write(driver: Driver, data: U8, segments: list[Segment], shape: Shape, ask: messages.Append) -> int:
     end = ask.first_token + ask.tokens
     written = 0
     for placed, low, high in split([segment.placed for segment in segments], ask.first_token, end):
         length = (high - low) * shape.row_bytes
         for head in range(shape.kv_heads):
-            source = ask.rows.offset + (head * ask.tokens + low - ask.first_token) * shape.row_bytes
-            driver.write(placed.row_offset(head, low, shape.row_bytes), arena.buffer(source, length))
+            source = (head * ask.tokens + low - ask.first_token) * shape.row_bytes
+            driver.write(placed.row_offset(head, low, shape.row_bytes), data[source : source + length].data)
             written += length
     return written

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,6 +11,8 @@ from hillinfer_core import kernel
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
+from hillinfer_core.packed import Evaluated, Item
+from hillinfer_core.rows import missing
 
 from ..driver.contract import Driver
 from . import messages, rows
@@ -23,9 +27,9 @@ def evaluate(
     arena: Arena,
     store: LayerStore,
     ask: messages.Evaluate,
-    item: messages.Evaluation,
+    item: Item,
     traffic: messages.Traffic,
-) -> messages.Evaluated:
+) -> Evaluated:
     """Carry out one evaluation; see ``Evaluation`` in cold_pool.proto.
 
     Raises :class:`InvalidInput` for a query with NaN or infinity, ``CorruptData`` or ``OSError`` for rows.
@@ -42,38 +46,29 @@ def evaluate(
     q, offsets, _ = kernel.quantise_query(query, store.quantisation.ranges, ask.reduction)
     streamed = traffic.streamed
     ranking = Ranking(q, item.first_token, item.end_token, item.k, offsets=offsets)
+    began = time.perf_counter()
     won = keys.rank(store, ranking, traffic)
+    scan_s = time.perf_counter() - began
     ids, best = won.ids, won.scores
 
     arena.view(item.ids.offset, ids.shape, np.uint32)[:] = ids
     if item.scores.length:
         arena.view(item.scores.offset, best.shape, np.int32)[:] = best
 
-    missing = [_missing(ids[head], held[head], item.end_token) for head in range(shape.kv_heads)]
-    counts = [len(tokens) for tokens in missing]
-    brought = min(sum(counts), item.rows.length // shape.row_bytes)
+    counts, heads, tokens = missing(ids, held, item.end_token)
+    brought = min(len(tokens), item.rows.length // shape.row_bytes)
     read = traffic.streamed - streamed
     if brought:
-        heads = np.repeat(np.arange(shape.kv_heads), counts)[:brought]
-        tokens = np.concatenate(missing)[:brought].astype(np.int64)
         out = arena.view(item.rows.offset, (brought, shape.row_bytes), np.uint8)
-        gathered = rows.gather(driver, store, heads, tokens, out)
+        gathered = rows.gather(driver, store, heads[:brought], tokens[:brought], out)
         traffic.read += gathered
         read += gathered
-    return messages.Evaluated(store.quantisation.generation, counts, brought, won.scanned, read)
+    generation = store.quantisation.generation
+    return Evaluated(generation, counts.tolist(), brought, won.scanned, read, scan_s)
 
 
-def _held(arena: Arena, item: messages.Evaluation, heads: int) -> npt.NDArray[np.uint32]:
+def _held(arena: Arena, item: Item, heads: int) -> npt.NDArray[np.uint32]:
     per_head = item.held.length // (4 * heads)
     if per_head == 0:
         return np.empty((heads, 0), np.uint32)
     return arena.view(item.held.offset, (heads, per_head), np.uint32).copy()
-
-
-def _missing(ids: npt.NDArray[np.uint32], held: npt.NDArray[np.uint32], end: int) -> npt.NDArray[np.uint32]:
-    if not len(held):
-        return ids
-    # A table is several times faster than np.isin at the thousands of ids there are here.
-    has = np.zeros(end, np.bool_)
-    has[held[held < end]] = True
-    return ids[~has[ids]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from .store import LayerStore, Segment, empty_tiles, lazy
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Ranking:
+class Ranking(NamedTuple):
     """Rank tokens ``first .. end - 1`` of a layer for ``q``; the best ``k``; see ``driver.contract.Scan``."""
 
     q: Q

@@ -11,7 +11,7 @@ from ..cec.configurable import Configurable
 from ..driver.open import open_driver
 from ..driver.settings import DriverSettings
 from ..logs import get_logger
-from . import messages
+from . import messages, packets
 from .configuration import Configuration
 from .operations import Operations
 
@@ -30,19 +30,20 @@ def serve(sock: socket.socket, settings: DriverSettings) -> None:
             configuration.restore()
         driver.health()
     except HillInferError as error:
-        messages.send_reply(sock, messages.Failed(name_of(error), str(error)))
+        packets.send_reply(sock, messages.Failed(name_of(error), str(error)))
         return
     except OSError as error:
         failed = messages.Failed(
             DeviceUnavailable.__name__, f"cannot open the cold pool {settings.path}: {error.strerror}"
         )
-        messages.send_reply(sock, failed)
+        packets.send_reply(sock, failed)
         return
     operations = Operations(driver, configuration)
     try:
-        messages.send_reply(sock, messages.Ready(driver.identify()))
+        packets.send_reply(sock, messages.Ready(driver.identify()))
+        received = packets.Packets(sock)
         while True:
-            request, fd = messages.receive_request(sock)
+            request, fd = received.request()
             if request is None:
                 return
             try:
@@ -50,7 +51,7 @@ def serve(sock: socket.socket, settings: DriverSettings) -> None:
             finally:
                 if fd is not None:
                     os.close(fd)
-            messages.send_reply(sock, reply)
+            packets.send_reply(sock, reply)
     except ConnectionError:
         log.debug("the daemon hung up")
     finally:

@@ -1,18 +1,16 @@
-"""Messages between daemon and device worker: pickled dataclasses, one a packet, one reply to each.
+"""Messages between daemon and device worker, one reply to each (:mod:`.packets`).
 
-Both ends are the same installation and the socket is private to them, so pickle is safe here. The daemon has
-checked regions, ids of contexts and numbers of tokens; the worker checks what only the arena's bytes tell.
+The daemon has checked regions, ids of contexts and numbers of tokens; the worker checks what only the arena's
+bytes tell.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import socket
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from hillinfer_core.layout import Reduction, Shape
+from hillinfer_core.packed import Item
 
 from ..cec.loader import Status
 from ..domain.content import Appended
@@ -21,11 +19,6 @@ from ..domain.placement import Placed
 from ..domain.quantisation import SealedKeys
 from ..domain.regions import Region
 from ..driver.contract import Identity
-
-MAX_MESSAGE = 192 * 1024
-"""Largest packet in bytes: what a local socket takes with Linux's default buffer of 212,992, less slack."""
-
-_IN_FILE = b"in file"
 
 MAX_EXTENTS = 1000
 """Extents in one :class:`Discard`: about 40 KB."""
@@ -107,32 +100,18 @@ class Append:
     durable: bool = False
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One ranking of tokens ``first_token .. end_token - 1``; regions as in cold_pool.proto."""
+class Evaluate(NamedTuple):
+    """Rank tokens of one layer for several contexts of one session.
 
-    context_id: int
-    first_token: int
-    end_token: int
-    k: int
-    query: Region
-    ids: Region
-    scores: Region
-    held: Region
-    rows: Region
-    histogram: Region
-    scales: Region
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Rank tokens of one layer for several contexts of one session."""
+    ``packed`` is the same by :mod:`hillinfer_core.packed`, if it came so.
+    """
 
     session_id: int
     layer: int
     query_heads: int
     reduction: Reduction
-    evaluations: list[Evaluation]
+    evaluations: list[Item]
+    packed: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -218,7 +197,7 @@ Request: TypeAlias = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Traffic:
     """Bytes written to and read from the drive, and bytes of evaluation keys scanned.
 
@@ -244,17 +223,6 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """The result of one :class:`Evaluation`; see ``EvaluationResult`` in cold_pool.proto."""
-
-    generation: int
-    missing_per_head: list[int]
-    rows_brought: int
-    evaluated_bytes: int
-    read_bytes: int
-
-
-@dataclass(frozen=True)
 class BroughtKeys:
     """The result of :class:`FetchKeys`; ``checksums`` is the data checksum of each KV head."""
 
@@ -269,18 +237,22 @@ class Ready:
     identity: Identity
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Done:
     """A request was carried out.
 
-    ``evaluated`` answers :class:`Evaluate`, ``appended`` a durable :class:`Append`, ``sealed``
-    :class:`SealContext` (by layer), ``bitstreams`` a :data:`CecRequest`, ``keys`` :class:`FetchKeys`.
+    ``evaluated`` answers :class:`Evaluate`, by :func:`hillinfer_core.packed.pack_results`, with how many
+    ``winners`` all KV heads have and how many of them are ``missing``. ``appended`` answers a durable
+    :class:`Append`, ``sealed`` :class:`SealContext` (by layer), ``bitstreams`` a :data:`CecRequest`, ``keys``
+    :class:`FetchKeys`.
     ``key_bytes`` of evaluation keys are in fast memory now, ``context_key_bytes`` of them of the context that
     was opened, loaded or appended to.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
-    evaluated: list[Evaluated] = field(default_factory=list)
+    evaluated: bytes = b""
+    winners: int = 0
+    missing: int = 0
     appended: Appended | None = None
     sealed: list[tuple[int, SealedKeys]] = field(default_factory=list)
     key_bytes: int = 0
@@ -299,44 +271,3 @@ class Failed:
 
 
 Reply: TypeAlias = Ready | Done | Failed
-
-
-def encode(message: Request) -> bytes:
-    """Return the packet for ``message``; raises ``ValueError`` above :data:`MAX_MESSAGE` bytes."""
-    packet = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    if len(packet) > MAX_MESSAGE:
-        raise ValueError(f"a message of {len(packet)} bytes exceeds {MAX_MESSAGE}")
-    return packet
-
-
-def send_reply(sock: socket.socket, reply: Reply) -> None:
-    """Send ``reply``; one that is too large for a packet in a file of its own."""
-    packet = pickle.dumps(reply, protocol=pickle.HIGHEST_PROTOCOL)
-    if len(packet) <= MAX_MESSAGE:
-        sock.send(packet)
-        return
-    fd = os.memfd_create("hillinfer-reply", os.MFD_CLOEXEC)
-    try:
-        with open(os.dup(fd), "wb") as file:
-            file.write(packet)
-        socket.send_fds(sock, [_IN_FILE], [fd])
-    finally:
-        os.close(fd)
-
-
-def receive_reply(sock: socket.socket) -> Reply | None:
-    """Return the next reply, None at hang-up; raises ``BlockingIOError`` if there is none yet."""
-    packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
-    if packet == _IN_FILE:
-        with open(fds[0], "rb") as file:
-            file.seek(0)
-            packet = file.read()
-    reply: Reply | None = pickle.loads(packet) if packet else None
-    return reply
-
-
-def receive_request(sock: socket.socket) -> tuple[Request | None, int | None]:
-    """Block for the next request and the descriptor that came with it; the request is None at hang-up."""
-    packet, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 1)
-    request: Request | None = pickle.loads(packet) if packet else None
-    return request, (fds[0] if fds else None)

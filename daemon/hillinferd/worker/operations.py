@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,10 +20,13 @@ from hillinfer_core.errors import (
     name_of,
 )
 from hillinfer_core.layout import Shape
+from hillinfer_core.packed import pack_results
+from hillinfer_core.reference import U8
 
 from ..cec.loader import Status
 from ..domain.content import Appended, LayerContent
 from ..domain.quantisation import SealedKeys
+from ..domain.regions import Region
 from ..driver.contract import Driver
 from ..logs import get_logger
 from . import messages, rows
@@ -32,7 +35,7 @@ from .configuration import Configuration
 from .evaluate import evaluate
 from .keys import KeyKeeper
 from .messages import Done, Traffic
-from .store import LayerStore
+from .store import LayerStore, lazy
 
 log = get_logger(__name__)
 
@@ -52,11 +55,13 @@ class Operations:
         self._keys = KeyKeeper(driver)
         self._arenas: dict[int, Arena] = {}
         self._contexts: dict[int, _Context] = {}
+        self._copy: U8 = lazy((0,), np.uint8)
 
     def carry_out(self, request: messages.Request, fd: int | None) -> messages.Reply:
         """Carry out ``request`` with the descriptor that came along, and return the reply; raises nothing."""
         traffic = Traffic()
-        before = replace(self._driver.requests)
+        requests = self._driver.requests
+        reads, writes = requests.reads, requests.writes
         try:
             return self._carry_out(request, fd, traffic)
         except HillInferError as error:
@@ -70,17 +75,17 @@ class Operations:
                 HillInferError.__name__, f"internal error in the worker: {error!r}", traffic
             )
         finally:
-            traffic.reads = self._driver.requests.reads - before.reads
-            traffic.writes = self._driver.requests.writes - before.writes
+            traffic.reads = requests.reads - reads
+            traffic.writes = requests.writes - writes
 
     def _carry_out(self, request: messages.Request, fd: int | None, traffic: Traffic) -> messages.Reply:
         match request:
             case messages.Evaluate():
-                return self._done(traffic, evaluated=self._evaluate(request, traffic))
+                return self._evaluate(request, traffic)
             case messages.Append():
                 store = self._layer(request.context_id, request.layer)
-                arena = self._arenas[request.session_id]
-                done = append(self._driver, self._keys, arena, store, request, traffic)
+                rows = self._copied(self._arenas[request.session_id], request.rows)
+                done = append(self._driver, self._keys, store, request, rows, traffic)
                 return self._done(traffic, request.context_id, appended=done if request.durable else None)
             case messages.FetchIds():
                 self._fetch_ids(request, traffic)
@@ -118,7 +123,6 @@ class Operations:
         traffic: Traffic,
         context_id: int | None = None,
         *,
-        evaluated: list[messages.Evaluated] | None = None,
         appended: Appended | None = None,
         sealed: list[tuple[int, SealedKeys]] | None = None,
         bitstreams: Status | None = None,
@@ -129,7 +133,15 @@ class Operations:
             layers = self._contexts[context_id].layers.values()
             held = self._keys.claimed_bytes(layers) + sum(store.clipped.nbytes for store in layers)
         used = self._keys.residency.used_bytes
-        return Done(traffic, evaluated or [], appended, sealed or [], used, held, bitstreams, keys)
+        return Done(
+            traffic,
+            appended=appended,
+            sealed=sealed or [],
+            key_bytes=used,
+            context_key_bytes=held,
+            bitstreams=bitstreams,
+            keys=keys,
+        )
 
     def _configure(self, request: messages.CecRequest) -> Status:
         if self._configuration is None:
@@ -177,13 +189,17 @@ class Operations:
             for store in context.layers.values():
                 self._keys.drop(store)
 
-    def _evaluate(self, request: messages.Evaluate, traffic: Traffic) -> list[messages.Evaluated]:
+    def _evaluate(self, request: messages.Evaluate, traffic: Traffic) -> Done:
         arena = self._arenas[request.session_id]
-        results = []
+        results, winners, missing = [], 0, 0
         for item in request.evaluations:
             store = self._layer(item.context_id, request.layer)
-            results.append(evaluate(self._driver, self._keys, arena, store, request, item, traffic))
-        return results
+            result = evaluate(self._driver, self._keys, arena, store, request, item, traffic)
+            results.append(result)
+            winners += item.k * len(result.missing_per_head)
+            missing += sum(result.missing_per_head)
+        used = self._keys.residency.used_bytes
+        return Done(traffic, pack_results(results), winners, missing, key_bytes=used)
 
     def _fetch_ids(self, request: messages.FetchIds, traffic: Traffic) -> None:
         store = self._layer(request.context_id, request.layer)
@@ -220,6 +236,17 @@ class Operations:
         # Of our copy, not of the arena's: what reaches the client otherwise shows there.
         checksums = kernel.data_checksums(tiles).tolist()
         return messages.BroughtKeys(store.quantisation.generation, checksums)
+
+    def _copied(self, arena: Arena, region: Region) -> U8:
+        """Return a copy of a region, good until the next: the client can change its arena at any time.
+
+        What was checked must be what is written. Fresh memory for each would cost as much as the append.
+        """
+        if region.length > self._copy.size:
+            self._copy = lazy((region.length,), np.uint8)
+        copy = self._copy[: region.length]
+        copy[:] = arena.view(region.offset, copy.shape, np.uint8)
+        return copy
 
     def _context(self, context_id: int) -> _Context:
         if context_id not in self._contexts:

@@ -7,12 +7,10 @@ import numpy.typing as npt
 
 from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData
+from hillinfer_core.reference import U32
 
 from ..driver.contract import Driver
-from .store import LayerStore, Rows
-
-Heads = npt.NDArray[np.intp]
-Tokens = npt.NDArray[np.int64]
+from .store import Heads, LayerStore, Rows, Tokens
 
 
 def gather(
@@ -24,8 +22,9 @@ def gather(
     """
     if len(tokens) == 0:
         return 0
-    read = driver.gather(store.offsets(heads, tokens), out)
-    _verify(store, heads, tokens, out)
+    offsets, checksums = store.locate(heads, tokens)
+    read = driver.gather(offsets, out)
+    _verify(checksums, heads, tokens, out)
     return read
 
 
@@ -51,15 +50,14 @@ def read_range(
             total += driver.read(offset, flat[head, part].data)
     heads = np.repeat(np.arange(shape.kv_heads), count)
     tokens = np.tile(np.arange(first, first + count), shape.kv_heads)
-    _verify(store, heads, tokens, flat.reshape(-1, shape.row_bytes))
+    _verify(store.locate(heads, tokens)[1], heads, tokens, flat.reshape(-1, shape.row_bytes))
     return out, total
 
 
-def _verify(store: LayerStore, heads: Heads, tokens: Tokens, out: npt.NDArray[np.uint8]) -> None:
-    wrong = np.flatnonzero(kernel.row_checksums(out) != store.checksums(heads, tokens))
-    if len(wrong):
-        head, token = heads[wrong[0]], tokens[wrong[0]]
+def _verify(checksums: U32, heads: Heads, tokens: Tokens, out: npt.NDArray[np.uint8]) -> None:
+    first = kernel.damaged_row(out, checksums)
+    if first is not None:
         raise CorruptData(
-            f"{len(wrong)} of {len(tokens)} rows read back are damaged, the first is token {token} of "
-            f"head {head}; close the context, fill a new one, and check the drive"
+            f"of {len(tokens)} rows read back, that of token {tokens[first]} of head {heads[first]} is the "
+            "first that is damaged; close the context, fill a new one, and check the drive"
         )

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import TILE_TOKENS, Shape
-from hillinfer_core.reference import U8, U32
+from hillinfer_core.reference import U8, U32, U64
+from hillinfer_core.rows import locate
 
 from ..domain.content import LayerContent
 from ..domain.placement import Placed
@@ -20,7 +21,8 @@ from ..driver.contract import KeySegment
 from .clipped import ClippedTokens
 
 Rows = npt.NDArray[Any]
-U64 = npt.NDArray[np.uint64]
+Heads = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -66,9 +68,7 @@ class LayerStore:
         self.quantisation: Quantisation | None = None
         self.segments: list[Segment] = []
         self.clipped = ClippedTokens()
-        self._starts = np.empty(0, np.int64)
-        self._strides = np.empty(0, np.int64)
-        self._bases = np.empty(0, np.int64)
+        self._extents = np.empty((3, 0), np.int64)
         self._checksums: U32 = np.empty((shape.kv_heads, 0), np.uint32)
 
     @classmethod
@@ -113,9 +113,8 @@ class LayerStore:
         """Put ``segments`` in place of those there are."""
         self.segments = segments
         placed = [segment.placed for segment in self.segments]
-        self._starts = np.array([item.first_token for item in placed], np.int64)
-        self._strides = np.array([item.stride for item in placed], np.int64)
-        self._bases = np.array([item.extent.offset for item in placed], np.int64)
+        extents = [(item.first_token, item.stride, item.extent.offset) for item in placed]
+        self._extents = np.ascontiguousarray(np.array(extents, np.int64).reshape(-1, 3).T)
 
     def reserve_checksums(self, tokens: int) -> None:
         """Have room for the checksums of ``tokens`` tokens; raises ``OSError`` without memory."""
@@ -129,20 +128,14 @@ class LayerStore:
         """Keep ``checksums`` [kv_heads, n] of tokens from ``first_token`` on; reserve their room before."""
         self._checksums[:, first_token : first_token + checksums.shape[1]] = checksums
 
-    def checksums(self, heads: npt.NDArray[np.intp], tokens: npt.NDArray[np.int64]) -> U32:
-        """Return the checksums, uint32 [n], of the rows of ``heads`` [n] and ``tokens`` [n]."""
-        found: U32 = self._checksums[heads, tokens]
-        return found
+    def locate(self, heads: Heads, tokens: Tokens) -> tuple[U64, U32]:
+        """Return the byte offsets in the pool, uint64 [n], and checksums, uint32 [n], of rows.
 
-    def offsets(self, heads: npt.NDArray[np.intp], tokens: npt.NDArray[np.int64]) -> U64:
-        """Return the byte offsets in the pool, uint64 [n], of the rows of ``heads`` [n] and ``tokens`` [n].
-
-        The vector form of :meth:`hillinferd.domain.placement.Placed.row_offset`.
+        They are the rows of ``heads`` [n] and ``tokens`` [n]. The vector form of
+        :meth:`hillinferd.domain.placement.Placed.row_offset`; raises :class:`InvalidInput` for tokens that
+        there are not.
         """
-        index = np.searchsorted(self._starts, tokens, side="right") - 1
-        rows = heads * self._strides[index] + tokens - self._starts[index]
-        offsets: U64 = (self._bases[index] + rows * self.shape.row_bytes).astype(np.uint64)
-        return offsets
+        return locate(self._extents, self.shape.row_bytes, self.tokens, self._checksums, heads, tokens)
 
     def runs(self, first: int, end: int) -> list[tuple[Placed, int, int]]:
         """Split tokens ``first .. end - 1`` by extent: (extent, first token, end token) of each part."""

@@ -173,7 +173,7 @@ def _open_storage(settings: DriverSettings) -> Storage:
     path = Path(settings.path)
     if is_block_device(path) and not os.access(path, os.R_OK | os.W_OK):
         raise ConfigError(
-            f"pool: {path} may not be opened by this user; give the drive to its group with a udev rule, or "
+            f"pool: {path} may not be opened by this user; give the drive to it with a udev rule, or "
             "usermod -aG disk USER and log in again (docs/smartssd.md)"
         )
     return Storage(path, settings.capacity, keep=settings.keep, new_id=settings.new_id)

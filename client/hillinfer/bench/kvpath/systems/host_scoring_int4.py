@@ -8,7 +8,7 @@ from itertools import chain
 
 from hillinfer.bench.kvpath.rig import Rig
 from hillinfer.bench.kvpath.systems.base import HostSystem, Ids
-from hillinfer.context import MirroredKeys
+from hillinfer.keys import MirroredKeys
 from hillinfer.session import EvaluateItem
 from hillinfer_core import kernel
 from hillinfer_core.layout import TILE_TOKENS, Reduction

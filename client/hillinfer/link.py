@@ -1,0 +1,192 @@
+"""One attachment to a daemon: its connection, arena, channel and ring. After a restart there is another."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from hillinfer import wire
+from hillinfer.evaluation import EvaluateItem, Plan
+from hillinfer.ring import RingTransport
+from hillinfer.stream import EvaluateStream
+from hillinfer.survival import DaemonGone
+from hillinfer_core import errors, protocol
+from hillinfer_core.errors import DaemonUnavailable, ForeignToken, HillInferError, InvalidInput
+from hillinfer_core.packed import Answer, Evaluated, unpack_answer
+from hillinfer_core.ring import PAYLOAD_BYTES, Method, Outcome
+from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
+
+_ON_RING: dict[str, Any] = {
+    "Append": cold_pool_pb2.AppendResponse,
+    "Evaluate": cold_pool_pb2.EvaluateResponse,
+    "Fetch": cold_pool_pb2.FetchResponse,
+}
+
+_WITHOUT_ARENA = ("OpenContext", "CloseContext", "SaveContext", "ListContexts", "DeleteContext", "Status")
+
+_HANG_UP_S = 1.0
+"""How long a connection may seem open after the daemon's end was noticed elsewhere. Our choice."""
+
+
+class Link:
+    """Attaches on construction, see `wire.attach`. Not thread-safe: the session's lock covers every call.
+
+    `stopping_s`: how long a daemon that says it is stopping may take to hang up.
+    """
+
+    def __init__(
+        self, path: Path, arena_bytes: int, name: str, attach_s: float, ring: bool, stopping_s: float
+    ) -> None:
+        self._connection, self.accepted, arena, fds = wire.attach(path, arena_bytes, name, attach_s, ring)
+        self._stopping_s = stopping_s
+        self.arena_bytes = 0 if arena is None else arena.nbytes
+        self._staging = None if arena is None else wire.Staging(arena, self.accepted.arena_generation)
+        self._metadata = ((protocol.TOKEN_KEY, self.accepted.token),)
+        # Own subchannels: another session's backoff after a dead daemon must not delay this one.
+        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
+        self._channel = grpc.insecure_channel(self.accepted.grpc_address, options)
+        self._stub = cold_pool_pb2_grpc.ColdPoolStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stream: EvaluateStream | None = None
+        self._ring = None if fds is None else RingTransport(fds, self._connection)
+        self._unfinished = False
+
+    def staging(self) -> wire.Staging:
+        """Return the arena's allocator.
+
+        Raises `DaemonUnavailable` when the daemon may still use the arena, `DaemonGone` if it is gone.
+        """
+        if self._staging is None:
+            raise InvalidInput("the session has no arena; connect with arena_bytes above 0")
+        if self._unfinished:
+            if self._hung_up(0):
+                raise DaemonGone("the daemon ended the session")
+            raise DaemonUnavailable(
+                "a call did not finish, the shared memory may still be in use; connect a new session"
+            )
+        return self._staging
+
+    def call(self, method: str, request: Any, timeout_s: float) -> Any:
+        """Make a call with deadline and typed errors, by the ring where it takes it."""
+        if method in _ON_RING and self._ring is not None and self._ring.takes(request):
+            return self._ask_ring(method, request, timeout_s)
+        with self._awaiting(method):
+            return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
+
+    def ask(self, request: cold_pool_pb2.EvaluateRequest, timeout_s: float) -> cold_pool_pb2.EvaluateResponse:
+        """Make an evaluation: by the ring, or on a stream of its own."""
+        if self._ring is not None and self._ring.takes(request):
+            response: cold_pool_pb2.EvaluateResponse = self._ask_ring("Evaluate", request, timeout_s)
+            return response
+        return self._ask_stream(request, timeout_s, None)
+
+    def evaluate(
+        self,
+        plan: Plan,
+        layer: int,
+        items: Sequence[EvaluateItem],
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Make the evaluation of `plan`, which is filled, as `ask` does; do `meanwhile` once it is sent."""
+        if self._ring is not None:
+            packed = plan.packed(layer, items)
+            if len(packed) <= PAYLOAD_BYTES:
+                return unpack_answer(self._answer(Method.EvaluatePacked, packed, timeout_s, meanwhile))
+        response = self._ask_stream(plan.message(layer, items), timeout_s, meanwhile)
+        results = [
+            Evaluated(
+                result.generation,
+                list(result.missing_per_head),
+                result.rows_brought,
+                result.evaluated_bytes,
+                result.read_bytes,
+                result.scan_s,
+            )
+            for result in response.results
+        ]
+        return Answer(response.answered_at, results)
+
+    def _ask_stream(
+        self,
+        request: cold_pool_pb2.EvaluateRequest,
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None,
+    ) -> cold_pool_pb2.EvaluateResponse:
+        if self._stream is None:
+            self._stream = self.new_stream(timeout_s)
+        with self._awaiting("Evaluate"):
+            return self._stream.ask(request, meanwhile)
+
+    def new_stream(self, timeout_s: float) -> EvaluateStream:
+        """Return another evaluation stream of this attachment."""
+        return EvaluateStream(self._stub, self._metadata, timeout_s)
+
+    def close(self) -> None:
+        """End the attachment; the daemon frees everything of it."""
+        if self._stream is not None:
+            self._stream.close()
+        self._channel.close()
+        if self._ring is not None:
+            self._ring.close()
+        self._connection.close()
+        self._staging = None
+
+    def _ask_ring(self, method: str, request: Any, timeout_s: float) -> Any:
+        answer = self._answer(Method[method], request.SerializeToString(), timeout_s)
+        return _ON_RING[method].FromString(answer)
+
+    def _answer(
+        self, method: Method, payload: bytes, timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> bytes:
+        assert self._ring is not None
+        with self._awaiting(method.name):
+            answer = self._ring.ask(method, payload, timeout_s, meanwhile)
+            if answer.code == Outcome.refused:
+                refused = attach_pb2.Refused.FromString(answer.payload)
+                raise _AnsweredError(errors.by_name(refused.error)(refused.message))
+        return answer.payload
+
+    @contextmanager
+    def _awaiting(self, method: str) -> Iterator[None]:
+        """Note for `staging` whether the call inside ended with an answer, and type its error."""
+        before = self._unfinished
+        # Set first and taken back by an answer, so that an interruption at any point leaves it set.
+        self._unfinished = before or method not in _WITHOUT_ARENA
+        try:
+            yield
+        except grpc.RpcError as error:
+            typed, answered = wire.typed_error(error, method), wire.answered(error)
+        except _AnsweredError as error:
+            typed, answered = error.error, True
+        except DaemonUnavailable as error:
+            typed, answered = error, False
+        else:
+            self._unfinished = before
+            return
+        if answered:
+            self._unfinished = before
+        # Refused with DaemonUnavailable means that it is about to stop.
+        stopping = answered and isinstance(typed, DaemonUnavailable)
+        patience = self._stopping_s if stopping else _HANG_UP_S
+        if isinstance(typed, (DaemonUnavailable, ForeignToken)) and self._hung_up(patience):
+            raise DaemonGone(str(typed)) from None
+        raise typed from None
+
+    def _hung_up(self, within_s: float) -> bool:
+        # The daemon sends nothing more on it: an event is its end.
+        waiting = select.poll()
+        waiting.register(self._connection, select.POLLIN)
+        return bool(waiting.poll(within_s * 1000))
+
+
+class _AnsweredError(Exception):
+    """An error that came through the ring."""
+
+    def __init__(self, error: HillInferError) -> None:
+        super().__init__(str(error))
+        self.error = error
