@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hillinfer_core.errors import ConfigError
 from hillinferd import config
 
-
 GOOD = b"""
 runtime_dir = "/run/hillinfer"
 state_dir = "/var/lib/hillinfer"
@@ -53,10 +52,15 @@ def in_memory() -> Iterator[Path]:
 def read_or_refuse(file: Path, text: bytes) -> bool:
     """Return whether it was accepted, and check what was made of it."""
     file.write_bytes(text)
+    found: config.Config | None = None
+    refused = ""
     try:
         found = config.load(file, {})
     except ConfigError as error:
-        assert "\n" not in str(error)
+        refused = str(error)
+    if found is None:
+        assert refused
+        assert "\n" not in refused
         return False
     says = tomllib.loads(text.decode())
     tables = says.pop("drive", [says])
