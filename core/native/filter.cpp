@@ -33,23 +33,35 @@ size_t portable(Ids from, const int32_t *scores, size_t n, int32_t threshold, ui
 
 #if defined(__x86_64__)
 
-__attribute__((target("avx2"))) size_t avx2(Ids from, const int32_t *scores, size_t n, int32_t threshold,
+// For each mask of 8 lanes the lanes that are set, in order, and then any.
+struct Compressions {
+    uint64_t lanes[256];
+
+    constexpr Compressions() : lanes() {
+        for (unsigned mask = 0; mask < 256; ++mask)
+            for (unsigned lane = 0, to = 0; lane < 8; ++lane)
+                if (mask >> lane & 1) lanes[mask] |= uint64_t(lane) << (8 * to++);
+    }
+};
+constexpr Compressions kCompressions;
+
+__attribute__((target("avx2,popcnt"))) size_t avx2(Ids from, const int32_t *scores, size_t n, int32_t threshold,
                                             uint32_t *ids, int32_t *chosen) {
     const __m256i least = _mm256_set1_epi32(threshold);
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     size_t count = 0, i = 0;
-    for (; i + 64 <= n; i += 64) {
-        uint64_t below = 0;
-        for (size_t v = 0; v < 8; ++v) {
-            const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(scores + i + 8 * v));
-            const __m256i less = _mm256_cmpgt_epi32(least, s);
-            below |= uint64_t(unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(less)))) << (8 * v);
-        }
-        // One loop for 64 scores: each ends with a branch that is mispredicted.
-        for (uint64_t mask = ~below; mask; mask &= mask - 1) {
-            const size_t at = i + size_t(__builtin_ctzll(mask));
-            ids[count] = from[at];
-            chosen[count++] = scores[at];
-        }
+    for (; i + 8 <= n; i += 8) {
+        // Without a branch, which would be mispredicted: 8 are written, and those that count kept.
+        const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(scores + i));
+        const __m256i id = from.given ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from.given + i))
+                                      : _mm256_add_epi32(lanes, _mm256_set1_epi32(int(from[i])));
+        const __m256i below = _mm256_cmpgt_epi32(least, s);
+        const unsigned mask = unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(below))) ^ 0xff;
+        const __m256i order = _mm256_cvtepu8_epi32(
+            _mm_loadl_epi64(reinterpret_cast<const __m128i *>(&kCompressions.lanes[mask])));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(ids + count), _mm256_permutevar8x32_epi32(id, order));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(chosen + count), _mm256_permutevar8x32_epi32(s, order));
+        count += size_t(__builtin_popcount(mask));
     }
     return count + portable(from.after(i), scores + i, n - i, threshold, ids + count, chosen + count);
 }

@@ -23,6 +23,8 @@ constexpr size_t kJobBytes = 2 << 20;       // keys: larger jobs share the work 
 constexpr size_t kLeastJobBytes = 64 << 10; // keys: smaller jobs cost more than they do
 constexpr size_t kThreadBytes = 256 << 10;  // keys: for less it does not pay to wake another thread
 constexpr size_t kOvershoot = 16;           // what `filter` may write behind the last
+constexpr size_t kCacheLine = 64;           // bytes
+constexpr size_t kCountsPerLine = 8;        // scores counted for each line of keys fetched ahead: docs/kernel.md
 
 // The bins of one query's scores: docs/evaluation.md, "Histogram".
 struct Bins {
@@ -138,9 +140,10 @@ class Tally {
         candidates.clear();
     }
 
-    void add(const int32_t *scores, size_t n, uint32_t first_id) {
+    // `next_keys` follow those of the scores in memory; they may be beyond the last.
+    void add(const int32_t *scores, size_t n, uint32_t first_id, const uint8_t *next_keys) {
         follow(row_.floor.load(std::memory_order_relaxed));
-        if (all_) count(scores, n);
+        if (all_) count_all(scores, n, next_keys);
         if (k_ == 0) return;
         const int32_t threshold = row_.bins.edge(floor_);
         candidates_.reserve(variant_, n, threshold);
@@ -160,6 +163,16 @@ class Tally {
     }
 
   private:
+    // Memory would stand still meanwhile, so the next keys are fetched: as many as the counting hides.
+    void count_all(const int32_t *scores, size_t n, const uint8_t *next_keys) {
+        size_t i = 0;
+        for (; i + kCountsPerLine <= n; i += kCountsPerLine, next_keys += kCacheLine) {
+            __builtin_prefetch(next_keys);
+            count(scores + i, kCountsPerLine);
+        }
+        count(scores + i, n - i);
+    }
+
     // Two counters: neighbours often share a bin, and an increment has to wait for the one before.
     void count(const int32_t *scores, size_t n) {
         const Bins bins = row_.bins;
@@ -328,7 +341,7 @@ class Scan {
             const size_t row = head * group_ + g;
             scores(r_.variant, keys, tiles, r_.q + row * r_.queries * r_.dim, r_.offsets + row * r_.queries,
                    r_.queries, r_.dim, r_.bits, block);
-            tallies[g].add(block + (first - token), end - first, uint32_t(first));
+            tallies[g].add(block + (first - token), end - first, uint32_t(first), keys + tiles * tile_bytes_);
         }
     }
 

@@ -94,6 +94,10 @@ HILLINFER_AVX2 inline __m256i avx2_operand(__m256i k, size_t operand) {
     return _mm256_and_si256(_mm256_srli_epi16(k, shift), _mm256_set1_epi16(0x000f));
 }
 
+// How far ahead keys are fetched, in bytes. Two dozen instructions for each line leave too few lines in flight;
+// with VNNI's half a dozen the processor does better by itself (docs/kernel.md).
+constexpr size_t kAvx2Ahead = 2048;
+
 // Half a beat: 8 tokens.
 template <int kBits, bool kAsBytes, size_t kQueries>
 HILLINFER_AVX2 inline void avx2_half(const uint8_t *half, const uint32_t *words, __m256i *sums) {
@@ -130,8 +134,10 @@ HILLINFER_AVX2 void avx2_pass(const uint8_t *tiles, size_t tile_count, const Que
         __m256i first[kQueries], second[kQueries];  // of tokens 0 to 7, and 8 to 15
         for (size_t r = 0; r < kQueries; ++r) first[r] = second[r] = _mm256_set1_epi32(offsets[r]);
         for (size_t j = 0; j < beats; ++j) {
-            avx2_half<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes, words + j * kWords, first);
-            avx2_half<kBits, kAsBytes, kQueries>(tiles + j * kBeatBytes + 32, words + j * kWords, second);
+            const uint8_t *beat = tiles + j * kBeatBytes;
+            __builtin_prefetch(beat + kAvx2Ahead);
+            avx2_half<kBits, kAsBytes, kQueries>(beat, words + j * kWords, first);
+            avx2_half<kBits, kAsBytes, kQueries>(beat + 32, words + j * kWords, second);
         }
         for (size_t r = 1; r < kQueries; ++r) {
             first[0] = _mm256_max_epi32(first[0], first[r]);

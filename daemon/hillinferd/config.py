@@ -140,8 +140,9 @@ def _read(file: Path) -> dict[str, Any]:
             return tomllib.load(stream)
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        # Also text that is not UTF-8, and tables within tables without end.
+        raise ConfigError(f"{file} is not TOML: {str(error).splitlines()[0]}") from None
 
 
 def _default_capacity(values: Mapping[str, Any]) -> int:

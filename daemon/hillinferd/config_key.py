@@ -38,9 +38,12 @@ def convert(key: Key, value: Any) -> Any:
 
 def path(value: Any) -> Path:
     """Take a path, ``~`` allowed."""
-    if not isinstance(value, str | Path) or not str(value):
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
         raise ValueError(value)
-    return Path(value).expanduser().absolute()
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(value) from None  # the home of a user that there is not
 
 
 def directory(value: Any) -> Path:

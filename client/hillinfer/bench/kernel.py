@@ -64,7 +64,7 @@ def bench_kernel(repeats: int, progress: Progress, shapes: tuple[Shape, ...] = S
     return {
         "int8": _without_peers(main["int8"]),
         "int4": _without_peers(main["int4"]),
-        "topk_overhead": main["int8"]["topk_overhead"],
+        "topk_overhead": max(main[p.value]["topk_overhead"] for p in Precision),
         "peers": {name: _peer_summary(main, name) for name in PEERS},
         "shapes": measured,
         "machine": {
