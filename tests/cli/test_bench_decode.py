@@ -59,7 +59,8 @@ def test_every_system_has_a_row_and_a_kept_run_is_gone_on_with(run, tmp_path):
             row["tokens_per_s"]["least"] <= row["tokens_per_s"]["median"] <= row["tokens_per_s"]["greatest"]
         )
     mine, default = rows[0], rows[1]
-    assert default["resident_bytes"] == default["full_bytes"]
+    # Less what HillInfer takes more of to warm up.
+    assert default["resident_bytes"] == default["full_bytes"] - 6 * FULL_ROW
     assert mine["prefill_s"]["of"] == mine["question_s"]["of"] == default["prefill_s"]["of"] == 2
     assert rows[3]["prefill_s"] is rows[3]["question_s"] is None
     keys = mine["resident"]["evaluation_keys"]

@@ -24,8 +24,8 @@ from hillinfer.bench.decode.systems import (
 from hillinfer.pipeline.trace import write_trace
 from hillinfer_core.errors import InvalidInput
 
-WARM_UP = 8
-"""Decode steps that are not counted: slots and hot pool fill, and `auto` makes up its mind."""
+WARM_UP, PLAIN_WARM_UP = 8, 2
+"""Decode steps that are not counted: of HillInfer slots and hot pool fill, and `auto` makes up its mind."""
 
 Say = Callable[[str], None]
 
@@ -93,7 +93,7 @@ def measure_cell(setup: Setup, plan: Plan, say: Say, told: Callable[[list[dict[s
             attended = _attended(setup, running, stack)
             running += attended
             for each in running:
-                each.decode(WARM_UP, counted=False)
+                each.decode(WARM_UP if isinstance(each.system, HillInfer) else PLAIN_WARM_UP, counted=False)
             for number in range(plan.rounds):
                 for each in running:
                     if plan.readings and each not in attended:

@@ -107,9 +107,9 @@ class Plain:
 
     def fill(self, tokens: int) -> None:
         """See `System`."""
+        # A layer at once: an offloaded one is on the host after its update, and takes no more there.
         for layer in range(self._setup.subject.config.num_hidden_layers):
-            for count in pieces(tokens):
-                self._cache.update(*made_up(self._setup, count, self.dtype), layer)
+            self._cache.update(*made_up(self._setup, tokens, self.dtype), layer)
         _settle(self._model.device)
 
     def feed(self, ids: torch.Tensor) -> torch.Tensor:
