@@ -292,16 +292,23 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def store(self, row: int, key: torch.Tensor, value: torch.Tensor, most: int) -> None:
         """Add tokens [Hkv, n, D] to the recent window, and to the context all but the last `most`.
 
-        Those wait in the window, so `most` is at most its length: a `crop` then costs nothing.
+        Those wait in the window, so `most` is at most its length: a `crop` then costs nothing. Where the
+        window has room, those short of a whole append unit wait too.
         """
         context, slots = self._cache.contexts[row], self.slots
         held = int(slots.lengths[row])
-        end = held + key.shape[1] - most
+        end = self.append_end(row, held + key.shape[1], most)
         self.append_pinned(row, context, min(end, held))
         if end > held:
             new = slice(0, end - held)
             context.append(self.index, to_storage(key[:, new]), to_storage(value[:, new]))
         slots.append(row, key, value)
+
+    def append_end(self, row: int, tokens: int, most: int) -> int:
+        """Up to where tokens are in the context once sequence `row` has `tokens`; see `store`."""
+        # An append of less than a unit moves no bytes, but waits for whatever the session is doing.
+        unit = self._cache.contexts[row].append_unit
+        return max((tokens - most) // unit * unit, tokens - self.slots.recent)
 
     def append_pinned(self, row: int, context: Context, end: int) -> None:
         """Append tokens that wait in the recent window to the context, up to `end`."""

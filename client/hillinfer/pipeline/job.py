@@ -87,7 +87,11 @@ def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool)
         return None
     slots.resize(max(sizes))
     layer.hot.resize(division.hot_rows)
-    append = [min(int(n) + 1 - layer.waiting, int(n)) for n in lengths] if ahead else []
+    append = [
+        min(layer.append_end(row, int(n) + 1, layer.waiting), int(n))
+        for row, n in enumerate(lengths)
+        if ahead
+    ]
     return Job(layer, step, wanted, lengths, held(layer), ends, append, sampled)
 
 
