@@ -92,6 +92,26 @@ def missing(
     missing_ids: npt.NDArray[np.int64],
     /,
 ) -> int: ...
+def exchange(
+    slots: npt.NDArray[np.uint32],
+    hot: npt.NDArray[np.uint32],
+    wanted: npt.NDArray[np.uint32],
+    counts: npt.NDArray[np.int64],
+    tokens: int,
+    ids: npt.NDArray[np.uint32],
+    places: npt.NDArray[np.int64],
+    of_heads: npt.NDArray[np.int64],
+    /,
+) -> list[int] | None: ...
+def keep(
+    hot: npt.NDArray[np.uint32],
+    hits: npt.NDArray[np.uint16],
+    ids: npt.NDArray[np.uint32],
+    counts: npt.NDArray[np.int64],
+    which: npt.NDArray[np.int64],
+    places: npt.NDArray[np.int64],
+    /,
+) -> int: ...
 def locate(
     extents: npt.NDArray[np.int64],
     row_bytes: int,

@@ -181,6 +181,26 @@ size_t py_missing(Array<const uint32_t, 2> ids, Array<const uint32_t, 2> held, u
                    missing_heads.data(), missing_ids.data());
 }
 
+// Returns how many are missing, found in the hot pool, and left; nothing where a head wants too many.
+std::optional<std::vector<size_t>> py_exchange(Array<uint32_t, 2> slots, Array<uint32_t, 2> hot,
+                                               Array<const uint32_t, 1> wanted, Array<const int64_t, 1> counts,
+                                               uint32_t tokens, Array<uint32_t, 2> ids, Array<int64_t, 2> places,
+                                               Array<int64_t, 2> of_heads) {
+    const size_t room = places.shape(1);
+    Exchanged out{ids.data(), places.data(), of_heads.data(), places.data() + room, places.data() + 2 * room,
+                  ids.data() + ids.shape(1), places.data() + 3 * room, of_heads.data() + of_heads.shape(1)};
+    if (!exchange(slots.data(), slots.shape(1), hot.data(), hot.shape(1), slots.shape(0), wanted.data(),
+                  counts.data(), tokens, out))
+        return std::nullopt;
+    return std::vector<size_t>{out.missing, out.found, out.left};
+}
+
+size_t py_keep(Array<uint32_t, 2> hot, Array<const uint16_t, 2> hits, Array<const uint32_t, 1> ids,
+               Array<const int64_t, 1> counts, Array<int64_t, 1> which, Array<int64_t, 1> places) {
+    return keep(hot.data(), hot.shape(1), hits.data(), hits.shape(1), hot.shape(0), ids.data(), counts.data(),
+                which.data(), places.data());
+}
+
 // The rows of `checksums` may lie apart.
 bool py_locate(Array<const int64_t, 2> extents, int64_t row_bytes, int64_t tokens,
                nb::ndarray<const uint32_t, nb::ndim<2>, nb::device::cpu> sums, Array<const int64_t, 1> heads,
@@ -290,6 +310,10 @@ NB_MODULE(_native, module) {
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("missing", &py_missing, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("exchange", &py_exchange, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("keep", &py_keep, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("locate", &py_locate, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());

@@ -75,6 +75,27 @@ size_t filter(Variant variant, size_t n, int32_t threshold, uint32_t *ids, int32
 size_t missing(const uint32_t *ids, size_t heads, size_t k, const uint32_t *held, size_t held_count, uint32_t end,
                uint32_t *counts, int64_t *missing_heads, int64_t *missing_ids);
 
+// What `exchange` finds; each array has room for all ids or slots. Places count through all heads.
+struct Exchanged {
+    uint32_t *missing_ids;  // wanted and nowhere, with the slots given to them; missing_counts [heads]
+    int64_t *missing_places, *missing_counts;
+    int64_t *hot_slots, *hot_places;  // wanted and in the hot pool: the slots given, and where there
+    uint32_t *left_ids;  // lost their slots, and which they were; left_counts [heads]
+    int64_t *left_places, *left_counts;
+    size_t missing = 0, found = 0, left = 0;
+};
+
+// Gives every wanted id a slot: counts[head] of each head, ascending and below `tokens`. slots [heads][slot_count] and
+// hot [heads][hot_count] hold ids or 0xFFFFFFFF and are changed: what gets a slot leaves `hot`. False where a head
+// wants more than it has slots; both are half changed then.
+bool exchange(uint32_t *slots, size_t slot_count, uint32_t *hot, size_t hot_count, size_t heads,
+              const uint32_t *wanted, const int64_t *counts, uint32_t tokens, Exchanged &out);
+
+// Puts those of ids (counts[head] of each head) into hot [heads][hot_count] that have more hits [heads][tokens] than what
+// they replace; the most hit against the least hit. Returns how many: which of all ids, and their places through all heads.
+size_t keep(uint32_t *hot, size_t hot_count, const uint16_t *hits, size_t tokens, size_t heads, const uint32_t *ids,
+            const int64_t *counts, int64_t *which, int64_t *places);
+
 // Where a layer's rows lie, by extents [extents] that ascend by first token, and the rows' checksums
 // [heads][checksum_stride].
 struct RowPlaces {

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hillinfer.hkm import hot_pool
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.slots import EMPTY
+from hillinfer_core.places import exchange
 
 TOKENS = 24
 MOST, AGE_EVERY, HIT = 9, 7, 2
@@ -68,17 +69,20 @@ def test_hot_pool_against_a_model(short_lives, capacity, operations):
             model.crop(what)
             assert held(pool) == {token for token in before if token < what}
         elif kind == "release":
-            pool.release(0, 0, pool.find(0, 0, np.array(sorted(what), np.uint32))[1])
+            wanted = np.array(sorted(what), np.uint32)
+            slots = np.full((1, len(wanted)), EMPTY, np.uint32)
+            done = exchange(slots, pool.ids[0], wanted, np.array([len(wanted)]), TOKENS)
+            assert slots[0].tolist() == wanted.tolist()
+            found = wanted[done.hot_slots]
+            assert set(found) == what & before
+            assert np.array_equal(pool.flat_rows(0)[done.hot_places], model.rows(found))
             assert held(pool) == before - what
         else:
             wanted = np.array(sorted(what), np.uint32)
-            found, places = pool.find(0, 0, wanted)
-            assert set(wanted[found]) == set(wanted) & before
-            assert np.array_equal(pool.rows[0, 0, places], model.rows(wanted[found]))
-            pool.count(0, 0, wanted, TOKENS)
+            pool.count(0, wanted, np.array([len(wanted)]), TOKENS)
             model.select(wanted)
-            missing = wanted[~found]
-            pool.offer(0, 0, missing, model.rows(missing))
+            missing = wanted[~np.isin(wanted, list(before))]
+            pool.offer(0, missing, np.array([len(missing)]), model.rows(missing))
             check_exchange(before, held(pool), missing, model.hits, pool.capacity)
         ids = pool.ids[0, 0]
         kept = ids != EMPTY

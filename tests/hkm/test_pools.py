@@ -11,7 +11,8 @@ from hillinfer.hkm.pools import Pools
 from hillinfer.hkm.resident import divide
 from hillinfer.hkm.slots import EMPTY, Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
-from hillinfer_core.errors import ResidentTooSmall
+from hillinfer_core.errors import InvalidInput, ResidentTooSmall
+from hillinfer_core.places import exchange
 
 SINKS, RECENT = 2, 5
 
@@ -46,13 +47,15 @@ def test_selected_tokens_are_in_their_slots(steps):
         wanted = np.sort(np.random.default_rng(seed).choice(40, count, replace=False).astype(np.uint32))
         slots.resize(count)
         before = slots.ids[0, 0].copy()
-        absent, places, left, left_places = slots.exchange(0, 0, wanted)
-        assert len(places) == len(absent)
-        assert absent.tolist() == sorted(set(wanted.tolist()) - set(before.tolist()))
-        assert set(left.tolist()) == set(before.tolist()) - set(wanted.tolist()) - {EMPTY}
-        assert (slots.keys[0, 0, left_places, 0].numpy() == left).all()
-        for token, place in zip(absent, places, strict=True):
-            slots.keys[0, 0, place] = float(token)
+        none = np.zeros((1, 0), np.uint32)
+        done = exchange(slots.ids[0], none, wanted, np.array([count]), 40)
+        assert done.missing_ids.tolist() == sorted(set(wanted.tolist()) - set(before.tolist()))
+        assert set(done.left_ids.tolist()) == set(before.tolist()) - set(wanted.tolist()) - {EMPTY}
+        keys, _ = slots.rows(0)
+        assert (keys[slots.places(done.left_places), 0].numpy() == done.left_ids).all()
+        keys[slots.places(done.missing_places)] = torch.from_numpy(done.missing_ids.astype(np.float32))[
+            :, None
+        ]
         held = slots.ids[0, 0][slots.ids[0, 0] != EMPTY]
         assert sorted(held) == sorted(wanted)
         for at, token in enumerate(slots.ids[0, 0]):
@@ -67,12 +70,13 @@ def test_hot_pool_returns_only_what_it_was_given(capacity, seeds):
     pool.resize(capacity)
     for seed in seeds:
         wanted = np.sort(np.random.default_rng(seed).choice(30, 6, replace=False).astype(np.uint32))
-        found, places = pool.find(0, 0, wanted)
-        assert (pool.rows[0, 0, places, 0, 0] == wanted[found]).all()
-        pool.count(0, 0, wanted, 30)
-        missing = wanted[~found]
+        counts = np.array([6])
+        pool.count(0, wanted, counts, 30)
+        missing = np.setdiff1d(wanted, pool.ids[0, 0])
         rows = np.broadcast_to(missing[:, None, None].astype(np.float32), (len(missing), 2, 4))
-        pool.offer(0, 0, missing, rows)
+        pool.offer(0, missing, np.array([len(missing)]), rows)
+        for place, token in enumerate(pool.ids[0, 0]):
+            assert token == EMPTY or (pool.rows[0, 0, place] == token).all()
         held = pool.ids[0, 0][pool.ids[0, 0] != EMPTY]
         assert len(set(held)) == len(held) <= capacity
 
@@ -92,10 +96,11 @@ def test_a_selected_row_is_in_slots_or_in_the_hot_pool_and_never_in_both(capacit
         slots.resize(max(count, slots.selected))
         pools.hot.resize(capacity)
         held = in_slots(slots) | set(hot_tokens(pools.hot))
-        missing, places = pools.admit(0, 0, wanted)
+        missing, counts, places = pools.admit(0, [wanted])
+        assert counts == [len(missing)]
         assert set(missing) == set(wanted) - held
         rows = torch.from_numpy(missing.astype(np.float32)).to(dtype)[:, None, None].expand(-1, 2, 4)
-        pools.fill(0, 0, places, to_storage(rows.contiguous()))
+        pools.fill(0, places, to_storage(rows.contiguous()))
         pools.settle()
         assert in_slots(slots) == set(wanted)
         hot = hot_tokens(pools.hot)
@@ -127,9 +132,9 @@ def test_hot_pool_does_not_thrash():
     rows = np.zeros((2, 2, 4), np.float32)
     for pair in ([1, 2], [3, 4], [1, 2], [3, 4]):
         ids = np.array(pair, np.uint32)
-        pool.count(0, 0, ids, 8)
-        found, _ = pool.find(0, 0, ids)
-        pool.offer(0, 0, ids[~found], rows[~found])
+        pool.count(0, ids, np.array([2]), 8)
+        away = ~np.isin(ids, pool.ids[0, 0])
+        pool.offer(0, ids[away], np.array([away.sum()]), rows[away])
     assert sorted(pool.ids[0, 0]) == [1, 2]
 
 
@@ -154,9 +159,9 @@ def test_what_another_round_of_a_step_brings_back_is_not_in_the_hot_pool_too(see
     for seed in seeds:
         rounds += 1
         wanted = np.sort(np.random.default_rng(seed).choice(14, 6, replace=False).astype(np.uint32))
-        missing, places = pools.admit(0, 0, wanted)
+        missing, _, places = pools.admit(0, [wanted])
         rows = np.broadcast_to(missing[:, None, None].astype(np.float32), (len(missing), 2, 4))
-        pools.fill(0, 0, places, rows.copy())
+        pools.fill(0, places, rows.copy())
         if rounds == 2 or data.draw(st.booleans()):
             rounds = 0
             pools.settle()
@@ -164,3 +169,58 @@ def test_what_another_round_of_a_step_brings_back_is_not_in_the_hot_pool_too(see
             assert not here & set(wanted.tolist())
             for place, token in enumerate(hot.ids[0, 0].tolist()):
                 assert token == EMPTY or (hot.rows[0, 0, place] == token).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=10), st.integers(0, 5))
+def test_all_heads_at_once_are_each_head_alone(seeds, capacity):
+    """Three heads of other selections, also of other sizes, against three pools of one head each."""
+    heads, dim = 3, 4
+
+    def pools(count):
+        slots = Slots(1, count, dim, SINKS, RECENT, torch.zeros(1))
+        slots.lengths[0] = 40
+        slots.resize(6)
+        hot = HotPool(1, count, dim, np.float32)
+        hot.resize(capacity)
+        return Pools(slots, hot)
+
+    together, alone = pools(heads), [pools(1) for _ in range(heads)]
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        wanted = [
+            np.sort(rng.choice(16, int(rng.integers(0, 7)), replace=False)).astype(np.uint32)
+            for _ in range(heads)
+        ]
+        missing = together.admit(0, wanted)
+        each = [one.admit(0, [ids]) for one, ids in zip(alone, wanted, strict=True)]
+        assert missing.counts.tolist() == [len(one.ids) for one in each]
+        assert missing.ids.tolist() == [token for one in each for token in one.ids.tolist()]
+        together.fill(0, missing.places, rows_of(missing.ids, missing.counts))
+        for head, (one, found) in enumerate(zip(alone, each, strict=True)):
+            one.fill(0, found.places, rows_of(found.ids, [0] * head + [len(found.ids)]))
+        for one in (together, *alone):
+            one.settle()
+        for head, one in enumerate(alone):
+            np.testing.assert_array_equal(together.slots.ids[0, head], one.slots.ids[0, 0])
+            np.testing.assert_array_equal(together.hot.ids[0, head], one.hot.ids[0, 0])
+            np.testing.assert_array_equal(together.hot.rows[0, head], one.hot.rows[0, 0])
+            assert torch.equal(together.slots.keys[0, head], one.slots.keys[0, 0])
+            assert torch.equal(together.slots.values[0, head], one.slots.values[0, 0])
+
+
+def rows_of(ids, counts):
+    """Rows [n, 2, 4] that tell token and head."""
+    heads = np.repeat(np.arange(len(counts)), counts)
+    return np.repeat((ids + 100.0 * heads).astype(np.float32), 8).reshape(-1, 2, 4)
+
+
+def test_what_cannot_have_a_slot_is_refused():
+    slots, none = np.full((2, 3), EMPTY, np.uint32), np.zeros((2, 0), np.uint32)
+    ids = np.arange(4, dtype=np.uint32)
+    with pytest.raises(InvalidInput, match="more tokens are wanted"):
+        exchange(slots, none, ids, np.array([4, 0]), 40)
+    with pytest.raises(InvalidInput, match="token 3 is wanted of a context of 3"):
+        exchange(slots, none, ids, np.array([2, 2]), 3)
+    with pytest.raises(InvalidInput, match="KV heads"):
+        exchange(slots, none, ids, np.array([4]), 40)

@@ -82,10 +82,10 @@ def hkm_reads(recording: Recording, held: int) -> npt.NDArray[np.int64]:
             pools.slots.resize(taken)
             pools.hot.resize(held - taken)
             pools.slots.lengths[0] = recording.tokens[step]
-            absent, places = pools.admit(0, 0, np.sort(order[:taken]))
-            pools.fill(0, 0, places, np.zeros((len(absent), 2, 1), np.float32))
+            missing = pools.admit(0, [np.sort(order[:taken])])
+            pools.fill(0, missing.places, np.zeros((len(missing.ids), 2, 1), np.float32))
             pools.settle()
-            reads[step] += len(absent)
+            reads[step] += len(missing.ids)
     return reads
 
 

@@ -116,12 +116,9 @@ def _place(
     final: bool = True,
 ) -> None:
     """Put a selection into slots. uploaded: its rows on the device; final: the step attends to it."""
-    pools, used = layer.pools, 0
     rows = to_rows(brought.rows, layer.slots.keys) if uploaded is None else uploaded.ready()
-    for head, ids in enumerate(brought.ids):
-        absent, places = pools.admit(row, head, ids)
-        if len(absent) != brought.missing_per_head[head]:
-            raise CorruptData("the daemon's view of the held tokens differs from the client's")
-        pools.fill(row, head, places, rows[used : used + len(absent)])
-        used += len(absent)
-        layer.cache.count_selected(len(ids) if final else 0, len(absent))
+    missing = layer.pools.admit(row, list(brought.ids))
+    if missing.counts.tolist() != list(brought.missing_per_head):
+        raise CorruptData("the daemon's view of the held tokens differs from the client's")
+    layer.pools.fill(row, missing.places, rows)
+    layer.cache.count_selected(brought.ids.size if final else 0, len(missing.ids))

@@ -216,13 +216,11 @@ class _Step:
 
     def _place(self, row: int) -> None:
         layer, pools = self._layer, self._layer.pools
-        brought = [pools.admit(row, head, ids) for head, ids in enumerate(self.wanted[row])]
-        rows = layer.cache.contexts[row].fetch_rows(layer.index, [ids for ids, _ in brought])
-        used = 0
-        for head, (ids, places) in enumerate(brought):
-            pools.fill(row, head, places, rows[used : used + len(ids)])
-            used += len(ids)
-        self.brought += used
+        missing = pools.admit(row, self.wanted[row])
+        of_heads = np.split(missing.ids, np.cumsum(missing.counts)[:-1])
+        rows = layer.cache.contexts[row].fetch_rows(layer.index, of_heads)
+        pools.fill(row, missing.places, rows)
+        self.brought += len(missing.ids)
 
     def _has(self, row: int) -> npt.NDArray[np.bool_]:
         """Which candidates the slots hold."""

@@ -11,6 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hillinfer.hkm.slots import EMPTY
+from hillinfer_core.places import keep
+
+Ids = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.int64]
 
 _AGE_EVERY = 16
 """Selections of a KV head after which its hit counts are halved. Measured: docs/placement.md."""
@@ -30,15 +34,15 @@ class HotPool:
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
         self._hits = np.zeros((batch, kv_heads, 0), np.uint16)
         self._selections = np.zeros((batch, kv_heads), np.int64)
+        self.nbytes = self._count_bytes()
+        """Bytes held: rows, ids and hit counters. Every step asks every layer."""
 
     @property
     def capacity(self) -> int:
         """Rows for each sequence and KV head."""
         return int(self.ids.shape[-1])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: rows, ids and hit counters."""
+    def _count_bytes(self) -> int:
         return self.rows.nbytes + self.ids.nbytes + self._hits.nbytes
 
     def resize(self, capacity: int) -> None:
@@ -51,54 +55,41 @@ class HotPool:
         rows[:, :, :kept] = self.rows[:, :, :kept]
         ids[:, :, :kept] = self.ids[:, :, :kept]
         self.rows, self.ids = rows, ids
+        self.nbytes = self._count_bytes()
 
-    def count(self, row: int, head: int, selected: npt.NDArray[np.uint32], tokens: int) -> None:
-        """Record that `selected` ids were chosen in a sequence of `tokens` tokens."""
+    def count(self, row: int, selected: Ids, counts: Counts, tokens: int) -> None:
+        """Record that `selected` ids, `counts` int64 [Hkv] of each head, were chosen of `tokens` tokens."""
         if not self.capacity:
             return
         if tokens > self._hits.shape[-1]:
             grown = np.zeros((*self._hits.shape[:2], tokens + tokens // 8 + 64), np.uint16)
             grown[..., : self._hits.shape[-1]] = self._hits
             self._hits = grown
-        hits = self._hits[row, head]
-        hits[selected] += np.minimum(_MAX_HITS - hits[selected], _HIT).astype(np.uint16)
-        self._selections[row, head] += 1
-        if self._selections[row, head] % _AGE_EVERY == 0:
-            hits >>= 1
+            self.nbytes = self._count_bytes()
+        hits = self._hits[row]
+        at = np.repeat(np.arange(len(counts)) * hits.shape[1], counts) + selected
+        flat = hits.reshape(-1)
+        flat[at] += np.minimum(_MAX_HITS - flat[at], _HIT).astype(np.uint16)
+        self._selections[row] += 1
+        for head in np.flatnonzero(self._selections[row] % _AGE_EVERY == 0):
+            hits[head] >>= 1
 
     def crop(self, row: int, tokens: int) -> None:
         """Forget all but the first `tokens` tokens of sequence `row`: others may take their ids."""
         self.ids[row][self.ids[row] >= tokens] = EMPTY
         self._hits[row, :, tokens:] = 0
 
-    def find(
-        self, row: int, head: int, wanted: npt.NDArray[np.uint32]
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """Which of `wanted` are here (bool, same length), and the places of those that are, in order."""
-        ids = self.ids[row, head]
-        if not ids.size:
-            return np.zeros(len(wanted), np.bool_), np.zeros(0, np.int64)
-        order = np.argsort(ids)
-        spot = np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)
-        found = ids[order[spot]] == wanted
-        return found, order[spot[found]]
+    def offer(self, row: int, ids: Ids, counts: Counts, rows: npt.NDArray[np.generic]) -> None:
+        """Keep those of `rows` [n, 2, D] that were selected more often lately than what they replace.
 
-    def release(self, row: int, head: int, places: npt.NDArray[np.int64]) -> None:
-        """Forget the rows at `places`, as `find` gave them: they are in slots now."""
-        self.ids[row, head, places] = EMPTY
-
-    def offer(self, row: int, head: int, ids: npt.NDArray[np.uint32], rows: npt.NDArray[np.generic]) -> None:
-        """Keep those of `rows` [n, 2, D] that were selected more often lately than what they replace."""
+        ids: uint32 [n], `counts` int64 [Hkv] of each head, which `count` has been told of before.
+        """
         if not self.capacity or not len(ids):
             return
-        mine = self.ids[row, head]
-        hits = self._hits[row, head]
-        worth = np.where(mine == EMPTY, -1, hits[np.where(mine == EMPTY, 0, mine)].astype(np.int64))
-        count = min(len(ids), self.capacity)
-        victims = np.argsort(worth, kind="stable")[:count]
-        best = np.argsort(-hits[ids].astype(np.int64), kind="stable")[:count]
-        # Strictly more hits: equals would take turns and throw each other out.
-        better = hits[ids[best]] > worth[victims]
-        victims, best = victims[better], best[better]
-        mine[victims] = ids[best]
-        self.rows[row, head, victims] = rows[best]
+        which, places = keep(self.ids[row], self._hits[row], ids, counts)
+        self.flat_rows(row)[places] = rows[which]
+
+    def flat_rows(self, row: int) -> npt.NDArray[np.generic]:
+        """Rows of sequence `row` through all heads, [Hkv * capacity, 2, D]; a view."""
+        rows: npt.NDArray[np.generic] = self.rows[row].reshape(-1, *self.rows.shape[3:])
+        return rows

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,12 +12,31 @@ import torch
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
+from hillinfer_core.places import exchange
 
 Ids = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.int64]
+
+
+class Missing(NamedTuple):
+    """Selected tokens whose rows neither slots nor hot pool have: head by head, ascending in each."""
+
+    ids: Ids
+    """uint32 [n]."""
+    counts: Counts
+    """int64 [Hkv], of each head."""
+    places: Counts
+    """int64 [n], the slots to `Pools.fill`."""
+
+
+class _Left(NamedTuple):
+    ids: Ids
+    counts: Counts
+    rows: torch.Tensor
 
 
 class Pools:
-    """Moves rows between the slots and the hot pool of a layer. Not thread-safe.
+    """Moves rows between the slots and the hot pool of a layer, all KV heads at once. Not thread-safe.
 
     `admit` and `fill` bring a step's selection into slots. What leaves them is kept
     aside, and offered to the hot pool by `settle` when the step's attention is on
@@ -24,61 +46,58 @@ class Pools:
     def __init__(self, slots: Slots, hot: HotPool) -> None:
         self.slots = slots
         self.hot = hot
-        self._chosen: dict[tuple[int, int], Ids] = {}
-        self._left: list[tuple[int, int, Ids, torch.Tensor]] = []
-        self._again: set[tuple[int, int]] = set()  # admitted in more than one round of the step
+        self._chosen: dict[int, tuple[Ids, Counts]] = {}
+        self._left: list[tuple[int, _Left]] = []
+        self._again: set[int] = set()  # sequences with more than one round of admitting in the step
 
-    def admit(self, row: int, head: int, ids: Ids) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Give the selected `ids`, ascending and at most as many as there are slots, a slot each.
+    def admit(self, row: int, selected: Sequence[Ids]) -> Missing:
+        """Give the `selected` ids of each head of sequence `row`, ascending, a slot each; at most all slots.
 
-        Rows that the hot pool has are moved. Returns the ids whose rows are in
-        neither, and the slots to `fill` with them.
+        Rows that the hot pool has are moved. Returns what is in neither. Raises InvalidInput for ids
+        beyond the sequence and for more of them than slots.
         """
-        hot = self.hot
-        absent, places, left, left_places = self.slots.exchange(row, head, ids)
-        self._keep_aside(row, head, left, left_places)
-        found, at = hot.find(row, head, absent)
-        self.fill(row, head, places[found], hot.rows[row, head, at])
-        hot.release(row, head, at)
-        if (row, head) in self._chosen:
-            self._again.add((row, head))
-        self._chosen[row, head] = ids
-        return absent[~found], places[~found]
+        wanted = np.concatenate(selected) if len(selected) else np.zeros(0, np.uint32)
+        counts = np.array([len(ids) for ids in selected], np.int64)
+        slots, hot = self.slots, self.hot
+        done = exchange(slots.ids[row], hot.ids[row], wanted, counts, int(slots.lengths[row]))
+        if hot.capacity and len(done.left_ids):
+            keys, values = slots.rows(row)
+            places = slots.places(done.left_places)
+            rows = torch.stack((keys.index_select(0, places), values.index_select(0, places)), 1)
+            self._left.append((row, _Left(done.left_ids, done.left_counts, rows)))
+        if len(done.hot_places):
+            self.fill(row, done.hot_slots, hot.flat_rows(row)[done.hot_places])
+        if row in self._chosen:
+            self._again.add(row)
+        self._chosen[row] = wanted, counts
+        return Missing(done.missing_ids, done.missing_counts, done.missing_places)
 
-    def fill(
-        self,
-        row: int,
-        head: int,
-        places: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.generic] | torch.Tensor,
-    ) -> None:
+    def fill(self, row: int, places: Counts, rows: npt.NDArray[np.generic] | torch.Tensor) -> None:
         """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n]."""
         if not len(places):
             return
         kv = rows if isinstance(rows, torch.Tensor) else to_rows(rows, self.slots.keys)
-        target = torch.from_numpy(places).to(kv.device)
-        self.slots.keys[row, head].index_copy_(0, target, kv[:, 0])
-        self.slots.values[row, head].index_copy_(0, target, kv[:, 1])
+        target = self.slots.places(places)
+        keys, values = self.slots.rows(row)
+        keys.index_copy_(0, target, kv[:, 0])
+        values.index_copy_(0, target, kv[:, 1])
 
     def settle(self) -> None:
         """Count the step's selection, and keep of the rows that left the slots those worth keeping."""
-        for (row, head), ids in self._chosen.items():
-            self.hot.count(row, head, ids, int(self.slots.lengths[row]))
-        for row, head, ids, kv in self._left:
-            rows = to_storage(kv)
-            if (row, head) in self._again:
+        for row, (ids, counts) in self._chosen.items():
+            self.hot.count(row, ids, counts, int(self.slots.lengths[row]))
+        for row, left in self._left:
+            ids, counts, rows = left.ids, left.counts, to_storage(left.rows)
+            if row in self._again:
                 # A second round of the same step may have brought some back.
-                away = ~np.isin(ids, self.slots.ids[row, head])
+                heads = np.repeat(np.arange(len(counts)), counts)
+                here = self.slots.ids[row]
+                away = np.array(
+                    [not (here[head] == token).any() for head, token in zip(heads, ids, strict=True)]
+                )
                 ids, rows = ids[away], rows[away]
-            self.hot.offer(row, head, ids, rows)
+                counts = np.bincount(heads[away], minlength=len(counts)).astype(np.int64)
+            self.hot.offer(row, ids, counts, rows)
         self._chosen.clear()
         self._left.clear()
         self._again.clear()
-
-    def _keep_aside(self, row: int, head: int, ids: Ids, places: npt.NDArray[np.int64]) -> None:
-        if not self.hot.capacity or not len(ids):
-            return
-        target = torch.from_numpy(places).to(self.slots.keys.device)
-        keys = self.slots.keys[row, head].index_select(0, target)
-        values = self.slots.values[row, head].index_select(0, target)
-        self._left.append((row, head, ids, torch.stack((keys, values), 1)))

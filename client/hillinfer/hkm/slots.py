@@ -7,26 +7,11 @@ token once in a slot stays there for as long as it keeps being selected.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 EMPTY = np.uint32(0xFFFFFFFF)
-
-
-class Exchange(NamedTuple):
-    """What `Slots.exchange` did; places are indices of the buffers `keys` and `values`."""
-
-    absent: npt.NDArray[np.uint32]
-    """Wanted ids whose rows no slot had, ascending."""
-    places: npt.NDArray[np.int64]
-    """The slots they were given, in the same order."""
-    left: npt.NDArray[np.uint32]
-    """Ids that had slots and lost them."""
-    left_places: npt.NDArray[np.int64]
-    """The slots that these had: their rows are there until others are put into them."""
 
 
 class Slots:
@@ -41,15 +26,15 @@ class Slots:
         self.values = torch.zeros_like(self.keys)
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
         self.lengths = np.zeros(batch, np.int64)  # tokens of each sequence, pinned or not
+        self.nbytes = self._count_bytes()
+        """Bytes held, the token ids included. Every step asks every layer."""
 
     @property
     def pinned(self) -> int:
         """Slots that sinks and recent window take."""
         return self.sinks + self.recent
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, the token ids included."""
+    def _count_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes + self.ids.nbytes
 
     @property
@@ -124,26 +109,17 @@ class Slots:
         self.ids = np.concatenate([grown, pad], axis=-1)
         self.keys = _resized(self.keys, self.pinned + kept, self.pinned + selected)
         self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
+        self.nbytes = self._count_bytes()
 
-    def exchange(self, row: int, head: int, wanted: npt.NDArray[np.uint32]) -> Exchange:
-        """Give every id in `wanted`, ascending and at most `selected` long, a slot; see `Exchange`.
+    def rows(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of sequence `row` as rows of all heads, [Hkv * (pinned + selected), D]; views."""
+        dim = self.keys.shape[-1]
+        return self.keys[row].view(-1, dim), self.values[row].view(-1, dim)
 
-        Rows are the caller's to move: those that leave before those that come.
-        """
-        ids = self.ids[row, head]
-        # Where each id held would be among the wanted ones: one search tells who stays, leaves and comes.
-        spot = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
-        stays = wanted[spot] == ids if len(wanted) else np.zeros(len(ids), np.bool_)
-        comes = np.ones(len(wanted), np.bool_)
-        comes[spot[stays]] = False
-        absent = wanted[comes]
-        free = np.flatnonzero(~stays)
-        leaving = free[ids[free] != EMPTY]
-        left = ids[leaving]
-        taken = free[: len(absent)]
-        ids[free] = EMPTY
-        ids[taken] = absent
-        return Exchange(absent, taken + self.pinned, left, leaving + self.pinned)
+    def places(self, selected: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Where in `rows` places of `ids`, counted through all heads, are; on the device."""
+        places = selected + (selected // max(1, self.selected) + 1) * self.pinned
+        return torch.from_numpy(places).to(self.keys.device)
 
     def visible(self) -> torch.Tensor | None:
         """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""

@@ -38,10 +38,10 @@ def miss_rate(alpha: float, held: float, overlap: float, seed: int = 0) -> float
     chosen = _draw(generator, weights, taken)
     misses = 0
     for step in range(_STEPS):
-        absent, places = pools.admit(0, 0, np.sort(chosen).astype(np.uint32))
-        pools.fill(0, 0, places, np.zeros((len(absent), 2, 1), np.float32))
+        missing = pools.admit(0, [np.sort(chosen).astype(np.uint32)])
+        pools.fill(0, missing.places, np.zeros((len(missing.ids), 2, 1), np.float32))
         pools.settle()
-        misses += len(absent) if step >= _WARM else 0
+        misses += len(missing.ids) if step >= _WARM else 0
         kept = generator.choice(chosen, round(overlap * taken), replace=False)
         others = weights.copy()
         others[chosen] = 0.0
