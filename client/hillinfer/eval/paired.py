@@ -81,8 +81,8 @@ def check_texts(answers: Iterable[Answer]) -> None:
             known = texts.setdefault((answer.context_tokens, answer.task, answer.prompt), answer.text)
             if known != answer.text:
                 raise InvalidInput(
-                    f"prompt {answer.prompt} of {answer.context_tokens} tokens is not the same text in all files: "
-                    "they are of different seeds, turns, models or versions of Python, and cannot be paired"
+                    f"prompt {answer.prompt} of {answer.context_tokens} tokens is not the same text in all "
+                    "files: they are of different seeds, turns, models or versions of Python, and cannot be paired"
                 )
 
 
