@@ -82,7 +82,7 @@ def check_texts(answers: Iterable[Answer]) -> None:
             if known != answer.text:
                 raise InvalidInput(
                     f"prompt {answer.prompt} of {answer.context_tokens} tokens is not the same text in all "
-                    "files: they are of different seeds, turns, models or versions of Python, and cannot be paired"
+                    "files (other seeds, turns or tokenisers, another Python): they cannot be paired"
                 )
 
 
