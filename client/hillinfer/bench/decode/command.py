@@ -34,7 +34,7 @@ def decode_command(
         typer.Option(
             min=0.001, max=1, help="Share of the whole KV that may be held besides evaluation keys."
         ),
-    ] = 0.1,
+    ] = 0.098,
     precision: Annotated[Precision, typer.Option(help="Of the evaluation keys.")] = Precision.int4,
     predictor: PredictorOption = Predictor.auto,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda and so on.")] = "cpu",
