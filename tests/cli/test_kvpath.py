@@ -89,6 +89,7 @@ def test_the_command_prints_a_row_for_each_system(recording, tmp_path, monkeypat
     assert [row["system"] for row in rows] == systems.split(",")
     for row in rows:
         assert row["kvpath_ms"] > 0
+        assert row["drive_ms"] > 0
         assert (row["context_tokens"], row["key_precision"], row["shape"]) == (TOKENS, "int4", "8b")
     by_name = {row["system"]: row for row in rows}
     assert by_name["reload"]["miss_rate"] is None

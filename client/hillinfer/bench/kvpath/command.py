@@ -86,7 +86,7 @@ def kvpath_command(
     with ExitStack() as stack:
         ready = stack.enter_context(rig(workload, profile, precision, held, pool_dir))
         streaming = None
-        if any(SYSTEMS[name].streams_keys for name in names):
+        if not all(SYSTEMS[name].keys_in_memory for name in names):
             streaming = stack.enter_context(
                 rig(workload, profile, precision, held, pool_dir, keys_in_memory=False)
             )

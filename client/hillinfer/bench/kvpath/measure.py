@@ -17,6 +17,7 @@ from hillinfer.bench.kvpath.systems.base import System
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.hkm.decode import bring
 from hillinfer.progress import Progress
+from hillinfer.simulate.machine import Machine
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import Budget
 
@@ -31,7 +32,8 @@ class Row:
     miss_rate: share of the selected rows that came from the drive; None where nothing is selected.
     moved_bytes, ios: read from the drive for a layer, mean; a row fetched by its id counts as a request,
     ranges as requests of 128 KiB.
-    spread_ms: least and greatest median of the rounds.
+    spread_ms: least and greatest median of the rounds. drive_ms: of it, what the modelled SmartSSD needs for
+    these bytes and requests, one after another; the rest is this machine's.
     """
 
     system: str
@@ -43,6 +45,7 @@ class Row:
     moved_bytes: int
     ios: int
     resident_bytes: int
+    drive_ms: float
 
 
 class _Running:
@@ -52,12 +55,12 @@ class _Running:
         self.system, self.budget, self.rig = system, budget, rig
         self.cache: HierarchicalCache = rig.cache(budget, system, system.hot_pool)
         self.times: list[list[float]] = []
-        self.read_bytes = 0
+        self.read_bytes = self.evaluated_bytes = 0
 
     def round(self, steps: range) -> None:
         """Take the workload's `steps`; the times of all layers are kept together."""
         counters, times = self.rig.session.counters, []
-        before = counters.read_bytes
+        before, evaluated = counters.read_bytes, counters.evaluated_bytes
         for step in steps:
             for number, layer in enumerate(self.cache.full_layers):
                 query = torch.from_numpy(self.rig.workload.queries[step, number])[None, :, None]
@@ -69,10 +72,11 @@ class _Running:
                 self.cache.account()
         self.times.append(times)
         self.read_bytes += counters.read_bytes - before
+        self.evaluated_bytes += counters.evaluated_bytes - evaluated
 
     def forget_warm_up(self) -> None:
         self.times.clear()
-        self.read_bytes = 0
+        self.read_bytes = self.evaluated_bytes = 0
         if self.system.stream is not None:
             self.system.stream.ios = 0
         self.cache.tally.selected = self.cache.tally.brought = 0
@@ -92,13 +96,25 @@ class _Running:
             moved_bytes=self.read_bytes // len(every),
             ios=(tally.brought + ranges) // len(every),
             resident_bytes=tally.resident_peak + self.system.resident_bytes,
+            drive_ms=round(self._drive_s(tally.brought) / len(every) * 1e3, 3),
         )
+
+    def _drive_s(self, rows: int) -> float:
+        """Seconds that the simulator's SmartSSD needs: keys scanned by the card, rows, and streams.
+
+        A command's latency is left out: it is a tenth of a millisecond.
+        """
+        card = Machine()
+        row_bytes = rows * 2 * self.rig.workload.shape.head_dim * 2
+        streamed = max(0, self.read_bytes - row_bytes)
+        fetched = max(rows / card.drive_iops, row_bytes / card.drive_read)
+        return self.evaluated_bytes / card.kernel_rate + fetched + streamed / card.drive_read
 
 
 def measure(
     rig: Rig, streaming: Rig | None, budgets: Mapping[str, Budget], rounds: int, progress: Progress
 ) -> list[Row]:
-    """Run each system of `budgets` with its budget, on `streaming` those that stream their keys.
+    """Run each system of `budgets` with its budget, on `streaming` those that keep no keys in memory.
 
     They take turns, so that all see the same drift of the machine.
     Blocks. Raises InvalidInput when the workload has too few steps for `rounds`, and what the cache raises.
@@ -110,7 +126,7 @@ def measure(
     with ExitStack() as stack, progress("measuring", len(budgets) * (rounds + 1)) as advance:
         running = []
         for name, budget in budgets.items():
-            of_rig = streaming if SYSTEMS[name].streams_keys and streaming else rig
+            of_rig = rig if SYSTEMS[name].keys_in_memory or streaming is None else streaming
             system = SYSTEMS[name](of_rig)
             stack.callback(system.close)
             running.append(_Running(of_rig, system, budget))
