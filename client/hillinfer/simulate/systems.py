@@ -53,6 +53,7 @@ class Layer:
 
     project, attend: GPU; weights: link, those that do not fit the GPU. scan_drive: streaming for scoring;
     scan_card: the FPGA's; scan_cpu: the host's; fetch: missing rows; upload: link. delay: of a request.
+    client, place: the model's thread, before it asks (hooks, appending), and placing rows in pools.
     cpu_needs_stream: the host scores what the drive streamed. moved: bytes read from NAND; ios: row reads.
     """
 
@@ -65,6 +66,8 @@ class Layer:
     scan_cpu: float = 0.0
     fetch: float = 0.0
     delay: float = 0.0
+    client: float = 0.0
+    place: float = 0.0
     cpu_needs_stream: bool = False
     moved: float = 0.0
     ios: float = 0.0
@@ -105,6 +108,8 @@ def layer(
     selected = work.alpha * work.kv
     base = replace(_gpu(work, machine, selected), upload=_upload(work, machine, selected), miss=missing)
     rows = missing * work.attended * work.streams
+    placed = machine.place_selected * work.attended * work.streams + machine.place_row * rows
+    base = replace(base, client=machine.client_layer, place=placed)
     key_bytes = work.key_bytes_per_token * work.tokens
     mirrored_tokens = int(mirror * work.kv / work.key_bytes_per_token)
     if system is System.host_scoring:
