@@ -14,9 +14,11 @@ import torch
 from hillinfer.bench.kvpath.rig import Rig
 from hillinfer.bench.kvpath.systems import SYSTEMS
 from hillinfer.bench.kvpath.systems.base import System
+from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.hkm.decode import bring
 from hillinfer.progress import Progress
+from hillinfer.session import Session
 from hillinfer.simulate.machine import Machine
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import Budget
@@ -30,8 +32,8 @@ class Row:
     """One system. Times are of one layer, from its query to staged KV.
 
     miss_rate: share of the selected rows that came from the drive; None where nothing is selected.
-    moved_bytes, ios: read from the drive for a layer, mean; a row fetched by its id counts as a request,
-    ranges as requests of 128 KiB.
+    moved_bytes, ios: read from the drive for a layer, mean; missing rows of neighbouring tokens count
+    as one request, ranges as requests of 128 KiB.
     spread_ms: least and greatest median of the rounds. drive_ms: of it, what the modelled SmartSSD needs for
     these bytes and requests, one after another; the rest is this machine's.
     """
@@ -48,14 +50,37 @@ class Row:
     drive_ms: float
 
 
+class _Watched:
+    """A system, and what was last asked of it and brought."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self.latest: list[tuple[EvaluateItem, Brought]] = []
+
+    def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought] | None:
+        brought = self._system.select(session, layer, items)
+        self.latest = [] if brought is None else list(zip(items, brought, strict=True))
+        return brought
+
+    def requests(self) -> int:
+        """Count the runs of neighbouring tokens whose rows were missing: the drive reads each at once."""
+        count = 0
+        for item, brought in self.latest:
+            for head, ids in enumerate(brought.ids):
+                missing = np.setdiff1d(ids, item.held[head])
+                count += int(np.count_nonzero(np.diff(missing) != 1)) + bool(len(missing))
+        return count
+
+
 class _Running:
     """A system at work on its own cache."""
 
     def __init__(self, rig: Rig, system: System, budget: Budget) -> None:
         self.system, self.budget, self.rig = system, budget, rig
-        self.cache: HierarchicalCache = rig.cache(budget, system, system.hot_pool)
+        self.watched = _Watched(system)
+        self.cache: HierarchicalCache = rig.cache(budget, self.watched, system.hot_pool)
         self.times: list[list[float]] = []
-        self.read_bytes = self.evaluated_bytes = 0
+        self.read_bytes = self.evaluated_bytes = self.requests = 0
 
     def round(self, steps: range) -> None:
         """Take the workload's `steps`; the times of all layers are kept together."""
@@ -67,6 +92,7 @@ class _Running:
                 started = time.perf_counter()
                 bring(layer, query, self.rig.workload.shape.head_dim**-0.5)
                 times.append(time.perf_counter() - started)
+                self.requests += self.watched.requests()
                 # What a step does while its attention computes, and after.
                 layer.pools.settle()
                 self.cache.account()
@@ -76,7 +102,7 @@ class _Running:
 
     def forget_warm_up(self) -> None:
         self.times.clear()
-        self.read_bytes = self.evaluated_bytes = 0
+        self.read_bytes = self.evaluated_bytes = self.requests = 0
         if self.system.stream is not None:
             self.system.stream.ios = 0
         self.cache.tally.selected = self.cache.tally.brought = 0
@@ -94,7 +120,7 @@ class _Running:
             spread_ms=(round(min(medians) * 1e3, 3), round(max(medians) * 1e3, 3)),
             miss_rate=round(tally.brought / tally.selected, 4) if tally.selected else None,
             moved_bytes=self.read_bytes // len(every),
-            ios=(tally.brought + ranges) // len(every),
+            ios=(self.requests + ranges) // len(every),
             resident_bytes=tally.resident_peak + self.system.resident_bytes,
             drive_ms=round(self._drive_s(tally.brought) / len(every) * 1e3, 3),
         )
@@ -107,7 +133,7 @@ class _Running:
         card = Machine()
         row_bytes = rows * 2 * self.rig.workload.shape.head_dim * 2
         streamed = max(0, self.read_bytes - row_bytes)
-        fetched = max(rows / card.drive_iops, row_bytes / card.drive_read)
+        fetched = max(self.requests / card.drive_iops, row_bytes / card.drive_read)
         return self.evaluated_bytes / card.kernel_rate + fetched + streamed / card.drive_read
 
 
