@@ -89,36 +89,41 @@ class PlacingTimer:
         heads, dim, k, rows = slots.keys.shape[1], slots.keys.shape[3], slots.selected, hot.capacity
         self._heads, self._k, self._dtype = heads, max(2, k), hot.rows.dtype
         self._row = (2, dim)
-        self._pools = Pools(
-            Slots(1, heads, dim, slots.sinks, slots.recent, slots.keys), HotPool(1, heads, dim, self._dtype)
-        )
-        self._pools.slots.resize(self._k)
-        self._pools.hot.resize(rows)
         self._tokens = max(int(slots.lengths[0]), 4 * self._k)
-        self._pools.slots.lengths[0] = self._tokens
+        self._pools, self._of_one = (self._made(slots, each, rows) for each in (self._k, 1))
         self._next = 0
         self._times: list[tuple[float, float, float]] = []
 
-    def _place(self, ids: Ids, rows: npt.NDArray[np.generic]) -> float:
-        pools = self._pools
+    def _made(self, like: Slots, selected: int, rows: int) -> Pools:
+        heads, dim = self._heads, self._row[1]
+        pools = Pools(
+            Slots(1, heads, dim, like.sinks, like.recent, like.keys), HotPool(1, heads, dim, self._dtype)
+        )
+        pools.slots.resize(selected)
+        pools.hot.resize(rows)
+        pools.slots.lengths[0] = self._tokens
+        return pools
+
+    def _place(self, pools: Pools, ids: Ids) -> float:
+        rows = np.zeros((self._heads * len(ids), *self._row), self._dtype)
         began = perf_counter()
         missing = pools.admit(0, [ids] * self._heads)
         pools.fill(0, missing.places, rows[: len(missing.ids)])
         pools.settle()
         return perf_counter() - began
 
+    def _selection(self) -> Ids:
+        return np.sort(np.arange(self._next, self._next + self._k) % self._tokens).astype(np.uint32)
+
     def sample(self) -> None:
-        """Place nothing new of one token, nothing new of all, and half of all anew."""
-        rows = np.zeros((self._heads * self._k, *self._row), self._dtype)
-        half = self._k // 2
-        stays = np.arange(self._next, self._next + self._k, dtype=np.uint32) % self._tokens
-        self._place(np.sort(stays), rows)
-        kept = self._place(np.sort(stays), rows)
-        one = self._place(np.sort(stays)[:1], rows)
-        self._place(np.sort(stays), rows)
-        self._next += half
-        moved = np.arange(self._next, self._next + self._k, dtype=np.uint32) % self._tokens
-        self._times.append((one, kept, self._place(np.sort(moved), rows)))
+        """Place one token that is there, as many as a step selects that are there, and half of them anew."""
+        before = self._selection()
+        self._place(self._pools, before)
+        kept = self._place(self._pools, before)
+        self._place(self._of_one, before[:1])
+        one = self._place(self._of_one, before[:1])
+        self._next += self._k // 2
+        self._times.append((one, kept, self._place(self._pools, self._selection())))
 
     def result(self) -> Placing:
         """Differences of medians; those that vanish in the noise are 0."""
