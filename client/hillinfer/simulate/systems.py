@@ -108,8 +108,6 @@ def layer(
     selected = work.alpha * work.kv
     base = replace(_gpu(work, machine, selected), upload=_upload(work, machine, selected), miss=missing)
     rows = missing * work.attended * work.streams
-    placed = machine.place_selected * work.attended * work.streams + machine.place_row * rows
-    base = replace(base, client=machine.client_layer, place=placed)
     key_bytes = work.key_bytes_per_token * work.tokens
     mirrored_tokens = int(mirror * work.kv / work.key_bytes_per_token)
     if system is System.host_scoring:
