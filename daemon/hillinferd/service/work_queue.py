@@ -341,7 +341,7 @@ class WorkQueue:
         self._untold.append(Piece(entry.operation, entry.flow, entry.priority, queue_s, seconds, error))
 
     def _tell(self) -> None:
-        """Tell of pieces in the order in which they left the queue, also where one ends inside another's end."""
+        """Tell of pieces in the order in which they ended, also where one ends inside another's end."""
         while self._untold:
             piece = self._untold.popleft()
             if self.observe is None:
