@@ -114,10 +114,11 @@ def test_a_ring_needs_an_arena(daemon: Path) -> None:
 
 def test_a_daemon_that_stops_answering_or_dies_is_an_error() -> None:
     with PrivateDaemon() as daemon:
-        session = Session.connect(daemon.socket, timeout_s=0.5)
+        session = Session.connect(daemon.socket)
         context = session.open_context(SHAPE)
         rows = np.ones((2, 64, 64), np.float16)
         context.append(0, rows, rows)
+        session.timeout_s = 0.5
         os.kill(daemon.pid, signal.SIGSTOP)
         with pytest.raises(DeadlineExceeded, match="Fetch"):
             context.fetch_range(0, 0, 1)
