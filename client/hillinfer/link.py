@@ -172,7 +172,7 @@ class Link:
             return
         if answered:
             self._unfinished = before
-        # Refused with DaemonUnavailable, or a call that broke off, means that it is about to stop if not gone.
+        # A refusal with DaemonUnavailable, or a call broken off, means that it is about to stop, if not gone.
         patience = max(self._stopping_s, _HANG_UP_S) if stopping else _HANG_UP_S
         if isinstance(typed, (DaemonUnavailable, ForeignToken)) and self._hung_up(patience):
             raise DaemonGone(str(typed)) from None

@@ -300,7 +300,7 @@ def wait_for_readers(daemon: Restartable, count: int) -> None:
 
     deadline = time.monotonic() + 60
     with Session.connect(daemon.socket, arena_bytes=0, timeout_s=20) as onlooker:
-        before: dict[int, int] = {}
+        before = now = pieces(onlooker)
         while len(before) < count or not all(now[each] > before[each] for each in before):
             assert time.monotonic() < deadline, daemon.log.read_text()[-4000:]
             time.sleep(0.02)

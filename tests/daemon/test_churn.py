@@ -83,7 +83,7 @@ def resident(pid: int) -> int:
 
 
 def settles(measure: Callable[[], Held], before: Held) -> Held:
-    """Return what is held once it is what was before, or after 20 s what there is then."""
+    """Return what is held once it is what was before, or after a minute what there is then."""
     deadline = time.monotonic() + 60
     while True:
         now = measure()
