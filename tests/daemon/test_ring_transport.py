@@ -127,7 +127,7 @@ def test_a_daemon_that_stops_answering_or_dies_is_an_error() -> None:
             context.fetch_range(0, 0, 1)
         os.kill(daemon.pid, signal.SIGCONT)
 
-        other = Session.connect(daemon.socket)
+        other = Session.connect(daemon.socket, restart_s=0.2)
         kept = other.open_context(SHAPE)
         kept.append(0, rows, rows)
         os.kill(daemon.pid, signal.SIGKILL)
