@@ -41,7 +41,7 @@ def right(tokenizer, model, make_cache, texts):
             )
             answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
             count += task.is_right(answer.split("\n")[0])
-            cache.crop(len(past))
+            cache.crop(len(past) - cache.get_seq_length())
     return count
 
 
