@@ -23,7 +23,11 @@ Run = tuple[str, int, str]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; prompt: the number of its context among those of its length."""
+    """One answer; prompt: the number of its context among those of its length.
+
+    text: fingerprint of context and questions, which come from the interpreter's own sources: another
+    interpreter has other texts under the same number. "" in answers of before there was one.
+    """
 
     policy: str
     task: str
@@ -33,6 +37,7 @@ class Answer:
     prompt: int
     score: float
     attended_tokens: float | None
+    text: str = ""
 
 
 @dataclass

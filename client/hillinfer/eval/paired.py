@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hillinfer_core.errors import InvalidInput
+
 if TYPE_CHECKING:
     from hillinfer.eval.findings import Answer
 
@@ -71,10 +73,27 @@ def compare(
     )
 
 
+def check_texts(answers: Iterable[Answer]) -> None:
+    """Raise InvalidInput where answers to one prompt were given to different texts."""
+    texts: dict[Key, str] = {}
+    for answer in answers:
+        if answer.text:
+            known = texts.setdefault((answer.context_tokens, answer.task, answer.prompt), answer.text)
+            if known != answer.text:
+                raise InvalidInput(
+                    f"prompt {answer.prompt} of {answer.context_tokens} tokens is not the same text in all "
+                    "files (other seeds, turns or tokenisers, another Python): they cannot be paired"
+                )
+
+
 def compare_files(
     policy: str, name: str, mine: Sequence[Answer], other: str, theirs: Sequence[Answer]
 ) -> list[Difference]:
-    """Compare the answers of `policy` in two evaluations, called `name` and `other`, by budget."""
+    """Compare the answers of `policy` in two evaluations, called `name` and `other`, by budget.
+
+    Raises InvalidInput where prompts of one number have different texts.
+    """
+    check_texts([*mine, *theirs])
     found = []
     for budget in dict.fromkeys(each.budget for each in mine if each.policy == policy):
         ours, others = (
@@ -88,8 +107,10 @@ def compare_files(
 def differences(answers: Sequence[Answer], baseline: str = "full") -> list[Difference]:
     """Compare every other policy and budget with `baseline`: at each length, then over all lengths.
 
-    A per cent is another number of tokens at each length, but the same budget.
+    A per cent is another number of tokens at each length, but the same budget. Raises InvalidInput as
+    `compare_files` does.
     """
+    check_texts(answers)
     theirs = scores(answer for answer in answers if answer.policy == baseline)
     found = []
     for policy, budget in dict.fromkeys((a.policy, a.budget) for a in answers if a.policy != baseline):

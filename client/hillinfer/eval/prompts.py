@@ -7,6 +7,7 @@ wording is that of `hillinfer.tasks`, which the bundled model was trained on.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class Prompt:
     context: str
     questions: tuple[Question, ...]
     continuation: str
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits, the same for the same context and questions."""
+        told = "\n".join([self.context, *(question.text for question in self.questions)])
+        return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 Notes = tuple[list[str], list[Question]]

@@ -136,8 +136,11 @@ class PromptRunner:
             for turn, question in enumerate(prompt.questions, start=1):
                 score = question.score(conversation.ask(question, self._job.max_new_tokens))
                 self._found.answers.append(
-                    Answer(name, prompt.task, tokens, str(budget), turn, number, score, attended.take())
-                )
+                    Answer(
+                        name, prompt.task, tokens, str(budget), turn, number, score, attended.take(),
+                        prompt.fingerprint,
+                    )
+                )  # fmt: skip
 
     def _continue(self, name: str, budget: Amount, tokens: int, prompt: Prompt, reading: Reading) -> None:
         """Feed the text after the context token by token; the first prediction is exact, and left out."""

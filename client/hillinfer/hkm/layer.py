@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from hillinfer_core.errors import InvalidInput, UnsupportedModel
 
 if TYPE_CHECKING:
     from hillinfer.context import Context
+    from hillinfer.hkm.background import Background
     from hillinfer.hkm.cache import HierarchicalCache
     from hillinfer.pipeline.measure import Sample
 
@@ -249,16 +252,22 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         visible: np.ndarray[Any, np.dtype[np.bool_]] | None,
         scaling: float,
     ) -> torch.Tensor:
-        output = torch.zeros_like(query)
+        output, background = torch.zeros_like(query), self._cache.pipeline.background
         for row in range(key.shape[0]):
             # Padding is never stored: nobody may attend to it, now or later.
             real = np.arange(key.shape[2]) if visible is None else np.flatnonzero(visible[row])
             columns = torch.from_numpy(real).to(key.device)
             q, k, v = (t[row].index_select(1, columns) for t in (query, key, value))
+            past = self._past_blocks(row)
             new = attend_part(q, k, v, scaling, causal=True, softcap=self.softcap)
-            parts = [new, *self._past_parts(row, q, scaling)]
+            parts = [new, *self._past_parts(row, q, scaling, past)]
             output[row].index_copy_(1, columns, merge(parts).to(query.dtype))
-            self.store(row, k, v, self.slots.recent)
+            if row == 0:
+                background.settle()
+            self.store(row, k, v, self.slots.recent, background)
+        if self is self._cache.full_layers[-1] or self.hot.capacity:
+            # Whoever calls the model next, and the hot pool's size, count on all of it.
+            background.settle()
         # The new tokens' evaluation keys and checksums may need room that the hot pool has.
         self._cache.account()
         self._shrink_hot()
@@ -271,29 +280,44 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.slots.resize(0)
         self.hot.resize(min(division.hot_rows, self.hot.capacity))
 
-    def _past_parts(self, row: int, query: torch.Tensor, scaling: float) -> list[Part]:
-        """Exact attention over everything stored: pinned slots, then the cold pool block by block."""
+    def _past_blocks(self, row: int) -> Iterator[np.ndarray[Any, Any]]:
+        """What the cold pool has between sinks and recent window, block by block, read ahead."""
         slots, context = self.slots, self._cache.contexts[row]
-        held = int(slots.lengths[row])
-        if not held:
+        end, block = int(slots.lengths[row]) - slots.recent, self._cache.block_tokens
+        reads = [
+            partial(context.fetch_range, self.index, start, min(block, end - start))
+            for start in range(slots.sinks, end, block)
+        ]
+        return self._cache.pipeline.background.ahead(reads)
+
+    def _past_parts(
+        self, row: int, query: torch.Tensor, scaling: float, blocks: Iterator[np.ndarray[Any, Any]]
+    ) -> list[Part]:
+        """Exact attention over everything stored: pinned slots, then the cold pool's `blocks`."""
+        if not self.slots.lengths[row]:
             return []
-        keys, values = slots.pinned_part(row)
+        keys, values = self.slots.pinned_part(row)
         parts = [attend_part(query, keys, values, scaling, softcap=self.softcap)]
-        first, end = slots.sinks, held - slots.recent
-        block = self._cache.block_tokens
-        for start in range(first, end, block):
-            rows = context.fetch_range(self.index, start, min(block, end - start))
+        for rows in blocks:
             kv = to_rows(rows, query)
             keys, values = kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous()
             parts.append(attend_part(query, keys, values, scaling, softcap=self.softcap))
             parts = [Part(merge(parts), torch.logsumexp(torch.stack([p.lse for p in parts]), 0))]
         return parts
 
-    def store(self, row: int, key: torch.Tensor, value: torch.Tensor, most: int) -> None:
+    def store(
+        self,
+        row: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        most: int,
+        background: Background | None = None,
+    ) -> None:
         """Add tokens [Hkv, n, D] to the recent window, and to the context all but the last `most`.
 
         Those wait in the window, so `most` is at most its length: a `crop` then costs nothing. Where the
-        window has room, those short of a whole append unit wait too.
+        window has room, those short of a whole append unit wait too. With a `background` the context
+        has new tokens only once it is settled.
         """
         context, slots = self._cache.contexts[row], self.slots
         held = int(slots.lengths[row])
@@ -301,7 +325,11 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.append_pinned(row, context, min(end, held))
         if end > held:
             new = slice(0, end - held)
-            context.append(self.index, to_storage(key[:, new]), to_storage(value[:, new]))
+            rows = partial(context.append, self.index, to_storage(key[:, new]), to_storage(value[:, new]))
+            if background is None:
+                rows()
+            else:
+                background.append(rows)
         slots.append(row, key, value)
 
     def append_end(self, row: int, tokens: int, most: int) -> int:
@@ -327,7 +355,10 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.attended_all = True
         self.slots.resize(0)
         self.hot.resize(0)
-        rows = [merge(self._past_parts(row, query[row], scaling)) for row in range(query.shape[0])]
+        rows = [
+            merge(self._past_parts(row, query[row], scaling, self._past_blocks(row)))
+            for row in range(query.shape[0])
+        ]
         read = tokens * self.slots.keys.shape[1]
         self._cache.count_selected(read, read)
         return torch.stack(rows).to(query.dtype)

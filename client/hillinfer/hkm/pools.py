@@ -92,9 +92,8 @@ class Pools:
                 # A second round of the same step may have brought some back.
                 heads = np.repeat(np.arange(len(counts)), counts)
                 here = self.slots.ids[row]
-                away = np.array(
-                    [not (here[head] == token).any() for head, token in zip(heads, ids, strict=True)]
-                )
+                parts = np.split(ids, np.cumsum(counts)[:-1])
+                away = np.concatenate([~np.isin(part, here[head]) for head, part in enumerate(parts)])
                 ids, rows = ids[away], rows[away]
                 counts = np.bincount(heads[away], minlength=len(counts)).astype(np.int64)
             self.hot.offer(row, ids, counts, rows)

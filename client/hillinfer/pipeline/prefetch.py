@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hillinfer.hkm.background import Background
 from hillinfer.pipeline import choice, device
 from hillinfer.pipeline.choice import Measured, Predictor
 from hillinfer.pipeline.job import Job, Prefetched, make_job
@@ -57,6 +58,8 @@ class Pipeline:
         self._jobs: dict[int, Job] = {}
         self._side = device.SideStream()
         self._executor = ThreadPoolExecutor(1, "hillinfer-prefetch")
+        self.background = Background(self._executor)
+        """The same thread, for steps of several tokens, in which nothing is prefetched."""
 
     def select(self, layer: int, items: Sequence[EvaluateItem]) -> list[Brought] | None:
         """Ask the policy, one thread at a time. Blocks."""

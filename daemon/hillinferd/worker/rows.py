@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData
+from hillinfer_core.exchange import Lacking
 from hillinfer_core.reference import U32
 
 from ..driver.contract import Driver
@@ -20,11 +21,15 @@ def gather(
 
     Raises :class:`CorruptData` if a row does not match its checksum.
     """
-    if len(tokens) == 0:
+    return bring(driver, Lacking([], heads, tokens, *store.locate(heads, tokens)), out)
+
+
+def bring(driver: Driver, lacking: Lacking, out: npt.NDArray[np.uint8]) -> int:
+    """As :func:`gather`, of rows that were located."""
+    if len(lacking.ids) == 0:
         return 0
-    offsets, checksums = store.locate(heads, tokens)
-    read = driver.gather(offsets, out)
-    _verify(checksums, heads, tokens, out)
+    read = driver.gather(lacking.offsets, out)
+    _verify(lacking.checksums, lacking.heads, lacking.ids, out)
     return read
 
 
