@@ -47,12 +47,13 @@ def read_range(
     # Never a copy: the tokens of a head lie together.
     flat = out.reshape(shape.kv_heads, count * shape.row_bytes // out.itemsize).view(np.uint8)
     assert np.shares_memory(flat, out)
-    total = 0
+    parts = []
     for placed, low, high in store.runs(first, first + count):
         part = slice((low - first) * shape.row_bytes, (high - first) * shape.row_bytes)
         for head in range(shape.kv_heads):
             offset = placed.row_offset(head, low, shape.row_bytes)
-            total += driver.read(offset, flat[head, part].data)
+            parts.append((offset, flat[head, part].data))
+    total = driver.read_ranges(parts)
     heads = np.repeat(np.arange(shape.kv_heads), count)
     tokens = np.tile(np.arange(first, first + count), shape.kv_heads)
     _verify(store.locate(heads, tokens)[1], heads, tokens, flat.reshape(-1, shape.row_bytes))
