@@ -83,15 +83,36 @@ def top_k(
 ) -> None: ...
 def row_checksums(hardware: bool, rows: npt.NDArray[np.uint8], out: npt.NDArray[np.uint32], /) -> None: ...
 def data_checksums(variant: int, tiles: npt.NDArray[np.uint8], out: npt.NDArray[np.uint32], /) -> None: ...
-def missing(
-    ids: npt.NDArray[np.uint32],
-    held: npt.NDArray[np.uint32],
-    end: int,
-    counts: npt.NDArray[np.uint32],
-    missing_heads: npt.NDArray[np.int64],
-    missing_ids: npt.NDArray[np.int64],
+def quantise_query_of(
+    arena: npt.NDArray[np.uint8],
+    offset: int,
+    scale: npt.NDArray[np.float32],
+    zero: npt.NDArray[np.float32],
+    sum: bool,
+    q: npt.NDArray[np.int8],
+    offsets: npt.NDArray[np.int32],
+    group: int,
     /,
 ) -> int: ...
+def hand_over(
+    arena: npt.NDArray[np.uint8],
+    ids: npt.NDArray[np.uint32],
+    ids_at: int,
+    scores: npt.NDArray[np.int32],
+    scores_at: int | None,
+    held_at: int,
+    held_count: int,
+    end: int,
+    extents: npt.NDArray[np.int64],
+    row_bytes: int,
+    tokens: int,
+    sums: npt.NDArray[np.uint32],
+    most: int,
+    found: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.uint64],
+    checksums: npt.NDArray[np.uint32],
+    /,
+) -> tuple[list[int], int] | None: ...
 def exchange(
     slots: npt.NDArray[np.uint32],
     hot: npt.NDArray[np.uint32],

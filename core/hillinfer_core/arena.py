@@ -56,6 +56,8 @@ class Arena:
             _verify(fd, nbytes)
         self._map = mmap.mmap(fd, nbytes)
         self.nbytes = nbytes
+        self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        """All of it, uint8 [nbytes], writable."""
 
     def buffer(self, offset: int, length: int) -> memoryview:
         """Return ``length`` bytes at ``offset``, not copied; raises :class:`InvalidInput` out of bounds."""

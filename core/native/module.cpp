@@ -17,18 +17,13 @@
 #include <cstring>
 #include <optional>
 
+#include "bindings.h"
 #include "native.h"
 
 namespace nb = nanobind;
 using namespace hillinfer;
 
 namespace {
-
-template <class T, size_t kDims>
-using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
-template <class T, size_t kDims>
-using Strided = nb::ndarray<T, nb::ndim<kDims>, nb::device::cpu>;
-using Bytes1 = Array<const uint8_t, 1>;
 
 // STATX_DIOALIGN of linux/stat.h (Linux 6.1), newer than the headers of some that build this.
 constexpr unsigned kStatxDioAlign = 0x2000;
@@ -175,12 +170,6 @@ void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint3
     }
 }
 
-size_t py_missing(Array<const uint32_t, 2> ids, Array<const uint32_t, 2> held, uint32_t end, Array<uint32_t, 1> counts,
-                  Array<int64_t, 1> missing_heads, Array<int64_t, 1> missing_ids) {
-    return missing(ids.data(), ids.shape(0), ids.shape(1), held.data(), held.shape(1), end, counts.data(),
-                   missing_heads.data(), missing_ids.data());
-}
-
 // Returns how many are missing, found in the hot pool, and left; nothing where a head wants too many.
 std::optional<std::vector<size_t>> py_exchange(Array<uint32_t, 2> slots, Array<uint32_t, 2> hot,
                                                Array<const uint32_t, 1> wanted, Array<const int64_t, 1> counts,
@@ -284,6 +273,7 @@ void define_rank(nb::module_ &module) {
 }  // namespace
 
 NB_MODULE(_native, module) {
+    define_arena(module);
     module.def("supported", [](int variant) { return supported(Variant(variant)); });
     module.def("environment", &environment);
     module.def("extremes", &extremes, nb::arg().noconvert());
@@ -309,8 +299,6 @@ NB_MODULE(_native, module) {
                nb::arg().noconvert());
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
-    module.def("missing", &py_missing, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
-               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("exchange", &py_exchange, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("keep", &py_keep, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),

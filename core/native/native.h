@@ -110,6 +110,20 @@ struct RowPlaces {
 bool locate(const RowPlaces &places, const int64_t *heads, const int64_t *tokens, size_t n, uint64_t *offsets,
             uint32_t *checksums);
 
+// What the worker finds out between ranking and reading rows, for ids [heads][k] of tokens below `end`.
+struct Lacking {
+    uint32_t *counts;           // [heads]: winners that are not held
+    int64_t *heads, *ids;       // [heads * k]: these winners
+    uint64_t *offsets;          // [heads * k]: where the rows of the first `most` lie
+    uint32_t *checksums;        // [heads * k]: theirs
+    size_t found = 0;
+};
+
+// Finds the rows that are lacking, `most` at most; false if one does not exist. `held` [heads][held_count] is memory
+// that somebody else may write to: it is copied first.
+bool find_lacking(const uint32_t *ids, size_t heads, size_t k, const uint32_t *held, size_t held_count, uint32_t end,
+                  const RowPlaces &places, size_t most, Lacking &out);
+
 // Evaluation keys of consecutive tokens: head h at tiles + h * head_stride.
 struct Part {
     const uint8_t *tiles;

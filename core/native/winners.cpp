@@ -43,4 +43,12 @@ bool locate(const RowPlaces &places, const int64_t *heads, const int64_t *tokens
     return true;
 }
 
+bool find_lacking(const uint32_t *ids, size_t heads, size_t k, const uint32_t *held, size_t held_count, uint32_t end,
+                  const RowPlaces &places, size_t most, Lacking &out) {
+    thread_local std::vector<uint32_t> copy;
+    copy.assign(held, held + heads * held_count);
+    out.found = missing(ids, heads, k, copy.data(), held_count, end, out.counts, out.heads, out.ids);
+    return locate(places, out.heads, out.ids, std::min(out.found, most), out.offsets, out.checksums);
+}
+
 }  // namespace hillinfer

@@ -81,14 +81,27 @@ def test_the_command_prints_a_row_for_each_system(recording, tmp_path, monkeypat
         return (ended.value.code or 0, *capsys.readouterr())
 
     systems = "hillinfer,host_scoring,reload,host_scoring_int4"
+    picture = tmp_path / "kvpath.svg"
     code, out, err = run(
-        "--systems", systems, "--budget", "10%", "--rounds", 2, "--profile", "none", "--json"
+        "--systems",
+        systems,
+        "--budget",
+        "10%",
+        "--rounds",
+        2,
+        "--profile",
+        "none",
+        "--plot",
+        picture,
+        "--json",
     )
     assert code == 0, err
+    assert picture.read_bytes().startswith(b"<?xml")
     rows = json.loads(out)["rows"]
     assert [row["system"] for row in rows] == systems.split(",")
     for row in rows:
         assert row["kvpath_ms"] > 0
+        assert row["drive_ms"] > 0
         assert (row["context_tokens"], row["key_precision"], row["shape"]) == (TOKENS, "int4", "8b")
     by_name = {row["system"]: row for row in rows}
     assert by_name["reload"]["miss_rate"] is None

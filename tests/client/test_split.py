@@ -292,3 +292,20 @@ def test_sequences_of_a_batch_are_split_each_by_itself(session: Session, share: 
             np.testing.assert_array_equal(mine.ids, whole.ids)
             np.testing.assert_array_equal(mine.rows, whole.rows)
     policy.close()
+
+
+def test_the_rows_that_the_first_ranking_alone_brings_do_not_make_a_split_worth_it() -> None:
+    controller, tokens, per_token = Controller(), 32_768, 512
+    whole, seen = tokens * per_token, []
+    for number in range(20):
+        boundary = controller.boundary = controller.choose(tokens, tokens, per_token)
+        seen.append(boundary)
+        own = boundary.cpu_tokens * per_token
+        if not own:
+            # All rows are missing at first, a few later.
+            controller.saw_alone(whole, 3e-3 if number else 10e-3, 1e-3)
+            continue
+        # Working together helps neither: they share what they scan with.
+        controller.saw(Times(own, 3e-3, 1e-3, whole - own, 3e-3, 1e-3))
+        controller.rows.add(2e-3)
+    assert [each.stop for each in seen[-10:]] == [Stop.no_gain] * 10

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hillinfer_core.errors import DeadlineExceeded, DeviceUnavailable
-from hillinferd.service.work_queue import Piece, Priority, WorkQueue
+from hillinferd.service.work_queue import End, Piece, Priority, WorkQueue
 
 
 @dataclass(frozen=True)
@@ -150,5 +150,33 @@ def test_an_observer_is_told_of_every_piece_that_leaves_the_queue() -> None:
         ]
         assert told[1].service_s == 0 < told[0].service_s
         assert all(piece.queue_s >= 0 for piece in told)
+
+    with_queue(scenario)
+
+
+def test_the_next_piece_begins_before_the_last_is_told_of_and_all_are_told_in_order() -> None:
+    async def scenario(queue: WorkQueue) -> None:
+        happened: list[str] = []
+        queue.observe = lambda piece: happened.append(f"told {piece.operation}")
+        ends: list[End] = []
+        await asyncio.sleep(0)  # The queue is open.
+        results = [asyncio.get_running_loop().create_future() for _ in range(3)]
+
+        def fails_at_once(end: End) -> None:
+            happened.append("second begins")
+            end(None, DeviceUnavailable("away"))
+
+        def third(end: End) -> None:
+            happened.append("third begins")
+            ends.append(end)
+
+        queue.enter(Someone(1), ends.append, results[0], operation="first")
+        queue.enter(Someone(2), fails_at_once, results[1], operation="second")
+        queue.enter(Someone(3), third, results[2], operation="third")
+        ends.pop()(None, None)
+        assert happened == ["second begins", "told first", "told second", "third begins"]
+        assert isinstance(results[1].exception(), DeviceUnavailable)
+        ends.pop()(None, None)
+        assert happened[-1] == "told third"
 
     with_queue(scenario)

@@ -1,11 +1,13 @@
 """Decode steps: closed forms, monotone in every rate, and decided by the client's own policies."""
 
+from dataclasses import replace
+
 import pytest
 
 from hillinfer.pipeline.choice import SAFE_TOKENS, Predictor
 from hillinfer.simulate.machine import CONSTANTS, Machine
 from hillinfer.simulate.selections import miss_rate
-from hillinfer.simulate.step import CPU, DRIVE, FPGA, GPU, LINK, build, simulate
+from hillinfer.simulate.step import DRIVE, RESOURCES, build, simulate
 from hillinfer.simulate.systems import Layer, System, layer
 from hillinfer.simulate.workload import LLAMA_13B, QWEN_7B, SHAPE_8B, Work
 from hillinfer.split.boundary import BLOCK_TOKENS
@@ -35,9 +37,10 @@ def test_every_constant_has_a_source_and_its_range_holds_the_nominal():
 
 
 def test_with_the_exact_query_a_step_is_the_sum_of_its_layers():
-    one = Layer(project=1, attend=2, weights=0, upload=3, scan_drive=4, scan_card=5, fetch=6, delay=7)
+    asking = Layer(project=1, attend=2, weights=0, upload=3, scan_drive=4, scan_card=5, fetch=6, delay=7)
+    one = replace(asking, client=8, place=9)
     simulation, _ = build(one, 10, Predictor.exact)
-    assert simulation.run() == pytest.approx(10 * (1 + 7 + 5 + 6 + 3 + 2))
+    assert simulation.run() == pytest.approx(10 * (1 + 8 + 7 + 5 + 6 + 3 + 9 + 2))
 
 
 def test_a_predicted_query_hides_what_is_shorter_than_a_layer():
@@ -68,7 +71,7 @@ def test_nothing_becomes_slower_by_a_faster_part(name, system):
 def test_no_resource_works_longer_than_the_step():
     for system in System:
         step = simulate(system, PAPER, Machine(), applications=2)
-        assert set(step.busy) == {GPU, LINK, CPU, FPGA, DRIVE}
+        assert set(step.busy) == set(RESOURCES)
         assert max(step.busy.values()) <= step.seconds
 
 

@@ -36,9 +36,10 @@ def simulate_command(
     """
     if validate:
         from hillinfer.progress import progress_for_stderr
-        from hillinfer.simulate.validate import as_text, compare
+        from hillinfer.simulate.validate import SHAPES, as_text, compare
 
-        result = compare(progress_for_stderr())
+        progress = progress_for_stderr()
+        result = [compare(progress, tokens, budget) for tokens, budget in SHAPES]
         print(json.dumps(result, indent=2) if as_json else as_text(result))
         return
 

@@ -14,6 +14,11 @@ from hillinfer.simulate.workload import Work
 GPU, LINK, CPU, FPGA, DRIVE = "gpu", "link", "cpu", "fpga", "drive"
 """Resources: `drive` is NAND with its one path out, shared by streams to FPGA and host and by rows."""
 
+CLIENT = "client"
+"""The thread of each application that runs the model: it appends, and places rows in pools."""
+
+
+RESOURCES = (GPU, LINK, CPU, FPGA, DRIVE, CLIENT)
 
 _PIECES = 8
 """A stream for scoring is cut in so many; rows that an earlier layer waits for come between. Our choice."""
@@ -55,7 +60,7 @@ def simulate(
     predictor = PREDICTING.get(system) or _chosen(one, work, machine, applications)
     simulation, _ = build(one, work.model.layers, predictor, applications)
     seconds = simulation.run()
-    busy = {name: spent for name, spent in simulation.busy().items() if name in (GPU, LINK, CPU, FPGA, DRIVE)}
+    busy = {name: spent for name, spent in simulation.busy().items() if name in RESOURCES}
     layers = work.model.layers * applications
     return Step(seconds, busy, predictor, one.miss, one.cpu_share, one.moved * layers, one.ios * layers)
 
@@ -76,14 +81,17 @@ def build(
             project = add(GPU, one.project, [*before[-1:], weights])
             # The first layer has none before it that could predict.
             ahead = predictor is not Predictor.exact and number > 0
-            asked = [before[-2]] if ahead and number > 1 else [] if ahead else [project]
+            thread = CLIENT if application == 0 else f"{CLIENT} {application}"
+            client = add(thread, one.client, [project])
+            asked = [before[-2]] if ahead and number > 1 else [] if ahead else [client]
             request = add(f"request of {application}.{number}", one.delay, asked)
             stream = [add(DRIVE, one.scan_drive / _PIECES, [request]) for _ in range(_PIECES)]
             card = add(FPGA, one.scan_card, [request])
             scored = add(CPU, one.scan_cpu, stream if one.cpu_needs_stream else asked)
             fetch = add(DRIVE, one.fetch, [*stream, card, scored])
             upload = add(LINK, one.upload, [fetch])
-            attend = add(GPU, one.attend, [project, upload])
+            place = add(thread, one.place, [client, upload])
+            attend = add(GPU, one.attend, [place])
             if application == 0:
                 marks.append((asked[0] if asked else None, upload, project))
             before.append(attend)

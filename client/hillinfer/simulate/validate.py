@@ -1,8 +1,8 @@
-"""`hillinfer simulate --validate`: a decode step of this machine, predicted and measured, in one run.
+"""`hillinfer simulate --validate`: decode steps of this machine, predicted and measured, in one run.
 
-The parts are measured alone: the model with a cache of the attended tokens only, a turn to the daemon,
-ranking by the token, fetching by the row. The events of `step.build` put them together. What the client does
-besides, placing rows and keeping counts, is in no part: where the prediction is short, look there.
+The parts are measured alone (`parts`, and the model with a cache of the attended tokens only), between
+the steps that they predict; what the client does for a layer besides, on a text that its pinned tokens
+hold. The events of `step.build` put them together; nothing is fitted to a measured step.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from hillinfer.attachment import attach
 from hillinfer.bench.selections import step
-from hillinfer.context import Context
 from hillinfer.demo import make_demo
 from hillinfer.model_directory import ModelDirectory, bundled_model
 from hillinfer.pipeline.choice import Predictor
@@ -27,19 +25,24 @@ from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
 from hillinfer.run import PREFILL_CHUNK
 from hillinfer.session import Session
+from hillinfer.simulate.parts import AskingTimer, PlacingTimer
 from hillinfer.simulate.step import build
 from hillinfer.simulate.systems import Layer
 
-CONTEXT_TOKENS, BUDGET, STEPS, WARM = 4096, "10%", 24, 8
+SHAPES = tuple((tokens, budget) for tokens in (2048, 4096, 8192) for budget in ("2%", "10%"))
+"""Contexts and budgets that are compared."""
+
+STEPS, WARM = 32, 8
 
 WITHIN = 0.15
 """The aim: predicted to measured."""
 
-_FEW_TOKENS, _FEW_ROWS, _ROWS = 16, 1, 129
+_SHORT = 24
+"""Tokens of a text of which nothing is ranked: its steps show what the client does for a layer besides."""
 
 
 def compare(
-    progress: Progress = silent, context_tokens: int = CONTEXT_TOKENS, steps: int = STEPS
+    progress: Progress = silent, context_tokens: int = 4096, budget: str = "10%", steps: int = STEPS
 ) -> dict[str, Any]:
     """Return measured and predicted seconds of a step, medians, and the parts.
 
@@ -54,97 +57,91 @@ def compare(
     text = model.config.get_text_config(decoder=True)
     query = np.random.default_rng(0).standard_normal((text.num_attention_heads, text.head_dim), np.float32)
     measured: list[float] = []
-    parts: dict[str, list[float]] = {}
+    computing: list[float] = []
+    beside: list[float] = []
     with (
         PrivateDaemon() as daemon,
         Session.connect(daemon.socket, name="hillinfer simulate") as session,
-        attach(model, session=session, budget=BUDGET, resident="256MiB", predictor="exact") as attachment,
+        attach(model, session=session, budget=budget, resident="256MiB", predictor="exact") as attachment,
         torch.inference_mode(),
         progress("reading", ids.shape[1] + steps) as advance,
     ):
-        cache = attachment.new_cache()
+        cache, tiny = attachment.new_cache(), attachment.new_cache()
         for first in range(0, ids.shape[1], PREFILL_CHUNK):
             token = step(model, cache, ids[:, first : first + PREFILL_CHUNK])
             advance(min(first + PREFILL_CHUNK, ids.shape[1]))
-        (context,) = cache.contexts
-        past = context.flushed(0)
-        for number in range(steps):
-            if number == WARM:
-                brought = cache.tally.brought
-                before = dict(cache.pipeline.timeline.sums)
-            began = perf_counter()
+        step(model, tiny, ids[:, :_SHORT])
+        for _ in range(WARM):
             token = step(model, cache, token)
-            took = perf_counter() - began
-            if number == 0:
-                attended = cache.full_layers[0].slots.attended
-                short = DynamicCache()
-                step(plain, short, ids[:, :attended])
-            advance(ids.shape[1] + number)
-            if number < WARM:
-                continue
+        layer = cache.full_layers[0]
+        short, tiny_plain = _plain(plain, ids[:, : layer.slots.attended]), _plain(plain, ids[:, :_SHORT])
+        (context,) = cache.contexts
+        asking = AskingTimer(context, query, layer.slots.selected, layer.slots.selected + layer.hot.capacity)
+        placing = PlacingTimer(layer.slots, layer.hot)
+        selected, brought = cache.tally.selected, cache.tally.brought
+        before = dict(cache.pipeline.timeline.sums)
+        for number in range(steps - WARM):
+            took, following = _timed(model, cache, token)
             measured.append(took)
-            k = cache.full_layers[0].slots.selected
-            for name, spent in _parts(context, query, min(k, past // 2)).items():
-                parts.setdefault(name, []).append(spent)
-            began = perf_counter()
-            step(plain, short, token)
-            parts.setdefault("model", []).append(perf_counter() - began)
+            asking.sample()
+            placing.sample()
+            computing.append(_timed(plain, short, token)[0])
+            if number < 8:  # of the pinned tokens' room, so that nothing is ranked
+                alone, _ = _timed(plain, tiny_plain, token)
+                beside.append(_timed(model, tiny, token)[0] - alone)
+            token = following
+            advance(ids.shape[1] + WARM + number)
+        layers = text.num_hidden_layers
+        taken = (cache.tally.selected - selected) / len(measured) / layers
+        misses = (cache.tally.brought - brought) / len(measured) / layers
         spent_s = {
             name: (total - before[lane, name]) / len(measured)
             for (lane, name), total in cache.pipeline.timeline.sums.items()
             if lane == MODEL
         }
-        misses = (cache.tally.brought - brought) / len(measured) / text.num_hidden_layers
-    part = {name: median(times) for name, times in parts.items()}
-    s_per_token = max(0.0, part["half_tokens"] - part["few_tokens"]) / (past // 2 - _FEW_TOKENS)
-    s_per_row = (
-        max(0.0, part["many_rows"] - part["few_rows"]) / (_ROWS - _FEW_ROWS) / text.num_key_value_heads
-    )
-    layers = text.num_hidden_layers
+        past = context.flushed(0)
+    ask, place, model_s = asking.result(), placing.result(), median(computing)
     one = Layer(
-        project=part["model"] / layers / 4, attend=part["model"] / layers * 3 / 4, weights=0, upload=0,
-        delay=part["few_tokens"], scan_card=past * s_per_token, fetch=misses * s_per_row,
+        project=model_s / layers / 4, attend=model_s / layers * 3 / 4, weights=0, upload=0,
+        client=max(0.0, median(beside)) / layers, delay=ask.turn,
+        scan_card=past * ask.token + taken * ask.selected, fetch=misses * ask.row,
+        place=place.seconds(round(taken), misses),
     )  # fmt: skip
     simulation, _ = build(one, layers, Predictor.exact)
     predicted, found = simulation.run(), median(measured)
     return {
-        "context_tokens": int(ids.shape[1]), "budget": BUDGET, "steps": len(measured),
-        "misses_per_layer": misses, "model_s": part["model"], "request_s": part["few_tokens"],
-        "rank_s_per_token": s_per_token, "fetch_s_per_row": s_per_row,
+        "context_tokens": int(ids.shape[1]), "budget": budget, "steps": len(measured),
+        "selected_per_layer": taken, "misses_per_layer": misses, "layers": layers,
+        "model_s": model_s, "layer": vars(one), "asking_s": vars(ask), "placing_s": vars(place),
         "measured_s": found, "measured_range_s": [min(measured), max(measured)], "predicted_s": predicted,
         "measured_parts_s": spent_s,
         "ratio": predicted / found, "within_aim": abs(predicted / found - 1) <= WITHIN,
     }  # fmt: skip
 
 
-def as_text(told: dict[str, Any]) -> str:
-    """Return the result in two lines."""
-    low, high = (f"{each * 1e3:.1f}" for each in told["measured_range_s"])
-    verdict = "within" if told["within_aim"] else "not within"
-    return (
-        f"{told['context_tokens']:,} tokens, budget {told['budget']}, {told['steps']} steps: measured "
-        f"{told['measured_s'] * 1e3:.1f} ms ({low} to {high}), predicted {told['predicted_s'] * 1e3:.1f} ms\n"
-        f"predicted to measured {told['ratio']:.2f}: {verdict} {WITHIN:.0%}"
-    )
+def _timed(model: PreTrainedModel, cache: Any, token: torch.Tensor) -> tuple[float, torch.Tensor]:
+    began = perf_counter()
+    following = step(model, cache, token)
+    return perf_counter() - began, following
 
 
-def _parts(context: Context, query: npt.NDArray[np.float32], k: int) -> dict[str, float]:
-    past, heads = context.flushed(0), context.shape.kv_heads
+def _plain(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache()
+    step(model, cache, ids)
+    return cache
 
-    def rank(tokens: int, best: int) -> float:
-        began = perf_counter()
-        context.evaluate(0, query, best, end=tokens)
-        return perf_counter() - began
 
-    def fetch(rows: int) -> float:
-        ids = [np.linspace(0, past - 1, rows).astype(np.uint32)] * heads
-        began = perf_counter()
-        context.fetch_rows(0, ids)
-        return perf_counter() - began
-
-    return {
-        "few_tokens": rank(_FEW_TOKENS, 1),
-        "half_tokens": rank(past // 2, k),
-        "few_rows": fetch(_FEW_ROWS),
-        "many_rows": fetch(_ROWS),
-    }
+def as_text(told: list[dict[str, Any]]) -> str:
+    """Return the comparisons as a table."""
+    lines = [
+        "| context | budget | measured, ms | range | predicted | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in told:
+        low, high = (f"{s * 1e3:.1f}" for s in each["measured_range_s"])
+        lines.append(
+            f"| {each['context_tokens']:,} | {each['budget']} | {each['measured_s'] * 1e3:.1f} "
+            f"| {low} to {high} | {each['predicted_s'] * 1e3:.1f} | {each['ratio']:.2f} |"
+        )
+    within = sum(each["within_aim"] for each in told)
+    return "\n".join([*lines, "", f"{within} of {len(told)} predictions are within {WITHIN:.0%}"])

@@ -10,7 +10,7 @@ from hillinfer.split.estimates import Estimate, Latest
 PROBE_EVERY = 128
 """Rankings in one way, alone or together, after which the other is looked at again. Our choice."""
 
-_PROBES = 3  # together, at first: one of them also brings code and keys into the caches
+_PROBES = 3  # in each way, at first: one of them also brings code, keys or rows into the caches
 
 _PROBE_SHARE = 8  # a probe is of an eighth of the tokens: of much less, what is fixed in a scan is most
 
@@ -68,7 +68,8 @@ class Controller:
                 self.drive.seconds((tokens - cpu) * bytes_per_token),
             )
             return Boundary(cpu, Stop.fixed, *times)
-        if not self.alone.known or min(limit, tokens - BLOCK_TOKENS) < BLOCK_TOKENS:
+        # The first ranking alone brings every row of its selection: a split would seem to save all that.
+        if self.alone.observations < _PROBES or min(limit, tokens - BLOCK_TOKENS) < BLOCK_TOKENS:
             return Boundary(0, Stop.memory if limit < BLOCK_TOKENS <= tokens else Stop.no_gain, 0, 0)
         if self.cpu.observations < _PROBES or (not self._split and self._is_due()):
             probe = min(limit, tokens // _PROBE_SHARE) // BLOCK_TOKENS * BLOCK_TOKENS

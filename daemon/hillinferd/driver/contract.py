@@ -157,6 +157,10 @@ class Driver(Protocol):
         """Fill ``out`` from ``offset``, with no need for alignment; return the bytes read from the drive."""
         ...
 
+    def read_ranges(self, parts: Sequence[tuple[int, Bytes]]) -> int:
+        """Do as :meth:`read` for every (offset, out) of ``parts``, together; return the bytes read."""
+        ...
+
     def gather(self, offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> int:
         """Read one row from each of ``offsets`` [n] into ``out`` [n, row bytes]; return the bytes read."""
         ...

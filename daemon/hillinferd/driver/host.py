@@ -78,6 +78,10 @@ class HostDriver:
         """Read a range."""
         return self._storage.read(offset, out)
 
+    def read_ranges(self, parts: Sequence[tuple[int, Bytes]]) -> int:
+        """Read several ranges together."""
+        return self._storage.read_ranges(parts)
+
     def gather(self, offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> int:
         """Read scattered rows."""
         return self._storage.gather(offsets, out)

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +111,18 @@ class Storage:
 
     def read(self, offset: int, out: Bytes) -> int:
         """Fill ``out``, in place where offset, length and memory are whole pages; return the bytes read."""
-        target = np.frombuffer(out, np.uint8) if len(out) else np.empty(0, np.uint8)
-        self._check(offset, target.size)
-        if not target.size:
+        return self.read_ranges([(offset, out)])
+
+    def read_ranges(self, parts: Sequence[tuple[int, Bytes]]) -> int:
+        """Read every (offset, out) of ``parts``, as one batch of requests that are in flight together."""
+        targets = [(offset, np.frombuffer(out, np.uint8)) for offset, out in parts if len(out)]
+        for offset, target in targets:
+            self._check(offset, target.size)
+        if not targets:
             return 0
         started = self._pacing.now()
-        total = self.read_unpaced(offset, target)
-        self._pacing.read(started, total)
+        total = sum(self.read_unpaced(offset, target) for offset, target in targets)
+        self._pacing.read(started, total, len(targets))
         return total
 
     def in_memory(self, offset: int, length: int) -> U8 | None:

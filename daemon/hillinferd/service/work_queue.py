@@ -113,6 +113,7 @@ class WorkQueue:
         self._clock = clock
         self._waiting: dict[int, deque[_Entry]] = {}
         self._urgent: deque[_Entry] = deque()
+        self._untold: deque[Piece] = deque()
         self._decode, self._bulk = FairShare(), FairShare()
         self._bulk_due = 0.0
 
@@ -234,13 +235,16 @@ class WorkQueue:
             self._charge(entry, seconds, contended)
             # First of all to whoever waits; what it enters at once is heard before the next one is chosen.
             _settle(entry.result, value, error)
-            self._tell(entry, started, seconds, error)
+            self._note(entry, started, seconds, error)
             if self._task is None:
                 self._running = False
+                # The device goes on before what was done is told.
                 self._pump()
+                self._tell()
             else:
                 # The same for a task that submits: it goes on in the loop's next turn.
                 self._task = None
+                self._tell()
                 asyncio.get_running_loop().call_soon(self._heard)
 
         try:
@@ -329,17 +333,24 @@ class WorkQueue:
         left = entry.result.done()
         if not left:
             entry.result.set_exception(error)
-        self._tell(entry, self._clock(), 0.0, asyncio.CancelledError() if left else error)
+        self._note(entry, self._clock(), 0.0, asyncio.CancelledError() if left else error)
+        self._tell()
 
-    def _tell(self, entry: _Entry, started: float, seconds: float, error: BaseException | None) -> None:
-        if self.observe is not None:
-            queue_s = started - entry.since
-            piece = Piece(entry.operation, entry.flow, entry.priority, queue_s, seconds, error)
+    def _note(self, entry: _Entry, started: float, seconds: float, error: BaseException | None) -> None:
+        queue_s = started - entry.since
+        self._untold.append(Piece(entry.operation, entry.flow, entry.priority, queue_s, seconds, error))
+
+    def _tell(self) -> None:
+        """Tell of pieces in the order in which they ended, also where one ends inside another's end."""
+        while self._untold:
+            piece = self._untold.popleft()
+            if self.observe is None:
+                continue
             try:
                 self.observe(piece)
             except Exception:
                 # Whoever only looks on must not stop the work.
-                log.exception("an observer of the queue failed", operation=entry.operation)
+                log.exception("an observer of the queue failed", operation=piece.operation)
 
 
 def _settle(result: Result, value: Any, error: Exception | None) -> None:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData
+from hillinfer_core.exchange import Lacking
 from hillinfer_core.reference import U32
 
 from ..driver.contract import Driver
@@ -20,11 +21,15 @@ def gather(
 
     Raises :class:`CorruptData` if a row does not match its checksum.
     """
-    if len(tokens) == 0:
+    return bring(driver, Lacking([], heads, tokens, *store.locate(heads, tokens)), out)
+
+
+def bring(driver: Driver, lacking: Lacking, out: npt.NDArray[np.uint8]) -> int:
+    """As :func:`gather`, of rows that were located."""
+    if len(lacking.ids) == 0:
         return 0
-    offsets, checksums = store.locate(heads, tokens)
-    read = driver.gather(offsets, out)
-    _verify(checksums, heads, tokens, out)
+    read = driver.gather(lacking.offsets, out)
+    _verify(lacking.checksums, lacking.heads, lacking.ids, out)
     return read
 
 
@@ -42,12 +47,13 @@ def read_range(
     # Never a copy: the tokens of a head lie together.
     flat = out.reshape(shape.kv_heads, count * shape.row_bytes // out.itemsize).view(np.uint8)
     assert np.shares_memory(flat, out)
-    total = 0
+    parts = []
     for placed, low, high in store.runs(first, first + count):
         part = slice((low - first) * shape.row_bytes, (high - first) * shape.row_bytes)
         for head in range(shape.kv_heads):
             offset = placed.row_offset(head, low, shape.row_bytes)
-            total += driver.read(offset, flat[head, part].data)
+            parts.append((offset, flat[head, part].data))
+    total = driver.read_ranges(parts)
     heads = np.repeat(np.arange(shape.kv_heads), count)
     tokens = np.tile(np.arange(first, first + count), shape.kv_heads)
     _verify(store.locate(heads, tokens)[1], heads, tokens, flat.reshape(-1, shape.row_bytes))

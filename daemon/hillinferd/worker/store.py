@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import TILE_TOKENS, Shape
 from hillinfer_core.reference import U8, U32, U64
-from hillinfer_core.rows import locate
+from hillinfer_core.rows import RowPlaces, locate
 
 from ..domain.content import LayerContent
 from ..domain.placement import Placed
@@ -135,7 +135,12 @@ class LayerStore:
         :meth:`hillinferd.domain.placement.Placed.row_offset`; raises :class:`InvalidInput` for tokens that
         there are not.
         """
-        return locate(self._extents, self.shape.row_bytes, self.tokens, self._checksums, heads, tokens)
+        return locate(self.places, heads, tokens)
+
+    @property
+    def places(self) -> RowPlaces:
+        """Where its rows lie."""
+        return RowPlaces(self._extents, self.shape.row_bytes, self.tokens, self._checksums)
 
     def runs(self, first: int, end: int) -> list[tuple[Placed, int, int]]:
         """Split tokens ``first .. end - 1`` by extent: (extent, first token, end token) of each part."""

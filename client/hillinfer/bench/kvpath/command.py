@@ -48,6 +48,9 @@ def kvpath_command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the values, and of channels that the model lacks.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the table too, as .png or .svg.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Measure how long a layer takes from its query to staged KV, beside rivals on the same drive.
@@ -55,14 +58,18 @@ def kvpath_command(
     Keys and queries are the bundled model's, so that selections repeat and move as a model's do.
     """
     from hillinfer.bench.kvpath.measure import measure
+    from hillinfer.bench.kvpath.plot import draw
     from hillinfer.bench.kvpath.recording import Recording, record
     from hillinfer.bench.kvpath.report import as_markdown, as_object
     from hillinfer.bench.kvpath.rig import ARENA_BYTES, rig
     from hillinfer.bench.kvpath.systems import SYSTEMS
     from hillinfer.bench.kvpath.workload import SHAPES, make_workload
+    from hillinfer.eval.plot import check_file
     from hillinfer.model_directory import ModelDirectory, bundled_model
     from hillinfer.progress import progress_for_stderr
 
+    if plot is not None:
+        check_file(plot)
     names = list(SYSTEMS) if systems is None else [name.strip() for name in systems.split(",")]
     for what, given, known in (("system", names, SYSTEMS), ("shape", [shape], SHAPES)):
         if unknown := [name for name in given if name not in known]:
@@ -86,10 +93,12 @@ def kvpath_command(
     with ExitStack() as stack:
         ready = stack.enter_context(rig(workload, profile, precision, held, pool_dir))
         streaming = None
-        if any(SYSTEMS[name].streams_keys for name in names):
+        if not all(SYSTEMS[name].keys_in_memory for name in names):
             streaming = stack.enter_context(
                 rig(workload, profile, precision, held, pool_dir, keys_in_memory=False)
             )
         rows = measure(ready, streaming, budgets, rounds, progress)
     told = as_object(rows, shape, workload, profile, precision)
+    if plot is not None:
+        draw(told, plot)
     print(json.dumps(told, indent=2) if as_json else as_markdown(told))

@@ -14,9 +14,12 @@ import torch
 from hillinfer.bench.kvpath.rig import Rig
 from hillinfer.bench.kvpath.systems import SYSTEMS
 from hillinfer.bench.kvpath.systems.base import System
+from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.hkm.decode import bring
 from hillinfer.progress import Progress
+from hillinfer.session import Session
+from hillinfer.simulate.machine import Machine
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import Budget
 
@@ -29,9 +32,10 @@ class Row:
     """One system. Times are of one layer, from its query to staged KV.
 
     miss_rate: share of the selected rows that came from the drive; None where nothing is selected.
-    moved_bytes, ios: read from the drive for a layer, mean; a row fetched by its id counts as a request,
-    ranges as requests of 128 KiB.
-    spread_ms: least and greatest median of the rounds.
+    moved_bytes, ios: read from the drive for a layer, mean; missing rows of neighbouring tokens count
+    as one request, ranges as requests of 128 KiB.
+    spread_ms: least and greatest median of the rounds. drive_ms: of it, what the modelled SmartSSD needs for
+    these bytes and requests, one after another; the rest is this machine's.
     """
 
     system: str
@@ -43,6 +47,29 @@ class Row:
     moved_bytes: int
     ios: int
     resident_bytes: int
+    drive_ms: float
+
+
+class _Watched:
+    """A system, and what was last asked of it and brought."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self.latest: list[tuple[EvaluateItem, Brought]] = []
+
+    def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought] | None:
+        brought = self._system.select(session, layer, items)
+        self.latest = [] if brought is None else list(zip(items, brought, strict=True))
+        return brought
+
+    def requests(self) -> int:
+        """Count the runs of neighbouring tokens whose rows were missing: the drive reads each at once."""
+        count = 0
+        for item, brought in self.latest:
+            for head, ids in enumerate(brought.ids):
+                missing = np.setdiff1d(ids, item.held[head])
+                count += int(np.count_nonzero(np.diff(missing) != 1)) + bool(len(missing))
+        return count
 
 
 class _Running:
@@ -50,29 +77,32 @@ class _Running:
 
     def __init__(self, rig: Rig, system: System, budget: Budget) -> None:
         self.system, self.budget, self.rig = system, budget, rig
-        self.cache: HierarchicalCache = rig.cache(budget, system, system.hot_pool)
+        self.watched = _Watched(system)
+        self.cache: HierarchicalCache = rig.cache(budget, self.watched, system.hot_pool)
         self.times: list[list[float]] = []
-        self.read_bytes = 0
+        self.read_bytes = self.evaluated_bytes = self.requests = 0
 
     def round(self, steps: range) -> None:
         """Take the workload's `steps`; the times of all layers are kept together."""
         counters, times = self.rig.session.counters, []
-        before = counters.read_bytes
+        before, evaluated = counters.read_bytes, counters.evaluated_bytes
         for step in steps:
             for number, layer in enumerate(self.cache.full_layers):
                 query = torch.from_numpy(self.rig.workload.queries[step, number])[None, :, None]
                 started = time.perf_counter()
                 bring(layer, query, self.rig.workload.shape.head_dim**-0.5)
                 times.append(time.perf_counter() - started)
+                self.requests += self.watched.requests()
                 # What a step does while its attention computes, and after.
                 layer.pools.settle()
                 self.cache.account()
         self.times.append(times)
         self.read_bytes += counters.read_bytes - before
+        self.evaluated_bytes += counters.evaluated_bytes - evaluated
 
     def forget_warm_up(self) -> None:
         self.times.clear()
-        self.read_bytes = 0
+        self.read_bytes = self.evaluated_bytes = self.requests = 0
         if self.system.stream is not None:
             self.system.stream.ios = 0
         self.cache.tally.selected = self.cache.tally.brought = 0
@@ -90,15 +120,27 @@ class _Running:
             spread_ms=(round(min(medians) * 1e3, 3), round(max(medians) * 1e3, 3)),
             miss_rate=round(tally.brought / tally.selected, 4) if tally.selected else None,
             moved_bytes=self.read_bytes // len(every),
-            ios=(tally.brought + ranges) // len(every),
+            ios=(self.requests + ranges) // len(every),
             resident_bytes=tally.resident_peak + self.system.resident_bytes,
+            drive_ms=round(self._drive_s(tally.brought) / len(every) * 1e3, 3),
         )
+
+    def _drive_s(self, rows: int) -> float:
+        """Seconds that the simulator's SmartSSD needs: keys scanned by the card, rows, and streams.
+
+        A command's latency is left out: it is a tenth of a millisecond.
+        """
+        card = Machine()
+        row_bytes = rows * 2 * self.rig.workload.shape.head_dim * 2
+        streamed = max(0, self.read_bytes - row_bytes)
+        fetched = max(self.requests / card.drive_iops, row_bytes / card.drive_read)
+        return self.evaluated_bytes / card.kernel_rate + fetched + streamed / card.drive_read
 
 
 def measure(
     rig: Rig, streaming: Rig | None, budgets: Mapping[str, Budget], rounds: int, progress: Progress
 ) -> list[Row]:
-    """Run each system of `budgets` with its budget, on `streaming` those that stream their keys.
+    """Run each system of `budgets` with its budget, on `streaming` those that keep no keys in memory.
 
     They take turns, so that all see the same drift of the machine.
     Blocks. Raises InvalidInput when the workload has too few steps for `rounds`, and what the cache raises.
@@ -110,7 +152,7 @@ def measure(
     with ExitStack() as stack, progress("measuring", len(budgets) * (rounds + 1)) as advance:
         running = []
         for name, budget in budgets.items():
-            of_rig = streaming if SYSTEMS[name].streams_keys and streaming else rig
+            of_rig = rig if SYSTEMS[name].keys_in_memory or streaming is None else streaming
             system = SYSTEMS[name](of_rig)
             stack.callback(system.close)
             running.append(_Running(of_rig, system, budget))

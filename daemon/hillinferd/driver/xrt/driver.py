@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -86,6 +87,10 @@ class XrtDriver:
     def read(self, offset: int, out: Bytes) -> int:
         """Read a range."""
         return self._storage.read(offset, out)
+
+    def read_ranges(self, parts: Sequence[tuple[int, Bytes]]) -> int:
+        """Read several ranges together."""
+        return self._storage.read_ranges(parts)
 
     def gather(self, offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> int:
         """Read scattered rows."""

@@ -26,8 +26,9 @@ class System(ABC):
     name: ClassVar[str]
     hot_pool: ClassVar[bool] = True
     """Whether it keeps a hot pool; without one, its slots alone remember the last selection."""
-    streams_keys: ClassVar[bool] = False
-    """Whether its evaluation keys are to come from NAND in every step, and none may stay in fast memory."""
+    keys_in_memory: ClassVar[bool] = True
+    """Whether evaluation keys stay in fast memory, of its share; who has no use for them there has more
+    room for rows."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -50,6 +51,8 @@ class System(ABC):
 
 class HostSystem(System):
     """Ranks on the host. A subclass says which tokens; rows that are not held are fetched."""
+
+    keys_in_memory = False
 
     @abstractmethod
     def choose(self, layer: int, item: EvaluateItem) -> Ids:

@@ -21,7 +21,6 @@ class NoCsd(HostSystem):
     """Evaluation keys are streamed from NAND and ranked by the host kernel; HKM as for HillInfer."""
 
     name = "no_csd"
-    streams_keys = True
 
     def __init__(self, rig: Rig) -> None:
         super().__init__(rig)

@@ -13,6 +13,7 @@ class Reload(System):
     """Nothing is ranked and nothing kept: rows pass through the arena, where attention would read them."""
 
     name = "reload"
+    keys_in_memory = False
 
     def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> None:
         """Bring all rows."""

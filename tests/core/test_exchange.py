@@ -1,0 +1,107 @@
+"""What passes through a client's arena for an evaluation, against plain numpy."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hillinfer_core.arena import Arena, create_arena
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.exchange import Winners, hand_over, quantised_query
+from hillinfer_core.layout import Reduction
+from hillinfer_core.packed import Region
+from hillinfer_core.reference import Ranges, quantise_query
+from hillinfer_core.rows import RowPlaces, locate
+
+EMPTY = 0xFFFFFFFF
+NBYTES = 1 << 16
+HELD_AT, IDS_AT, SCORES_AT = 4, 8192, 16384
+EXTENTS = np.array([[0, 256, 512], [256, 300, 64], [4096, 1 << 30, 1 << 20]], np.int64)
+SUMS = np.arange(3 * 600, dtype=np.uint32).reshape(3, 600)
+PLACES = RowPlaces(EXTENTS, 512, 576, SUMS)
+
+
+@pytest.fixture(scope="module")
+def arena():
+    fd = create_arena(NBYTES, "test")
+    yield Arena(fd, NBYTES)
+    os.close(fd)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    k=st.integers(0, 40),
+    slots=st.integers(0, 60),
+    end=st.integers(40, 576),
+    most=st.integers(0, 130),
+)
+def test_winners_are_handed_over_and_those_not_held_are_found(arena, seed, k, slots, end, most):
+    rng = np.random.default_rng(seed)
+    ids = np.sort(rng.permuted(np.tile(np.arange(end, dtype=np.uint32), (3, 1)), axis=1)[:, :k], axis=1)
+    scores = rng.integers(-1000, 1000, ids.shape).astype(np.int32)
+    held = rng.integers(0, end + 70, (3, slots)).astype(np.uint32)  # repeats, and tokens that there are not
+    held[rng.random(held.shape) < 0.2] = EMPTY
+    arena.view(HELD_AT, held.shape, np.uint32)[:] = held
+    won = Winners(np.ascontiguousarray(ids), scores, end, IDS_AT, SCORES_AT if seed % 2 else None)
+    lacking = hand_over(arena, won, Region(HELD_AT, held.nbytes), PLACES, most)
+    np.testing.assert_array_equal(arena.view(IDS_AT, ids.shape, np.uint32), ids)
+    if seed % 2:
+        np.testing.assert_array_equal(arena.view(SCORES_AT, ids.shape, np.int32), scores)
+    expected = [mine[~np.isin(mine, theirs)] for mine, theirs in zip(ids, held, strict=True)]
+    assert lacking.counts == [len(each) for each in expected]
+    np.testing.assert_array_equal(lacking.heads, np.repeat(np.arange(3), lacking.counts)[:most])
+    np.testing.assert_array_equal(lacking.ids, np.concatenate(expected)[:most])
+    offsets, checksums = locate(PLACES, lacking.heads, lacking.ids)
+    np.testing.assert_array_equal(lacking.offsets, offsets)
+    np.testing.assert_array_equal(lacking.checksums, checksums)
+
+
+@pytest.mark.parametrize("at", [NBYTES, NBYTES - 4, 2, 1 << 40, (1 << 64) - 4])
+@pytest.mark.parametrize("what", ["ids", "scores", "held"])
+def test_a_region_outside_the_arena(arena, what, at):
+    ids, scores = np.zeros((3, 2), np.uint32), np.zeros((3, 2), np.int32)
+    places = {"ids": IDS_AT, "scores": SCORES_AT, "held": HELD_AT} | {what: at}
+    won = Winners(ids, scores, 576, places["ids"], places["scores"])
+    with pytest.raises(InvalidInput, match="arena"):
+        hand_over(arena, won, Region(places["held"], 24), PLACES, 6)
+
+
+@pytest.mark.parametrize("at", [NBYTES, NBYTES - 4, 2, 1 << 40, (1 << 64) - 4])
+def test_a_query_outside_the_arena(arena, at):
+    ranges = Ranges(np.ones((3, 8), np.float32), np.zeros((3, 8), np.float32))
+    with pytest.raises(InvalidInput, match="arena"):
+        quantised_query(arena, at, 3, ranges, Reduction.sum)
+
+
+def test_a_winner_without_a_row(arena):
+    won = Winners(np.full((3, 1), 576, np.uint32), np.zeros((3, 1), np.int32), 600, IDS_AT, None)
+    with pytest.raises(InvalidInput, match="does not exist"):
+        hand_over(arena, won, Region(HELD_AT, 0), PLACES, 3)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), group=st.integers(1, 5), reduction=st.sampled_from(["sum", "max"]))
+def test_a_query_in_the_arena_is_quantised_as_defined(arena, seed, group, reduction):
+    rng = np.random.default_rng(seed)
+    query = rng.standard_normal((3 * group, 16)).astype(np.float32)
+    ranges = Ranges(
+        rng.uniform(0.1, 2, (3, 16)).astype(np.float32), rng.standard_normal((3, 16)).astype(np.float32)
+    )
+    arena.view(64, query.shape, np.float32)[:] = query
+    q, offsets = quantised_query(arena, 64, 3 * group, ranges, Reduction[reduction])
+    expected_q, expected_offsets, _ = quantise_query(query, ranges, Reduction[reduction])
+    np.testing.assert_array_equal(q, expected_q)
+    np.testing.assert_array_equal(offsets, expected_offsets)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_query_that_is_not_finite(arena, bad):
+    query = np.zeros((3, 16), np.float32)
+    query[2, 3] = bad
+    arena.view(64, query.shape, np.float32)[:] = query
+    ranges = Ranges(np.ones((3, 16), np.float32), np.zeros((3, 16), np.float32))
+    with pytest.raises(InvalidInput, match="NaN"):
+        quantised_query(arena, 64, 3, ranges, Reduction.sum)
