@@ -11,6 +11,9 @@ NATIVE := $(shell find core/native -type f)
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
+# Processes that share the test files of `make test`; much of their time is waiting. 0: all in one, as for a debugger.
+WORKERS ?= 2
+
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## list the targets
@@ -31,7 +34,7 @@ run: setup ## answer four questions about a 16K-token text through the daemon (m
 	@$(BIN)/hillinfer demo $(ARGS)
 
 test: setup ## run the tests (one file: make test ARGS=tests/cli/test_tasks.py)
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: setup ## run the tests of hundreds of repetitions
 	$(BIN)/python -m pytest -m long $(ARGS)

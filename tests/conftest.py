@@ -11,10 +11,19 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_LONG_FILES_FIRST = ("hls",)
+"""Directories whose files would have one worker go on alone if they came last."""
 
 _MAY_SKIP = "Skipped: this processor"
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in _LONG_FILES_FIRST)
 
 
 @pytest.hookimpl(wrapper=True)

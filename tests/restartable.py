@@ -33,10 +33,10 @@ class Restartable:
 
     def wait(self) -> None:
         """Until it answers."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while True:
             try:
-                Session.connect(self.socket, arena_bytes=0, timeout_s=5).close()
+                Session.connect(self.socket, arena_bytes=0, timeout_s=60).close()
             except errors.DaemonUnavailable:
                 assert self.process is not None
                 assert self.process.poll() is None, self.log.read_text()
@@ -48,7 +48,7 @@ class Restartable:
     def end(self, number: signal.Signals = signal.SIGKILL) -> None:
         assert self.process is not None
         self.process.send_signal(number)
-        self.process.wait(30)
+        self.process.wait(60)
 
     def restart(self, number: signal.Signals = signal.SIGKILL) -> None:
         self.end(number)

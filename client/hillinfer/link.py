@@ -161,18 +161,19 @@ class Link:
             yield
         except grpc.RpcError as error:
             typed, answered = wire.typed_error(error, method), wire.answered(error)
+            stopping = isinstance(typed, DaemonUnavailable)
         except _AnsweredError as error:
             typed, answered = error.error, True
+            stopping = isinstance(typed, DaemonUnavailable)
         except DaemonUnavailable as error:
-            typed, answered = error, False
+            typed, answered, stopping = error, False, False
         else:
             self._unfinished = before
             return
         if answered:
             self._unfinished = before
-        # Refused with DaemonUnavailable means that it is about to stop.
-        stopping = answered and isinstance(typed, DaemonUnavailable)
-        patience = self._stopping_s if stopping else _HANG_UP_S
+        # A refusal with DaemonUnavailable, or a call broken off, means that it is about to stop, if not gone.
+        patience = max(self._stopping_s, _HANG_UP_S) if stopping else _HANG_UP_S
         if isinstance(typed, (DaemonUnavailable, ForeignToken)) and self._hung_up(patience):
             raise DaemonGone(str(typed)) from None
         raise typed from None

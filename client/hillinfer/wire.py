@@ -105,7 +105,8 @@ def typed_error(error: grpc.RpcError, doing: str) -> errors.HillInferError:
     if name := _error_name(error):
         return errors.by_name(name)(details)
     code = error.code()
-    if code is grpc.StatusCode.UNAVAILABLE:
+    # Cancelled by the daemon, that is, which stops: this process looks at no call that it cancelled itself.
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return errors.DaemonUnavailable(
             f"{doing}: the daemon went away ({details}); its contexts are gone, connect a new session"
         )

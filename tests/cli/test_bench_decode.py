@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from hillinfer.bench.decode.growth import as_markdown as as_growth
+from hillinfer.bench.decode.growth import exponents
 from hillinfer.bench.decode.processes import children, cpu_s
 from hillinfer.bench.decode.report import Rows, as_markdown, as_object, ratios
 from hillinfer.bench.decode.subject import of_shape, twin
@@ -151,3 +153,76 @@ def test_cpu_times_are_those_of_the_process():
             assert busy.poll() is None
         busy.communicate(b"\n")
     assert cpu_s(busy.pid) == 0.0
+
+
+def test_growth_counts_every_layer_and_application(monkeypatch, capsys, tmp_path):
+    kept, picture = tmp_path / "growth.json", tmp_path / "growth.svg"
+
+    def run(*options):
+        words = [
+            "hillinfer",
+            "bench",
+            "growth",
+            "--pool-dir",
+            tmp_path,
+            "--rounds",
+            2,
+            "--steps",
+            2,
+            *options,
+        ]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    code, _, err = run("--axes", "applications", "--sizes", "1,2", "--keep", kept)
+    assert code == 0, err
+    code, out, err = run("--axes", "layers", "--sizes", "2,4", "--keep", kept, "--plot", picture)
+    assert code == 0, err
+    assert "| layers | 2 to 4 |" in out
+    assert "| applications | 1 to 2 |" in out
+    assert picture.stat().st_size > 1000
+    for each in json.loads(kept.read_text())["axes"]:
+        small, large = each["points"]
+        assert large["evaluated_bytes"] == pytest.approx(2 * small["evaluated_bytes"], rel=0.02)
+        assert each["exponents"]["evaluated_bytes"] == pytest.approx(1, abs=0.03)
+        assert small["row_reads"] > 0
+    code, _, err = run("--axes", "wisdom")
+    assert code == 2
+    assert "tokens, 160 attended" in err
+
+
+def test_exponents_are_those_of_the_powers():
+    points = [
+        {
+            "size": n,
+            "step_ms": 3 * n,
+            "evaluated_bytes": n**2,
+            "read_bytes": 7,
+            "row_reads": 0,
+            "drive_cpu_ms": n**0.5,
+        }
+        for n in (1, 2, 4, 8)
+    ]
+    found = exponents(points)
+    assert found == {
+        "step_ms": 1.0, "evaluated_bytes": 2.0, "read_bytes": pytest.approx(0), "row_reads": None,
+        "drive_cpu_ms": 0.5,
+    }  # fmt: skip
+    told = as_growth([{"axis": "tokens", "points": _growth_points(), "exponents": found}])
+    assert "above 1.1): evaluated_bytes against tokens." in told
+
+
+def _growth_points():
+    names = (
+        "size",
+        "step_ms",
+        "least_ms",
+        "greatest_ms",
+        "evaluated_bytes",
+        "read_bytes",
+        "row_reads",
+        "drive_cpu_ms",
+    )
+    return [dict.fromkeys(names, 1)]

@@ -25,7 +25,7 @@ from hillinfer_core.v1 import attach_pb2
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinfer_core.v1.cold_pool_pb2_grpc import ColdPoolStub
 
-CALL_S = 20.0
+CALL_S = 60.0
 
 
 class Refused(Exception):  # noqa: N818
@@ -236,14 +236,14 @@ def running_daemon(runtime_dir: Path, *flags: str) -> Iterator[subprocess.Popen[
     runtime_dir.mkdir(parents=True, exist_ok=True)
     process = spawn(runtime_dir, *flags)
     try:
-        wait_for(lambda: process.poll() is not None or " ready " in log_of(runtime_dir), 20)
+        wait_for(lambda: process.poll() is not None or " ready " in log_of(runtime_dir), 60)
         assert process.poll() is None, log_of(runtime_dir)
         yield process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(10)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

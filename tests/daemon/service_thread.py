@@ -70,5 +70,5 @@ def served(runtime_dir: Path, *drives: DriveSettings) -> Iterator[Served]:
         yield Served(service, loop)
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
+        thread.join(60)
         loop.close()

@@ -50,7 +50,7 @@ def test_drain_refuses_what_is_new_and_lets_the_rest_go_on(daemon: Path) -> None
         try:
             state = ctl_json(daemon, "drain")
             assert (state["on"], state["sessions"], state["contexts"]) == (True, 1, 1)
-            wait_for(lambda: all(health.Check(each).status != serving for each in asked), 10)
+            wait_for(lambda: all(health.Check(each).status != serving for each in asked), 60)
             with pytest.raises(Refused, match="draining") as refused, RawClient(daemon):
                 pass
             assert refused.value.error == "Draining"
@@ -62,7 +62,7 @@ def test_drain_refuses_what_is_new_and_lets_the_rest_go_on(daemon: Path) -> None
             assert ctl(daemon, "drain", "--wait", "0.1").exit_code == 1
         finally:
             assert ctl_json(daemon, "undrain")["on"] is False
-        wait_for(lambda: all(health.Check(each).status == serving for each in asked), 10)
+        wait_for(lambda: all(health.Check(each).status == serving for each in asked), 60)
         client.open(SHAPE)
 
 
@@ -74,7 +74,7 @@ def test_drain_waits_until_the_last_has_gone(daemon: Path) -> None:
         )
         with health_of(daemon) as health:
             request, serving = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse.SERVING
-            wait_for(lambda: health.Check(request).status != serving, 20)
+            wait_for(lambda: health.Check(request).status != serving, 60)
         assert waiting.poll() is None
     try:
         out, _ = waiting.communicate(timeout=30)

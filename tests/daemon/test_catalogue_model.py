@@ -172,4 +172,4 @@ class Books(RuleBasedStateMachine):
 
 
 TestBooks = Books.TestCase
-TestBooks.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestBooks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

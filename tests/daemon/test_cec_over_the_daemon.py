@@ -251,8 +251,8 @@ def test_verified_again_after_a_crash_of_the_worker_and_a_restart(
             lost = client.open(shape)
             worker = smart(client).device.worker_pid
             os.kill(worker, signal.SIGKILL)
-            wait_for(lambda: smart(client).device.worker_pid not in (0, worker), 20)
-            wait_for(lambda: smart(client).state == "serving", 20)
+            wait_for(lambda: smart(client).device.worker_pid not in (0, worker), 60)
+            wait_for(lambda: smart(client).state == "serving", 60)
             # The card kept it: it is not loaded again, but proved again.
             assert machine.runs(smart(client).device.worker_pid) >= 3
             assert machine.loads == [INT8, INT4]

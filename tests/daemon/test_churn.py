@@ -42,7 +42,9 @@ class Held:
     memory: int
 
     def same_but_for_memory(self, other: Held) -> bool:
-        return {**vars(self), "memory": 0} == {**vars(other), "memory": 0}
+        """Whether it is what it was before, which may have had a thread of gRPC's more."""
+        apart = {"memory": 0, "threads": 0}
+        return {**vars(self), **apart} == {**vars(other), **apart} and self.threads <= other.threads
 
 
 def held(watcher: RawClient, daemon_pid: int) -> Held:
@@ -83,8 +85,8 @@ def resident(pid: int) -> int:
 
 
 def settles(measure: Callable[[], Held], before: Held) -> Held:
-    """Return what is held once it is what was before, or after 20 s what there is then."""
-    deadline = time.monotonic() + 20
+    """Return what is held once it is what was before, or after a minute what there is then."""
+    deadline = time.monotonic() + 60
     while True:
         now = measure()
         if now.same_but_for_memory(before) or time.monotonic() > deadline:
@@ -191,9 +193,9 @@ def test_a_daemon_restarted_again_and_again_keeps_what_is_durable_and_nothing_el
             worker = client.status().device.worker_pid
             if number % 2:
                 daemon.send_signal(signal.SIGKILL)
-                daemon.wait(20)
+                daemon.wait(60)
         assert "Traceback" not in log_of(runtime_dir)
-        wait_for(lambda worker=worker: not Path(f"/proc/{worker}").exists(), 20)  # type: ignore[misc]
+        wait_for(lambda worker=worker: not Path(f"/proc/{worker}").exists(), 60)  # type: ignore[misc]
     (runtime_dir / "log").unlink()
     with running_daemon(runtime_dir, *flags), RawClient(runtime_dir) as client:
         pool = client.status().pool
@@ -208,6 +210,6 @@ def test_a_daemon_restarted_again_and_again_keeps_what_is_durable_and_nothing_el
 
 def measured(watcher: RawClient, daemon_pid: int) -> Held:
     """Return what is held once the sessions that ended are gone."""
-    wait_for(lambda: len(watcher.status().sessions) == 1, 20)
+    wait_for(lambda: len(watcher.status().sessions) == 1, 60)
     time.sleep(0.2)
     return held(watcher, daemon_pid)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_client import RawClient, random_rows
+from raw_client import CALL_S, RawClient, random_rows, wait_for
 
 from hillinfer_core import reference
 from hillinfer_core.layout import DType, Precision, Reduction, Shape
@@ -168,6 +168,8 @@ def test_several_contexts_in_one_request_and_two_sessions_do_not_meet(daemon: Pa
 
 
 def test_closing_a_context_frees_its_extents_and_forgets_it(client: RawClient) -> None:
+    # What sessions of other tests held is freed after them.
+    wait_for(lambda: client.status().pool.used_bytes == 0, CALL_S)
     before = client.status()
     context = client.open(SHAPE)
     client.append(context, 0, 0, random_rows(np.random.default_rng(6), SHAPE, 512))

@@ -159,7 +159,7 @@ def test_the_daemon_does_not_start_on_what_is_damaged(copy: Path, name: str, byt
     (copy / "r").mkdir()
     process = spawn(copy / "r", *flags(copy))
     try:
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
     finally:
         process.kill()
     last = log_of(copy / "r").strip().splitlines()[-1]

@@ -87,7 +87,7 @@ def test_what_was_appended_outlives_its_session_and_can_be_continued(durable: Pa
         assert list(opened.layer_tokens) == [0, 0]
         fill(client, opened.context_id, 0, 1024)
     with RawClient(durable) as client:
-        wait_for(lambda: client.durable()["book"].users == 0, 10)
+        wait_for(lambda: client.durable()["book"].users == 0, 60)
         opened = client.open_named(SHAPE, durable_name="book", labels=LABELS)
         assert list(opened.layer_tokens) == [1024, 1024]
         check(client, opened.context_id, 1024)
@@ -111,7 +111,7 @@ def test_a_saved_context_is_there_after_a_restart(runtime_dir: Path, number: int
             client.save(context)
             same(ranking(client, context), before)
         process.send_signal(number)
-        process.wait(10)
+        process.wait(60)
     again, same_flags = restarted(runtime_dir, 1)
     with running_daemon(again, *same_flags), RawClient(again) as one, RawClient(again) as two:
         listed = one.durable()["book"]
@@ -156,7 +156,7 @@ def test_a_dead_worker_costs_a_durable_context_nothing(durable: Path) -> None:
         fill(client, context, 0, 1024)
         before = client.status().device
         os.kill(before.worker_pid, signal.SIGKILL)
-        wait_for(lambda: restarted_worker(client), 20)
+        wait_for(lambda: restarted_worker(client), 60)
         check(client, context, 1024)
         fill(client, context, 1024)
         check(client, context)
@@ -348,4 +348,4 @@ def test_an_idle_daemon_ends_when_told_to(runtime_dir: Path) -> None:
     with running_daemon(runtime_dir, "--exit-when-idle", "1", *flags(runtime_dir)) as process:
         with RawClient(runtime_dir) as client:
             assert client.status().drives[0].state == "serving"
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0

@@ -56,7 +56,7 @@ def refusal(runtime_dir: Path, *options: str) -> str:
     runtime_dir.mkdir()
     process = spawn(runtime_dir, *options)
     try:
-        assert process.wait(30) == 1
+        assert process.wait(60) == 1
     finally:
         process.kill()
     return log_of(runtime_dir).strip().splitlines()[-1]

@@ -138,7 +138,9 @@ def test_it_outlives_the_daemon_and_catalogues_of_before_are_read(tmp_path: Path
         become(service, member, MEMBER)
         again = member.open_named(SHAPE, base_name="shared", base_uid=OWNER)
         assert (again.durable_id, again.content_checksum) == (before.durable_id, before.content_checksum)
-        shown = CliRunner().invoke(app, ["contexts", "--socket", str(attach_socket(tmp_path))])
+        shown = CliRunner().invoke(
+            app, ["contexts", "--socket", str(attach_socket(tmp_path))], env={"COLUMNS": "200"}
+        )
         assert "nogroup" in shown.stdout
     assert drive.catalogue is not None
     database = Database(drive.catalogue)

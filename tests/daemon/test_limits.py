@@ -178,13 +178,13 @@ def test_requests_in_flight_are_bounded_and_the_bound_can_be_changed(runtime_dir
         apply(service, **{name: 2})
         with held(service):
             calls = [threads.submit(fetch) for _ in range(2)]
-            wait_for(lambda: session.requests == 2, 10)
+            wait_for(lambda: session.requests == 2, 60)
             refused(fetch, f"2 requests of this .* raise {name}")
             apply(service, **{name: 3})
             calls.append(threads.submit(fetch))
-            wait_for(lambda: session.requests == 3, 10)
+            wait_for(lambda: session.requests == 3, 60)
         assert [call.result(20) for call in calls] == [ROWS.nbytes] * 3
-        wait_for(lambda: session.requests == 0, 10)
+        wait_for(lambda: session.requests == 0, 60)
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def test_an_observer_hears_of_every_operation_with_its_session(runtime_dir: Path
             client.evaluate(context, SHAPE, 0, np.ones((2, 64), np.float32), 4, 0, 64)
             client.fetch_range(context, SHAPE, 0, 0, 64)
             client.close_context(context)
-        wait_for(lambda: any(piece.operation == "detach" for _, piece in told), 10)
+        wait_for(lambda: any(piece.operation == "detach" for _, piece in told), 60)
     assert [(name, piece.operation, piece.priority) for name, piece in told if piece.flow is session] == [
         ("one", "open", Priority.decode),
         ("one", "append", Priority.bulk),

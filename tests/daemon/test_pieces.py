@@ -131,7 +131,7 @@ def test_a_large_context_is_freed_in_pieces(runtime_dir: Path, how: str) -> None
                     with pytest.raises(Refused, match="not an open context"):
                         client.close_context(context)
                     np.testing.assert_array_equal(client.fetch_range(small, SHAPE, 0, 0, 256), rows)
-            wait_for(lambda: watcher.status().pool.used_bytes == 0, 20)
+            wait_for(lambda: watcher.status().pool.used_bytes == 0, 60)
     closing = [piece for piece in told if piece.operation == "close"]
     assert len(closing) >= 4
     assert {piece.priority for piece in closing} == {Priority.bulk}

@@ -114,10 +114,11 @@ def test_a_ring_needs_an_arena(daemon: Path) -> None:
 
 def test_a_daemon_that_stops_answering_or_dies_is_an_error() -> None:
     with PrivateDaemon() as daemon:
-        session = Session.connect(daemon.socket, timeout_s=0.5)
+        session = Session.connect(daemon.socket)
         context = session.open_context(SHAPE)
         rows = np.ones((2, 64, 64), np.float16)
         context.append(0, rows, rows)
+        session.timeout_s = 0.5
         os.kill(daemon.pid, signal.SIGSTOP)
         with pytest.raises(DeadlineExceeded, match="Fetch"):
             context.fetch_range(0, 0, 1)
@@ -126,7 +127,7 @@ def test_a_daemon_that_stops_answering_or_dies_is_an_error() -> None:
             context.fetch_range(0, 0, 1)
         os.kill(daemon.pid, signal.SIGCONT)
 
-        other = Session.connect(daemon.socket)
+        other = Session.connect(daemon.socket, restart_s=0.2)
         kept = other.open_context(SHAPE)
         kept.append(0, rows, rows)
         os.kill(daemon.pid, signal.SIGKILL)

@@ -41,7 +41,7 @@ def supervise(
 
 
 async def until(supervisor: Supervisor, up: bool) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         async for now in supervisor.changes():
             if now is up:
                 return
@@ -60,7 +60,7 @@ def test_a_worker_that_could_not_be_prepared_is_replaced(tmp_path: Path) -> None
         await supervisor.start()
         watch = asyncio.create_task(supervisor.watch())
         os.kill(supervisor.pid, signal.SIGKILL)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             async for up in supervisor.changes():
                 if up and len(prepared) == 4:
                     break
@@ -158,7 +158,7 @@ def test_a_drive_that_is_taken_away_while_its_worker_starts_stays_away(tmp_path:
         await supervisor.start()
         watch = asyncio.create_task(supervisor.watch())
         os.kill(supervisor.pid, signal.SIGKILL)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while supervisor.state != "gone" or supervisor.pid:
                 await asyncio.sleep(0.02)
         await asyncio.sleep(0.5)

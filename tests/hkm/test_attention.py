@@ -1,5 +1,7 @@
 """Attention in parts equals attention at once."""
 
+from functools import reduce
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,9 +42,12 @@ def test_parts_merge_to_the_whole(kv_heads, group, queries, sizes, fused):
         for k, v in zip(keys, values, strict=True):
             out, lse = attention._attend_in_blocks(query.reshape(kv_heads, -1, 16), k, v, 0.25, False)
             parts.append(attention.Part(out.reshape(query.shape), lse.reshape(query.shape[:2])))
-    torch.testing.assert_close(
-        merge(parts), whole(query, torch.cat(keys, 1), torch.cat(values, 1), 0.25), atol=1e-5, rtol=1e-5
-    )
+    expected = whole(query, torch.cat(keys, 1), torch.cat(values, 1), 0.25)
+    torch.testing.assert_close(merge(parts), expected, atol=1e-5, rtol=1e-5)
+    joined = reduce(attention.join, parts)
+    torch.testing.assert_close(joined.output, expected, atol=1e-5, rtol=1e-5)
+    every = torch.logsumexp(torch.stack([part.lse for part in parts]), 0)
+    torch.testing.assert_close(joined.lse, every, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 600])

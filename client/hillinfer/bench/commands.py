@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hillinfer.bench.decode.command import decode_command
+from hillinfer.bench.decode.command import decode_command, parse_counts
 from hillinfer.bench.kvpath.command import kvpath_command
+from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import parse_budget
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -246,3 +248,48 @@ def split_command(
         for setup in setups(tokens, layers)
     ]
     print(json.dumps({"setups": found}, indent=2) if as_json else as_markdown(found))
+
+
+@app.command("growth")
+def growth_command(
+    axes: Annotated[
+        str | None,
+        typer.Option(metavar="NAME;NAME", help="What grows. [default: all; an unknown name lists them]"),
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="N,N", help="To what it grows, instead of the usual sizes.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the sizes take turns.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps in a round.")] = 8,
+    pool_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the pool lies. [default: the daemon's usual place]"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, .png or .svg.")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep what is measured here (JSON), and tell and draw all of it."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how time, bytes and reads of a decode step grow with text, layers, batch and applications.
+
+    A small model with made-up KV: what it costs to rank, fetch and place, with next to no arithmetic besides.
+    """
+    from hillinfer.bench.decode.growth import AXES, as_markdown, draw, measure
+
+    names = list(AXES) if axes is None else [name.strip() for name in axes.split(";")]
+    if unknown := [name for name in names if name not in AXES]:
+        raise InvalidInput(f"nothing grows by {', '.join(unknown)}; there are {'; '.join(AXES)}")
+    found = json.loads(keep.read_text())["axes"] if keep is not None and keep.exists() else []
+    for name in names:
+        told = measure(
+            name, pool_dir, rounds, steps, lambda line: print(line, file=sys.stderr, flush=True),
+            [] if sizes is None else parse_counts(sizes, "--sizes"),
+        )  # fmt: skip
+        found = [each for each in found if each["axis"] != name] + [told]
+        if keep is not None:
+            keep.write_text(json.dumps({"axes": found}, indent=1))
+    if plot is not None:
+        draw(found, plot)
+    print(json.dumps({"axes": found}, indent=2) if as_json else as_markdown(found))

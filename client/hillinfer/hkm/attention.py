@@ -74,6 +74,13 @@ def merge(parts: list[Part]) -> torch.Tensor:
     return output
 
 
+def join(one: Part, other: Part) -> Part:
+    """Combine two parts over disjoint key sets, of which every query sees at least one key each."""
+    weight = torch.sigmoid(one.lse - other.lse)
+    output = torch.lerp(other.output, one.output, weight[..., None])
+    return Part(output, torch.logaddexp(one.lse, other.lse))
+
+
 def attend_slots(
     query: torch.Tensor,
     key: torch.Tensor,

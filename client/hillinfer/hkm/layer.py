@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from hillinfer.hkm.attention import Part, attend_part, merge
+from hillinfer.hkm.attention import Part, attend_part, join
 from hillinfer.hkm.decode import decode
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.padding import Padding
@@ -260,8 +260,9 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             q, k, v = (t[row].index_select(1, columns) for t in (query, key, value))
             past = self._past_blocks(row)
             new = attend_part(q, k, v, scaling, causal=True, softcap=self.softcap)
-            parts = [new, *self._past_parts(row, q, scaling, past)]
-            output[row].index_copy_(1, columns, merge(parts).to(query.dtype))
+            seen = self._past_part(row, q, scaling, past)
+            attended = new if seen is None else join(new, seen)
+            output[row].index_copy_(1, columns, attended.output.to(query.dtype))
             if row == 0:
                 background.settle()
             self.store(row, k, v, self.slots.recent, background)
@@ -290,20 +291,19 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         ]
         return self._cache.pipeline.background.ahead(reads)
 
-    def _past_parts(
+    def _past_part(
         self, row: int, query: torch.Tensor, scaling: float, blocks: Iterator[np.ndarray[Any, Any]]
-    ) -> list[Part]:
-        """Exact attention over everything stored: pinned slots, then the cold pool's `blocks`."""
+    ) -> Part | None:
+        """Exact attention over all that is stored, None for nothing: pinned slots, then the `blocks`."""
         if not self.slots.lengths[row]:
-            return []
+            return None
         keys, values = self.slots.pinned_part(row)
-        parts = [attend_part(query, keys, values, scaling, softcap=self.softcap)]
+        part = attend_part(query, keys, values, scaling, softcap=self.softcap)
         for rows in blocks:
             kv = to_rows(rows, query)
             keys, values = kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous()
-            parts.append(attend_part(query, keys, values, scaling, softcap=self.softcap))
-            parts = [Part(merge(parts), torch.logsumexp(torch.stack([p.lse for p in parts]), 0))]
-        return parts
+            part = join(part, attend_part(query, keys, values, scaling, softcap=self.softcap))
+        return part
 
     def store(
         self,
@@ -355,10 +355,9 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.attended_all = True
         self.slots.resize(0)
         self.hot.resize(0)
-        rows = [
-            merge(self._past_parts(row, query[row], scaling, self._past_blocks(row)))
-            for row in range(query.shape[0])
+        parts = [
+            self._past_part(row, query[row], scaling, self._past_blocks(row)) for row in range(query.shape[0])
         ]
         read = tokens * self.slots.keys.shape[1]
         self._cache.count_selected(read, read)
-        return torch.stack(rows).to(query.dtype)
+        return torch.stack([part.output for part in parts if part is not None]).to(query.dtype)

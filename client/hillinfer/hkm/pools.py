@@ -89,9 +89,9 @@ class Pools:
         for row, left in self._left:
             ids, counts, rows = left.ids, left.counts, to_storage(left.rows)
             if row in self._again:
-                # A second round of the same step may have brought some back.
+                # A later round of the same step may have brought some back, and let them go once more.
                 heads = np.repeat(np.arange(len(counts)), counts)
-                here = self.slots.ids[row]
+                here = np.concatenate([self.slots.ids[row], self.hot.ids[row]], axis=1)
                 parts = np.split(ids, np.cumsum(counts)[:-1])
                 away = np.concatenate([~np.isin(part, here[head]) for head, part in enumerate(parts)])
                 ids, rows = ids[away], rows[away]

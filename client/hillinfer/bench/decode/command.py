@@ -34,7 +34,7 @@ def decode_command(
         typer.Option(
             min=0.001, max=1, help="Share of the whole KV that may be held besides evaluation keys."
         ),
-    ] = 0.1,
+    ] = 0.098,
     precision: Annotated[Precision, typer.Option(help="Of the evaluation keys.")] = Precision.int4,
     predictor: PredictorOption = Predictor.auto,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda and so on.")] = "cpu",
@@ -103,8 +103,8 @@ def decode_command(
 
     subject = of_shape(shape) if shape is not None else of_directory(model or bundled_model())
     rows = Rows(keep)
-    for tokens in _counts(context_tokens, "--context-tokens"):
-        for sequences in _counts(batch, "--batch"):
+    for tokens in parse_counts(context_tokens, "--context-tokens"):
+        for sequences in parse_counts(batch, "--batch"):
             plan = Plan(chosen, tokens, readings, rounds, steps, time_limit)
             longest = plan.tokens(max(each.shape[1] for each in subject.questions))
             setup = Setup(
@@ -129,7 +129,8 @@ def _show(text: str, *, plain: bool) -> None:
     Console().print(Markdown(text))
 
 
-def _counts(text: str, name: str) -> list[int]:
+def parse_counts(text: str, name: str) -> list[int]:
+    """Return the numbers of option `name`. Raises InvalidInput for others than numbers of at least 1."""
     try:
         counts = [int(each) for each in text.split(",")]
     except ValueError:

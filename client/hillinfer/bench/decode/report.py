@@ -133,21 +133,25 @@ def _table(cell: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def _compared(each: dict[str, Any]) -> str:
-    def told(name: str, form: str) -> str:
-        return "-" if each[name] is None else format(each[name], form)
-
-    share, less = told("resident_share", ".1%"), told("resident_without_keys_share", ".1%")
-    lines = [
-        f"HillInfer, {each['budget']}: {told('rate_of_default', '.2f')} times the rate of the default cache, "
-        f"{told('rate_of_offloaded', '.2f')} times that of the offloaded; prefill "
-        f"{told('prefill_of_default', '.2f')} of plain; next question {told('question_of_ttft', '.1%')} of "
-        f"the first one's time; held {less} of the KV, {share} with evaluation keys; overhead "
-        f"{told('overhead_share', '.0%')} of a step"
+    phrases = [
+        form.format(each[name])
+        for name, form in (
+            ("rate_of_default", "{:.2f} times the rate of the default cache"),
+            ("rate_of_offloaded", "{:.2f} times that of the offloaded"),
+            ("prefill_of_default", "prefill {:.2f} of plain"),
+            ("question_of_ttft", "next question {:.1%} of the first one's time"),
+            ("resident_without_keys_share", "held {:.1%} of the KV"),
+            ("resident_share", "{:.1%} with evaluation keys"),
+            ("overhead_share", "overhead {:.0%} of a step"),
+        )
+        if each[name] is not None
     ]
     if each["overhead"] is not None:
         client, daemon = each["overhead"]["client_ms"], each["overhead"]["daemon_ms"]
-        lines.append(f" (CPU: client {client:.1f} ms beyond the model's, daemon {daemon:.1f} ms)")
-    return "".join(lines) + "."
+        phrases.append(
+            f"in CPU time {client:.1f} ms of the client beyond the model's, {daemon:.1f} ms of the daemon"
+        )
+    return f"HillInfer, {each['budget']}: {', '.join(phrases)}."
 
 
 def _identity(row: Row) -> tuple[Any, ...]:

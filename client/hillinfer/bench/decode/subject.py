@@ -83,14 +83,18 @@ def of_directory(path: Path) -> Subject:
 
 def of_shape(name: str) -> Subject:
     """Return a model of one of `SHAPES` with random weights, which reads random tokens."""
-    config = SHAPES[name]
+    return of_config(f"{name} shape", SHAPES[name])
+
+
+def of_config(name: str, config: LlamaConfig) -> Subject:
+    """Return a model of that configuration with random weights, which reads random tokens."""
 
     def text(tokens: int, seed: int = 0) -> torch.Tensor:
         numbers = torch.Generator().manual_seed(seed)
         return torch.randint(config.vocab_size, (1, tokens), generator=numbers)
 
     questions = [text(QUESTION_TOKENS, seed) for seed in range(1, 5)]
-    return Subject(f"{name} shape", config, partial(_random, config), text, questions, learnt=False)
+    return Subject(name, config, partial(_random, config), text, questions, learnt=False)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -135,11 +135,13 @@ class Plain:
 
 
 class HillInfer:
-    """HillInfer with a daemon of its own."""
+    """HillInfer with a daemon of its own that has room for `copies`, or on the one of another `beside` it."""
 
     name = HILLINFER
 
-    def __init__(self, setup: Setup, model: PreTrainedModel) -> None:
+    def __init__(
+        self, setup: Setup, model: PreTrainedModel, copies: int = 1, beside: HillInfer | None = None
+    ) -> None:
         self.dtype = model.dtype
         self._setup, self._model = setup, model
         self.bare = twin(model)
@@ -149,16 +151,19 @@ class HillInfer:
         arena = min(64 << 20, max(1 << 20, full // 32))
         self._stack = ExitStack()
         try:
-            daemon = self._stack.enter_context(
-                PrivateDaemon(
-                    pool_capacity=full + full // 4 + (256 << 20),
-                    evaluation_keys_dram=2 * keys,
-                    pool_dir=setup.pool_dir,
-                    profile=setup.profile,
+            if beside is None:
+                self._daemon = self._stack.enter_context(
+                    PrivateDaemon(
+                        pool_capacity=copies * (full + full // 4) + (256 << 20),
+                        evaluation_keys_dram=copies * 2 * keys,
+                        pool_dir=setup.pool_dir,
+                        profile=setup.profile,
+                    )
                 )
-            )
+            else:
+                self._daemon = beside._daemon
             self.session = self._stack.enter_context(
-                Session.connect(daemon.socket, arena, "hillinfer bench decode")
+                Session.connect(self._daemon.socket, arena, "hillinfer bench decode")
             )
             self._attachment = self._stack.enter_context(
                 attach(
@@ -174,7 +179,7 @@ class HillInfer:
         except BaseException:
             self._stack.close()
             raise
-        self._daemon, self._workers = daemon.pid, children(daemon.pid)
+        self._workers = children(self._daemon.pid)
         self.cache: HierarchicalCache = self._attachment.new_cache()
 
     def begin(self) -> None:
@@ -212,7 +217,7 @@ class HillInfer:
         }
         return parts | {
             "client_cpu_s": time.process_time(),
-            "daemon_cpu_s": cpu_s(self._daemon),
+            "daemon_cpu_s": cpu_s(self._daemon.pid),
             "drive_cpu_s": sum(map(cpu_s, self._workers)),
             "written_bytes": counters.written_bytes,
             "read_bytes": counters.read_bytes,
