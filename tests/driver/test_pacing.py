@@ -100,7 +100,8 @@ def test_what_storage_moves_is_what_is_charged(tmp_path: Path, monkeypatch: pyte
     storage = Storage(tmp_path / "pool", 1 << 20, keep=True, pacing=model)
     storage.write(65536, aligned(8192).data)
     storage.read(65536, aligned(8192).data)
+    storage.read_ranges([(65536, aligned(4096).data), (73728, aligned(8192).data)])
     offsets = np.array([65536, 65536 + 512, 65536 + 40960], np.uint64)
     read = storage.gather(offsets, np.empty((3, 512), np.uint8))
     storage.close()
-    assert charged == [("append", 8192), ("read", 8192), ("read", read, 2)]
+    assert charged == [("append", 8192), ("read", 8192, 1), ("read", 12288, 2), ("read", read, 2)]
