@@ -203,9 +203,11 @@ def test_layers_that_are_not_known_rank_with_their_own_query(model, session):
     odd.config._attn_implementation = "sdpa"
     with hillinfer.attach(odd, session=session, budget=80) as attachment:
         cache = attachment.new_cache()
+        select, ranking = cache.pipeline.select, set()
+        cache.pipeline.select = lambda *asked: ranking.add(threading.current_thread()) or select(*asked)
         decode(odd, cache, ids, 4)
         assert {state.predictor for state in cache.pipeline.layers} == {Predictor.exact}
-        assert not workers()
+        assert ranking == {threading.current_thread()}, "nothing is ranked ahead"
     with pytest.raises(InvalidInput, match="next_layer"):
         hillinfer.attach(model, session=session, predictor="oracle")
 

@@ -187,7 +187,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._seen = columns
 
     def append_window(self) -> None:
-        """Append to the contexts what waits in the recent window."""
+        """Append to the contexts what waits in the recent window, behind what is still on its way there."""
+        self._cache.pipeline.background.settle()
         for row, context in enumerate(self._cache.contexts):
             self.append_pinned(row, context, int(self.slots.lengths[row]))
 

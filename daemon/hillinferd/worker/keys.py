@@ -89,7 +89,8 @@ class KeyKeeper:
         """Write the segment's keys up to token ``end``; give the result to :meth:`seal` when all is done."""
         assert segment.tiles is not None
         tokens = min(segment.placed.end_token, end) - segment.placed.first_token
-        tiles = _packed(segment.tiles, tokens)
+        # A whole segment is nearly always what is sealed: it is complete, and nobody writes to it any more.
+        tiles = segment.tiles if tokens == segment.placed.stride else _packed(segment.tiles, tokens)
         return segment, self.write(store, segment.placed, tiles, traffic), tiles
 
     def seal(self, store: LayerStore, segment: Segment, sealed: SealedKeys, tiles: U8) -> None:
@@ -267,7 +268,9 @@ def _packed(tiles: U8, tokens: int) -> U8:
 
 
 def _padded(tiles: U8) -> U8:
-    """Return the bytes of ``tiles`` in page-aligned memory, up to a whole page."""
+    """Return the bytes of ``tiles`` in page-aligned memory, up to a whole page; themselves where they are so."""
+    if tiles.flags.c_contiguous and tiles.size % PAGE == 0 and tiles.ctypes.data % PAGE == 0:
+        return tiles.reshape(-1)
     padded: U8 = lazy((-(-tiles.size // PAGE) * PAGE,), np.uint8)
     padded[: tiles.size] = tiles.reshape(-1)
     return padded
