@@ -268,7 +268,7 @@ def _packed(tiles: U8, tokens: int) -> U8:
 
 
 def _padded(tiles: U8) -> U8:
-    """Return the bytes of ``tiles`` in page-aligned memory, up to a whole page; themselves where they are so."""
+    """Return the bytes of ``tiles`` in page-aligned memory, up to a whole page; no copy where they are so."""
     if tiles.flags.c_contiguous and tiles.size % PAGE == 0 and tiles.ctypes.data % PAGE == 0:
         return tiles.reshape(-1)
     padded: U8 = lazy((-(-tiles.size // PAGE) * PAGE,), np.uint8)
