@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hillinfer.hkm.tensors import to_rows, to_storage
+from hillinfer_core.moves import join_rows, split_rows
+
 EMPTY = np.uint32(0xFFFFFFFF)
 
 
@@ -116,10 +119,41 @@ class Slots:
         dim = self.keys.shape[-1]
         return self.keys[row].view(-1, dim), self.values[row].view(-1, dim)
 
-    def places(self, selected: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Where in `rows` places of `ids`, counted through all heads, are; on the device."""
-        places = selected + (selected // max(1, self.selected) + 1) * self.pinned
-        return torch.from_numpy(places).to(self.keys.device)
+    def places(self, selected: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where in `rows` places of `ids`, counted through all heads, are."""
+        return selected + (selected // max(1, self.selected) + 1) * self.pinned
+
+    def take(self, row: int, selected: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Rows [n, 2, D] of places of `ids`, counted through all heads, of sequence `row`: a copy."""
+        keys, values = self.rows(row)
+        places = self.places(selected)
+        if keys.device.type == "cpu":
+            return to_rows(join_rows(to_storage(keys), to_storage(values), places), keys)
+        on_device = torch.from_numpy(places).to(keys.device)
+        return torch.stack((keys.index_select(0, on_device), values.index_select(0, on_device)), 1)
+
+    def put(
+        self,
+        row: int,
+        selected: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.generic] | torch.Tensor,
+        which: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Put `rows` [m, 2, D], of the storage dtype or on the device, where `selected` says, as in `take`.
+
+        Those that `which` [n] counts, if it is given.
+        """
+        keys, values = self.rows(row)
+        places = self.places(selected)
+        if keys.device.type == "cpu":
+            stored = to_storage(rows) if isinstance(rows, torch.Tensor) else rows
+            split_rows(np.ascontiguousarray(stored), which, to_storage(keys), to_storage(values), places)
+            return
+        kv = rows if which is None else rows[which]
+        kv = kv if isinstance(kv, torch.Tensor) else to_rows(kv, keys)
+        on_device = torch.from_numpy(places).to(keys.device)
+        keys.index_copy_(0, on_device, kv[:, 0])
+        values.index_copy_(0, on_device, kv[:, 1])
 
     def visible(self) -> torch.Tensor | None:
         """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""
