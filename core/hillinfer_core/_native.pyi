@@ -136,6 +136,7 @@ def keep(
 def join_rows(
     keys: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],
+    pinned: int,
     places: npt.NDArray[np.int64],
     out: npt.NDArray[np.uint8],
     /,
@@ -145,6 +146,7 @@ def split_rows(
     which: npt.NDArray[np.int64] | None,
     keys: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],
+    pinned: int,
     places: npt.NDArray[np.int64],
     /,
 ) -> bool: ...

@@ -26,35 +26,64 @@ void fetch(const uint8_t *data, size_t bytes) {
 
 using Numbers = Array<const int64_t, 1>;
 
-bool join_rows(Array<const uint8_t, 2> keys, Array<const uint8_t, 2> values, Numbers places, Array<uint8_t, 2> out) {
+// Where the slots that places count are, in bytes: those of each head lie behind `pinned` others.
+class Slots {
+  public:
+    template <class Keys>
+    Slots(const Keys &keys, size_t pinned) : size(keys.shape(2)), pinned_(pinned), counted_(keys.shape(1) - pinned) {}
+
+    size_t at(int64_t place) const {
+        const size_t head = size_t(place) / counted_;
+        return (size_t(place) + (head + 1) * pinned_) * size;
+    }
+
+    const size_t size;  // of a key
+
+  private:
+    size_t pinned_, counted_;
+};
+
+template <class Keys>
+bool fit(const Keys &keys, const Keys &values, size_t pinned, const Numbers &places) {
+    const bool alike = keys.shape(0) == values.shape(0) && keys.shape(1) == values.shape(1) &&
+                       keys.shape(2) == values.shape(2) && pinned <= keys.shape(1);
+    return alike && all_below(places.data(), places.shape(0), keys.shape(0) * (keys.shape(1) - pinned));
+}
+
+bool join_rows(Array<const uint8_t, 3> keys, Array<const uint8_t, 3> values, size_t pinned, Numbers places,
+               Array<uint8_t, 2> out) {
     nb::gil_scoped_release released;
-    const size_t count = places.shape(0), size = keys.shape(1);
-    const int64_t *const at = places.data();
-    if (!all_below(at, count, std::min(keys.shape(0), values.shape(0)))) return false;
+    if (!fit(keys, values, pinned, places)) return false;
+    const Slots slots(keys, pinned);
+    const size_t count = places.shape(0), size = slots.size;
+    const auto from = [&](size_t i) { return slots.at(places.data()[i]); };
     uint8_t *to = out.data();
     for (size_t i = 0; i < count; ++i, to += 2 * size) {
         if (i + kAhead < count) {
-            fetch(keys.data() + size_t(at[i + kAhead]) * size, size);
-            fetch(values.data() + size_t(at[i + kAhead]) * size, size);
+            fetch(keys.data() + from(i + kAhead), size);
+            fetch(values.data() + from(i + kAhead), size);
         }
-        std::memcpy(to, keys.data() + size_t(at[i]) * size, size);
-        std::memcpy(to + size, values.data() + size_t(at[i]) * size, size);
+        std::memcpy(to, keys.data() + from(i), size);
+        std::memcpy(to + size, values.data() + from(i), size);
     }
     return true;
 }
 
-bool split_rows(Array<const uint8_t, 2> rows, std::optional<Numbers> which, Array<uint8_t, 2> keys,
-                Array<uint8_t, 2> values, Numbers places) {
+bool split_rows(Array<const uint8_t, 2> rows, std::optional<Numbers> which, Array<uint8_t, 3> keys,
+                Array<uint8_t, 3> values, size_t pinned, Numbers places) {
     nb::gil_scoped_release released;
-    const size_t count = places.shape(0), size = keys.shape(1);
-    const int64_t *const at = places.data(), *const from = which ? which->data() : nullptr;
-    if (!all_below(at, count, std::min(keys.shape(0), values.shape(0)))) return false;
-    if (from ? !all_below(from, count, rows.shape(0)) : count > rows.shape(0)) return false;
-    const auto row = [&](size_t i) { return rows.data() + (from ? size_t(from[i]) : i) * 2 * size; };
+    const size_t count = places.shape(0);
+    const int64_t *const chosen = which ? which->data() : nullptr;
+    if (!fit(keys, values, pinned, places)) return false;
+    if (chosen ? !all_below(chosen, count, rows.shape(0)) : count > rows.shape(0)) return false;
+    const Slots slots(keys, pinned);
+    const size_t size = slots.size;
+    const auto row = [&](size_t i) { return rows.data() + (chosen ? size_t(chosen[i]) : i) * 2 * size; };
     for (size_t i = 0; i < count; ++i) {
         if (i + kAhead < count) fetch(row(i + kAhead), 2 * size);
-        std::memcpy(keys.data() + size_t(at[i]) * size, row(i), size);
-        std::memcpy(values.data() + size_t(at[i]) * size, row(i) + size, size);
+        const size_t to = slots.at(places.data()[i]);
+        std::memcpy(keys.data() + to, row(i), size);
+        std::memcpy(values.data() + to, row(i) + size, size);
     }
     return true;
 }
@@ -74,10 +103,10 @@ bool put_rows(Array<const uint8_t, 2> rows, Numbers which, Array<uint8_t, 2> out
 }  // namespace
 
 void define_moves(nb::module_ &module) {
-    module.def("join_rows", &join_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+    module.def("join_rows", &join_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert());
     module.def("split_rows", &split_rows, nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg().noconvert(),
-               nb::arg().noconvert(), nb::arg().noconvert());
+               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
     module.def("put_rows", &put_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg().noconvert());
 }

@@ -29,6 +29,7 @@ class Slots:
         self.values = torch.zeros_like(self.keys)
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
         self.lengths = np.zeros(batch, np.int64)  # tokens of each sequence, pinned or not
+        self._stored = self._on_host()
         self.nbytes = self._count_bytes()
         """Bytes held, the token ids included. Every step asks every layer."""
 
@@ -112,48 +113,57 @@ class Slots:
         self.ids = np.concatenate([grown, pad], axis=-1)
         self.keys = _resized(self.keys, self.pinned + kept, self.pinned + selected)
         self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
+        self._stored = self._on_host()
         self.nbytes = self._count_bytes()
 
-    def rows(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of sequence `row` as rows of all heads, [Hkv * (pinned + selected), D]; views."""
-        dim = self.keys.shape[-1]
-        return self.keys[row].view(-1, dim), self.values[row].view(-1, dim)
+    def take(self, row: int, places: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Rows [n, 2, D] of the slots `places` of sequence `row`: a copy.
 
-    def places(self, selected: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where in `rows` places of `ids`, counted through all heads, are."""
-        return selected + (selected // max(1, self.selected) + 1) * self.pinned
-
-    def take(self, row: int, selected: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Rows [n, 2, D] of places of `ids`, counted through all heads, of sequence `row`: a copy."""
-        keys, values = self.rows(row)
-        places = self.places(selected)
-        if keys.device.type == "cpu":
-            return to_rows(join_rows(to_storage(keys), to_storage(values), places), keys)
-        on_device = torch.from_numpy(places).to(keys.device)
-        return torch.stack((keys.index_select(0, on_device), values.index_select(0, on_device)), 1)
+        Places are those of `ids`, counted through all heads.
+        """
+        if self._stored is not None:
+            keys, values = self._stored
+            return to_rows(join_rows(keys[row], values[row], self.pinned, places), self.keys)
+        on_device = self._on_device(places)
+        return torch.stack([flat.index_select(0, on_device) for flat in self._flat(row)], 1)
 
     def put(
         self,
         row: int,
-        selected: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
         rows: npt.NDArray[np.generic] | torch.Tensor,
         which: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """Put `rows` [m, 2, D], of the storage dtype or on the device, where `selected` says, as in `take`.
+        """Put `rows` [m, 2, D], of the storage dtype or on the device, into the slots `places` [n].
 
-        Those that `which` [n] counts, if it is given.
+        Those that `which` [n] counts, if it is given. Places are as for `take`.
         """
-        keys, values = self.rows(row)
-        places = self.places(selected)
-        if keys.device.type == "cpu":
-            stored = to_storage(rows) if isinstance(rows, torch.Tensor) else rows
-            split_rows(np.ascontiguousarray(stored), which, to_storage(keys), to_storage(values), places)
+        if self._stored is not None:
+            keys, values = self._stored
+            stored = np.ascontiguousarray(to_storage(rows) if isinstance(rows, torch.Tensor) else rows)
+            split_rows(stored, which, keys[row], values[row], self.pinned, places)
             return
         kv = rows if which is None else rows[which]
-        kv = kv if isinstance(kv, torch.Tensor) else to_rows(kv, keys)
-        on_device = torch.from_numpy(places).to(keys.device)
-        keys.index_copy_(0, on_device, kv[:, 0])
-        values.index_copy_(0, on_device, kv[:, 1])
+        kv = kv if isinstance(kv, torch.Tensor) else to_rows(kv, self.keys)
+        on_device = self._on_device(places)
+        for number, flat in enumerate(self._flat(row)):
+            flat.index_copy_(0, on_device, kv[:, number])
+
+    def _on_host(self) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]] | None:
+        """Keys and values as arrays of the storage dtype, not copied; None on an accelerator."""
+        if self.keys.device.type != "cpu":
+            return None
+        return to_storage(self.keys), to_storage(self.values)
+
+    def _flat(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of sequence `row` through all heads, [Hkv * (pinned + selected), D]; views."""
+        dim = self.keys.shape[-1]
+        return self.keys[row].view(-1, dim), self.values[row].view(-1, dim)
+
+    def _on_device(self, places: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Where in `_flat` places are."""
+        flat = places + (places // max(1, self.selected) + 1) * self.pinned
+        return torch.from_numpy(flat).to(self.keys.device)
 
     def visible(self) -> torch.Tensor | None:
         """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""

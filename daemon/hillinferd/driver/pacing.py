@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from .profiles import Profile
 
 SPIN_S = 60e-6
-"""Waited for without sleeping: Linux rounds a sleep up by as much as 50 us (timer slack, prctl(2))."""
+"""Waited for without sleeping: Linux makes a sleep longer by as much as 50 us (timer slack, prctl(2)), unless it
+was told not to, and waking takes its time."""
 
 
 class Pacing:
