@@ -99,6 +99,9 @@ class Transports:
         await self._attach.close()
         if not await self._sessions.finish(DRAIN_S):
             log.warning("requests in flight were given up", after_s=DRAIN_S)
+            for worker in self._workers:
+                # A session ends after what runs of it: one that hangs would take its whole time.
+                worker.take_away("the daemon is stopping")
         await self._server.stop(STOP_GRACE_S)
         await self._attach.stop()
         self._unlink()
