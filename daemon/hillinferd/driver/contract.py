@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -56,19 +55,18 @@ class KeySegment:
     precision: Precision
     checksums: tuple[int, ...]
 
-    # Kept, as every scan asks every segment of its layer.
-    @cached_property
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of the tiles."""
         return self.kv_heads, self.tokens // TILE_TOKENS, tile_bytes(self.head_dim, self.precision)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes of the tiles, without the rest of the last page."""
         heads, tiles, size = self.shape
         return heads * tiles * size
 
-    @cached_property
+    @property
     def end_token(self) -> int:
         """First token after those it holds."""
         return self.first_token + self.tokens

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from .profiles import Profile
 
 SPIN_S = 60e-6
-"""Waited for without sleeping: Linux makes a sleep longer by as much as 50 us (timer slack, prctl(2)), unless it
-was told not to, and waking takes its time."""
+"""Waited for without sleeping: waking takes its time, and may be 50 us late besides (timer slack, prctl(2))
+unless Linux was told otherwise, as the worker does."""
 
 
 class Pacing:
