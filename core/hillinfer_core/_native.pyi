@@ -133,6 +133,30 @@ def keep(
     places: npt.NDArray[np.int64],
     /,
 ) -> int: ...
+def join_rows(
+    keys: npt.NDArray[np.uint8],
+    values: npt.NDArray[np.uint8],
+    pinned: int,
+    places: npt.NDArray[np.int64],
+    out: npt.NDArray[np.uint8],
+    /,
+) -> bool: ...
+def split_rows(
+    rows: npt.NDArray[np.uint8],
+    which: npt.NDArray[np.int64] | None,
+    keys: npt.NDArray[np.uint8],
+    values: npt.NDArray[np.uint8],
+    pinned: int,
+    places: npt.NDArray[np.int64],
+    /,
+) -> bool: ...
+def put_rows(
+    rows: npt.NDArray[np.uint8],
+    which: npt.NDArray[np.int64],
+    out: npt.NDArray[np.uint8],
+    places: npt.NDArray[np.int64],
+    /,
+) -> bool: ...
 def locate(
     extents: npt.NDArray[np.int64],
     row_bytes: int,

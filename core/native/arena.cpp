@@ -1,6 +1,6 @@
 // Python bindings of what the worker does with a client's arena: one call before ranking and one after it, as each
 // call of numpy's costs as much as the work. The client can write to the arena at any time: what is read of it is
-// copied before it is looked at, and nothing that was written to it is read back.
+// read once, and nothing that was written to it is read back.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>

@@ -274,6 +274,7 @@ void define_rank(nb::module_ &module) {
 
 NB_MODULE(_native, module) {
     define_arena(module);
+    define_moves(module);
     module.def("supported", [](int variant) { return supported(Variant(variant)); });
     module.def("environment", &environment);
     module.def("extremes", &extremes, nb::arg().noconvert());

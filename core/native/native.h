@@ -71,7 +71,7 @@ size_t filter(Variant variant, size_t n, int32_t threshold, uint32_t *ids, int32
 
 // Finds which ids [heads][k] are not among held [heads][held_count], in order; returns how many. They and their heads
 // go to missing_ids and missing_heads [heads * k], how many of each head to counts [heads]. What is held from `end` on
-// is passed over.
+// is passed over. `held` may be memory that somebody else writes to: each number is read once.
 size_t missing(const uint32_t *ids, size_t heads, size_t k, const uint32_t *held, size_t held_count, uint32_t end,
                uint32_t *counts, int64_t *missing_heads, int64_t *missing_ids);
 
@@ -119,8 +119,7 @@ struct Lacking {
     size_t found = 0;
 };
 
-// Finds the rows that are lacking, `most` at most; false if one does not exist. `held` [heads][held_count] is memory
-// that somebody else may write to: it is copied first.
+// Finds the rows that are lacking, `most` at most; false if one does not exist. `held` as for `missing`.
 bool find_lacking(const uint32_t *ids, size_t heads, size_t k, const uint32_t *held, size_t held_count, uint32_t end,
                   const RowPlaces &places, size_t most, Lacking &out);
 

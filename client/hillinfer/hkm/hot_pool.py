@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hillinfer.hkm.slots import EMPTY
+from hillinfer_core.moves import put_rows
 from hillinfer_core.places import keep
 
 Ids = npt.NDArray[np.uint32]
@@ -87,7 +88,7 @@ class HotPool:
         if not self.capacity or not len(ids):
             return
         which, places = keep(self.ids[row], self._hits[row], ids, counts)
-        self.flat_rows(row)[places] = rows[which]
+        put_rows(np.ascontiguousarray(rows), which, self.flat_rows(row), places)
 
     def flat_rows(self, row: int) -> npt.NDArray[np.generic]:
         """Rows of sequence `row` through all heads, [Hkv * capacity, 2, D]; a view."""

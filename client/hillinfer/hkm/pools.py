@@ -11,7 +11,7 @@ import torch
 
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.slots import Slots
-from hillinfer.hkm.tensors import to_rows, to_storage
+from hillinfer.hkm.tensors import to_storage
 from hillinfer_core.places import exchange
 
 Ids = npt.NDArray[np.uint32]
@@ -61,12 +61,10 @@ class Pools:
         slots, hot = self.slots, self.hot
         done = exchange(slots.ids[row], hot.ids[row], wanted, counts, int(slots.lengths[row]))
         if hot.capacity and len(done.left_ids):
-            keys, values = slots.rows(row)
-            places = slots.places(done.left_places)
-            rows = torch.stack((keys.index_select(0, places), values.index_select(0, places)), 1)
+            rows = slots.take(row, done.left_places)
             self._left.append((row, _Left(done.left_ids, done.left_counts, rows)))
         if len(done.hot_places):
-            self.fill(row, done.hot_slots, hot.flat_rows(row)[done.hot_places])
+            slots.put(row, done.hot_slots, hot.flat_rows(row), done.hot_places)
         if row in self._chosen:
             self._again.add(row)
         self._chosen[row] = wanted, counts
@@ -74,13 +72,8 @@ class Pools:
 
     def fill(self, row: int, places: Counts, rows: npt.NDArray[np.generic] | torch.Tensor) -> None:
         """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n]."""
-        if not len(places):
-            return
-        kv = rows if isinstance(rows, torch.Tensor) else to_rows(rows, self.slots.keys)
-        target = self.slots.places(places)
-        keys, values = self.slots.rows(row)
-        keys.index_copy_(0, target, kv[:, 0])
-        values.index_copy_(0, target, kv[:, 1])
+        if len(places):
+            self.slots.put(row, places, rows)
 
     def settle(self) -> None:
         """Count the step's selection, and keep of the rows that left the slots those worth keeping."""

@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hillinfer.hkm.tensors import to_rows, to_storage
+from hillinfer_core.moves import join_rows, split_rows
+
 EMPTY = np.uint32(0xFFFFFFFF)
 
 
@@ -26,6 +29,7 @@ class Slots:
         self.values = torch.zeros_like(self.keys)
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
         self.lengths = np.zeros(batch, np.int64)  # tokens of each sequence, pinned or not
+        self._stored = self._on_host()
         self.nbytes = self._count_bytes()
         """Bytes held, the token ids included. Every step asks every layer."""
 
@@ -109,17 +113,57 @@ class Slots:
         self.ids = np.concatenate([grown, pad], axis=-1)
         self.keys = _resized(self.keys, self.pinned + kept, self.pinned + selected)
         self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
+        self._stored = self._on_host()
         self.nbytes = self._count_bytes()
 
-    def rows(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of sequence `row` as rows of all heads, [Hkv * (pinned + selected), D]; views."""
+    def take(self, row: int, places: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Rows [n, 2, D] of the slots `places` of sequence `row`: a copy.
+
+        Places are those of `ids`, counted through all heads.
+        """
+        if self._stored is not None:
+            keys, values = self._stored
+            return to_rows(join_rows(keys[row], values[row], self.pinned, places), self.keys)
+        on_device = self._on_device(places)
+        return torch.stack([flat.index_select(0, on_device) for flat in self._flat(row)], 1)
+
+    def put(
+        self,
+        row: int,
+        places: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.generic] | torch.Tensor,
+        which: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Put `rows` [m, 2, D], of the storage dtype or on the device, into the slots `places` [n].
+
+        Those that `which` [n] counts, if it is given. Places are as for `take`.
+        """
+        if self._stored is not None:
+            keys, values = self._stored
+            stored = np.ascontiguousarray(to_storage(rows) if isinstance(rows, torch.Tensor) else rows)
+            split_rows(stored, which, keys[row], values[row], self.pinned, places)
+            return
+        kv = rows if which is None else rows[which]
+        kv = kv if isinstance(kv, torch.Tensor) else to_rows(kv, self.keys)
+        on_device = self._on_device(places)
+        for number, flat in enumerate(self._flat(row)):
+            flat.index_copy_(0, on_device, kv[:, number])
+
+    def _on_host(self) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]] | None:
+        """Keys and values as arrays of the storage dtype, not copied; None on an accelerator."""
+        if self.keys.device.type != "cpu":
+            return None
+        return to_storage(self.keys), to_storage(self.values)
+
+    def _flat(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of sequence `row` through all heads, [Hkv * (pinned + selected), D]; views."""
         dim = self.keys.shape[-1]
         return self.keys[row].view(-1, dim), self.values[row].view(-1, dim)
 
-    def places(self, selected: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Where in `rows` places of `ids`, counted through all heads, are; on the device."""
-        places = selected + (selected // max(1, self.selected) + 1) * self.pinned
-        return torch.from_numpy(places).to(self.keys.device)
+    def _on_device(self, places: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Where in `_flat` places are."""
+        flat = places + (places // max(1, self.selected) + 1) * self.pinned
+        return torch.from_numpy(flat).to(self.keys.device)
 
     def visible(self) -> torch.Tensor | None:
         """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""

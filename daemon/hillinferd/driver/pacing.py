@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from .profiles import Profile
 
 SPIN_S = 60e-6
-"""Waited for without sleeping: Linux rounds a sleep up by as much as 50 us (timer slack, prctl(2))."""
+"""Waited for without sleeping: waking takes its time, and may be 50 us late besides (timer slack, prctl(2))
+unless Linux was told otherwise, as the worker does."""
 
 
 class Pacing:

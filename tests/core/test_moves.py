@@ -1,0 +1,83 @@
+"""Rows moved in native code, against numpy's indexing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.moves import join_rows, put_rows, split_rows
+
+DTYPES = st.sampled_from([np.float16, np.uint16, np.float32])
+
+
+def numbers(rng, *shape, dtype=np.float32):
+    return rng.integers(1, 60000, shape).astype(np.uint16).astype(dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 3), st.integers(1, 20),
+    st.sampled_from([1, 8, 100]), DTYPES,
+)  # fmt: skip
+def test_rows_go_where_numpy_puts_them(seed, heads, pinned, slots, dim, dtype):
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(0, heads * slots + 1))
+    keys, values = (numbers(rng, heads, pinned + slots, dim, dtype=dtype) for _ in range(2))
+    places = rng.permutation(heads * slots)[:count]
+    at = places // slots, pinned + places % slots
+    assert np.array_equal(join_rows(keys, values, pinned, places), np.stack([keys[at], values[at]], 1))
+
+    rows = numbers(rng, count + 3, 2, dim, dtype=dtype)
+    which = rng.permutation(len(rows))[:count]
+    for chosen in (which, None):
+        given = rows[:count] if chosen is None else rows
+        expected_keys, expected_values = keys.copy(), values.copy()
+        picked = given if chosen is None else given[chosen]
+        expected_keys[at], expected_values[at] = picked[:, 0], picked[:, 1]
+        split_rows(given, chosen, keys, values, pinned, places)
+        assert np.array_equal(keys, expected_keys)
+        assert np.array_equal(values, expected_values)
+
+    pool = numbers(rng, heads * slots, 2, dim, dtype=dtype)
+    expected = pool.copy()
+    expected[places] = rows[which]
+    put_rows(rows, which, pool, places)
+    assert np.array_equal(pool, expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 1 << 62, -(1 << 63)])
+def test_a_place_that_does_not_exist_is_refused_and_nothing_moves(wrong):
+    keys, values = np.ones((1, 7, 8), np.float16), np.ones((1, 7, 8), np.float16)
+    rows, pool = np.zeros((4, 2, 8), np.float16), np.ones((5, 2, 8), np.float16)
+    good, bad = np.array([0, 1]), np.array([0, wrong])
+    for move in (
+        lambda: join_rows(keys, values, 2, bad),
+        lambda: join_rows(keys, values, 8, good),
+        lambda: split_rows(rows[:2], None, keys, values, 2, bad),
+        lambda: split_rows(rows, bad, keys, values, 2, good),
+        lambda: put_rows(rows, good, pool, bad),
+        lambda: put_rows(rows, bad, pool, good),
+    ):
+        with pytest.raises(InvalidInput, match="does not exist"):
+            move()
+    assert all((array == 1).all() for array in (keys, values, pool))
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    keys, rows, pool = (np.zeros(shape, np.float16) for shape in ((2, 5, 8), (4, 2, 8), (5, 2, 8)))
+    two = np.array([0, 1])
+    for move in (
+        lambda: join_rows(keys, keys[:1], 0, two),
+        lambda: join_rows(keys, keys.astype(np.float32), 0, two),
+        lambda: join_rows(keys[:, ::2], keys[:, ::2], 0, two),
+        lambda: split_rows(rows, None, keys, keys, 0, two),
+        lambda: split_rows(rows[:2, :, :4], None, keys, keys, 0, two),
+        lambda: split_rows(rows[:2], None, keys, keys[:1], 0, two),
+        lambda: split_rows(rows[:2].astype(np.float32), None, keys, keys, 0, two),
+        lambda: put_rows(rows, two, pool, two[:1]),
+        lambda: put_rows(rows, two, pool[:, :, :4], two),
+        lambda: put_rows(rows, two, pool.astype(np.float32), two),
+    ):
+        with pytest.raises(InvalidInput, match="do not fit"):
+            move()
