@@ -109,6 +109,7 @@ class LayerQuery:
         self._attention: Any = getattr(layer, "self_attn", None)
         parts = getattr(layer, "input_layernorm", None), getattr(self._attention, "q_proj", None)
         self._alone = all(isinstance(each, torch.nn.Module) for each in parts)
+        self._head_norm = hasattr(self._attention, "q_norm")
 
     @property
     def alone(self) -> bool:
@@ -146,7 +147,7 @@ class LayerQuery:
             return None
         hidden = hidden_of(args, kwargs)
         query = attention.q_proj(self._layer.input_layernorm(hidden)).view(*hidden.shape[:-1], -1, size)
-        if hasattr(attention, "q_norm"):
+        if self._head_norm:
             query = attention.q_norm(query)
         query, half = query.transpose(1, 2), size // 2
         cos, sin = (each.unsqueeze(1) for each in rotation)
