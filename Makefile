@@ -1,6 +1,6 @@
 # HillInfer. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-vm deb test-systemd lint format proto man clean
+.PHONY: help setup run test test-long test-vm bench deb test-systemd lint format proto man clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,6 +41,9 @@ test-long: setup ## run the tests of hundreds of repetitions
 
 test-vm: setup ## run the tests of failing and unplugged drives in a virtual machine (docs/testing-vm.md)
 	$(BIN)/python tests/vm/run.py $(ARGS)
+
+bench: setup ## measure this machine as docs/ does, into build/bench (some: make bench ARGS="kernel kvpath")
+	$(BIN)/python tools/bench.py $(ARGS)
 
 deb: man ## build the Debian package of the system service in dist/ (docs/systemd.md)
 	packaging/build-deb $(BIN)/python

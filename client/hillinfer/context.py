@@ -88,7 +88,6 @@ class Context:
             raise InvalidInput(f"the context has layers 0 to {self.shape.layers - 1}, not {layer}")
         return self._flushed[layer]
 
-    @survives
     def append(self, layer: int, keys: Array, values: Array) -> None:
         """Appends n tokens to one layer.
 
@@ -109,44 +108,54 @@ class Context:
         if values.shape != keys.shape:
             raise InvalidInput(f"keys are {list(keys.shape)} but values {list(values.shape)}")
         with self.session.lock:
-            self._check_writable()
-            self.check_kept()
-            # Also for tokens that only reach the tail: after an unfinished append they would be misplaced.
-            self.session.staging()
+            self._begin_append()
             held = self._tail_tokens[layer]
             rest = (held + tokens) % self.append_unit
             new_in_tail = min(rest, tokens)
             # The daemon checks what it is sent; what waits here would be refused only later, for ever.
             for array in (keys, values):
                 check_finite(self.shape, array[:, tokens - new_in_tail :])
-            taken = self._append_units(layer, keys, values) if held + tokens >= self.append_unit else 0
+            taken = 0
+            while self._tail_tokens[layer] + tokens - taken >= self.append_unit:
+                taken = self._append_piece(layer, keys, values, taken)
             tail, held = self._tails[layer], self._tail_tokens[layer]
             tail[:, held : held + tokens - taken, 0] = keys[:, taken:]
             tail[:, held : held + tokens - taken, 1] = values[:, taken:]
             self._tail_tokens[layer] = held + tokens - taken
 
-    def _append_units(self, layer: int, keys: Array, values: Array) -> int:
-        """Writes the tail and as many new tokens as make whole units; returns how many new ones that took."""
+    @survives
+    def _begin_append(self) -> None:
+        self._check_writable()
+        self.check_kept()
+        # Also for tokens that only reach the tail: after an unfinished append they would be misplaced.
+        self.session.staging()
+
+    @survives
+    def _append_piece(self, layer: int, keys: Array, values: Array, taken: int) -> int:
+        """Writes the tail and the tokens after the first `taken`, in whole units, as many as a request takes.
+
+        Returns how many new ones are written then. What begins anew with another daemon is the piece alone:
+        those before it were answered, and a daemon that does not have them is found out by `check_kept`.
+        """
+        self.check_kept()
         shape, unit = self.shape, self.append_unit
         staging = self.session.staging()
         piece = staging.nbytes // (shape.kv_heads * shape.row_bytes) // unit * unit
         if self._append_limit:
             piece = min(piece, self._append_limit // unit * unit)
-        taken = 0
-        while (left := (self._tail_tokens[layer] + keys.shape[1] - taken) // unit * unit) > 0:
-            count, held = min(piece, left), self._tail_tokens[layer]
-            fresh = slice(taken, taken + count - held)
-            staging.reset()
-            region, rows = staging.take((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage, PAGE)
-            rows[:, :held] = self._tails[layer, :, :held]
-            rows[:, held:, 0] = keys[:, fresh]
-            rows[:, held:, 1] = values[:, fresh]
-            response = self._append(layer, count, region)
-            self._origin.keep(layer, rows)
-            taken = fresh.stop
-            self._tail_tokens[layer] = 0
-            self._flushed[layer] = response.layer_tokens
-        return taken
+        held = self._tail_tokens[layer]
+        count = min(piece, (held + keys.shape[1] - taken) // unit * unit)
+        end: int = taken + count - held
+        staging.reset()
+        region, rows = staging.take((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage, PAGE)
+        rows[:, :held] = self._tails[layer, :, :held]
+        rows[:, held:, 0] = keys[:, taken:end]
+        rows[:, held:, 1] = values[:, taken:end]
+        response = self._append(layer, count, region)
+        self._origin.keep(layer, rows)
+        self._tail_tokens[layer] = 0
+        self._flushed[layer] = response.layer_tokens
+        return end
 
     def _append(
         self, layer: int, tokens: int, rows: cold_pool_pb2.Region, *, tail: bool = False

@@ -396,12 +396,14 @@ class Session:
                     "connect a new session"
                 )
                 return
-            self._link, self._accepted = link, link.accepted
+            self._link = link
             for context in list(self._contexts):
                 context.restore()
         except BaseException:
             self._drop_link()
             raise
+        # Last: the attempt after one that failed half-way must not take this daemon for the one it had.
+        self._accepted = link.accepted
         self.restarts += 1
 
     def _drop_link(self) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from restartable import Restartable, restartable
 
 from hillinfer import Context, EvaluateItem, Session, errors
 from hillinfer.evaluation import Selection
+from hillinfer.link import Link
 
 UNIT = SHAPE.append_unit
 TOKENS = 20 * UNIT + 5
@@ -262,6 +264,51 @@ def test_a_writer_restarted_during_appends_goes_on_or_says_so(
     check(context)
     context.close()
     session.delete_context(name)
+
+
+@pytest.mark.parametrize("kind", ["writer", "kept"])
+def test_between_two_pieces_of_an_append_no_token_is_written_twice(
+    daemon: Restartable, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # An arena that takes a third of the tokens at once.
+    arena = 2 * 2 * 64 * 2 * TOKENS // 3
+    with Session.connect(
+        daemon.socket, arena_bytes=arena, timeout_s=20, restart_s=20, keep_bytes=1 << 20
+    ) as session:
+        context = session.open_context(SHAPE, durable="pieces" if kind == "writer" else None)
+        call, sent = session.call, 0
+
+        def counted(method: str, request: Any) -> Any:
+            nonlocal sent
+            sent += method == "Append"
+            if sent == 2 and method == "Append":
+                daemon.restart()
+            return call(method, request)
+
+        monkeypatch.setattr(session, "call", counted)
+        fill(context, 0, TOKENS)
+        assert sent > 2 * SHAPE.layers
+        assert session.restarts == 1
+        check(context)
+        context.close()
+
+
+def test_an_error_while_contexts_are_opened_again_is_not_the_end_of_the_session(
+    daemon: Restartable, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, call, refused = read(session), Link.call, 0
+
+    def busy(self: Link, method: str, request: Any, timeout_s: float) -> Any:
+        nonlocal refused
+        if method == "OpenContext" and not refused:
+            refused += 1
+            raise errors.DeviceUnavailable("the drive is restarting; try again in a moment")
+        return call(self, method, request, timeout_s)
+
+    daemon.restart()
+    monkeypatch.setattr(Link, "call", busy)
+    check(context)
+    assert refused == 1
 
 
 def test_a_hung_daemon_that_is_killed_is_attached_to_again(daemon: Restartable) -> None:

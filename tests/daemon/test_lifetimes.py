@@ -263,6 +263,33 @@ def test_a_stopped_daemon_leaves_nothing_and_tells_its_clients(runtime_dir: Path
     assert "error" not in log_of(runtime_dir)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_daemon_stops_beside_a_worker_that_hangs(runtime_dir: Path, asked: bool) -> None:
+    with running_daemon(runtime_dir) as process, RawClient(runtime_dir) as client:
+        context, worker = fill(client), client.status().device.worker_pid
+        told: list[str] = []
+
+        def work() -> None:
+            try:
+                check(client, context)
+            except Refused as error:
+                told.append(error.error)
+
+        thread = threading.Thread(target=work)
+        os.kill(worker, signal.SIGSTOP)
+        if asked:
+            thread.start()
+            time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        # As long as the unit's TimeoutStopSec, half of what a request may take.
+        assert process.wait(30) == 0
+        if asked:
+            thread.join(60)
+            assert len(told) == 1
+        assert not alive(worker)
+    assert log_of(runtime_dir).rstrip().endswith("stopped")
+
+
 def test_a_killed_daemon_takes_its_worker_along_and_another_can_start(runtime_dir: Path) -> None:
     with running_daemon(runtime_dir) as process, RawClient(runtime_dir) as client:
         worker = client.status().device.worker_pid

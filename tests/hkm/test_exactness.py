@@ -185,6 +185,30 @@ def test_a_failed_or_closed_cache_is_refused(model, session):
             model(ids, past_key_values=cache)
 
 
+@pytest.mark.parametrize("then", ["step", "crop"])
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_step_that_ends_between_two_layers_is_the_end_of_its_cache(model, session, tokens, then):
+    ids, _ = prompt(1, 300, False)
+    with hillinfer.attach(model, session=session, budget=80) as attachment, torch.inference_mode():
+        cache = attachment.new_cache()
+        model(ids, past_key_values=cache)
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, :tokens], past_key_values=cache)
+        hook.remove()
+        use = {
+            "step": lambda: model(ids[:, :1], past_key_values=cache),
+            "crop": lambda: cache.crop(-tokens),
+        }
+        for _ in range(2):
+            with pytest.raises(InvalidInput, match="new_cache"):
+                use[then]()
+
+
 def test_one_attachment_at_a_time(model, session):
     first = hillinfer.attach(model, session=session)
     with pytest.raises(InvalidInput, match="detach it first"):

@@ -138,6 +138,20 @@ def test_hot_pool_does_not_thrash():
     assert sorted(pool.ids[0, 0]) == [1, 2]
 
 
+def test_what_a_given_up_selection_left_is_not_kept_for_later_tokens():
+    slots, hot = Slots(1, 1, 4, SINKS, RECENT, torch.zeros(1)), HotPool(1, 1, 4, np.float32)
+    slots.append(0, kv(0, 60), kv(0, 60))
+    slots.resize(2)
+    hot.resize(2)
+    pools = Pools(slots, hot)
+    for wanted in ([10, 11], [12, 13]):
+        missing = pools.admit(0, [np.array(wanted, np.uint32)])
+        pools.fill(0, missing.places, np.full((2, 2, 4), 1, np.float32))
+    pools.forget()
+    pools.settle()
+    assert not hot_tokens(hot)
+
+
 def test_division_of_the_resident_budget():
     assert divide(1000, 400, 200, 10, 4).keep_slots
     assert divide(1000, 400, 200, 10, 4).hot_rows == 10

@@ -167,7 +167,7 @@ class HierarchicalCache(Cache):
         exactly as one that begins with the name does. Blocks. Raises
         InvalidInput for a cache without a name, and for one that holds padding. `group` as in `Context.save`.
         """
-        self.check_usable()
+        self.check_whole()
         if self._durable is None or not self.contexts:
             raise InvalidInput(
                 "there is nothing to save: begin with new_cache(durable=NAME), and run the model"
@@ -198,7 +198,8 @@ class HierarchicalCache(Cache):
         beyond what sliding-window layers recorded; PoolFull and MemoryLimit
         when there is no room for the copy. The cache is as it was after these.
         """
-        self.check_usable()
+        self.check_whole()
+        self.pipeline.background.settle()
         self.pipeline.drop()
         held = self.get_seq_length()
         keep = min(tokens_to_remove, held) if tokens_to_remove > 0 else max(held + tokens_to_remove, 0)
@@ -263,6 +264,16 @@ class HierarchicalCache(Cache):
         """Raise InvalidInput once the cache is closed, or a step failed half-way through the layers."""
         if not self._usable:
             raise InvalidInput("this cache is closed, or a step of it failed: begin with new_cache()")
+
+    def check_whole(self) -> None:
+        """As `check_usable`, and fail the cache if the layers hold different tokens."""
+        self.check_usable()
+        if len({layer.get_seq_length() for layer in self.full_layers}) > 1:
+            self.fail()
+            raise InvalidInput(
+                "a step of this cache ended between two layers, which hold different tokens now: begin with "
+                "new_cache()"
+            )
 
     def fail(self) -> None:
         """Refuse every further step."""

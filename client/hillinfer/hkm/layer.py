@@ -107,7 +107,11 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Note the new KV [B, Hkv, n, D] and hand it on to attention unchanged."""
-        self.cache.check_usable()
+        if self.index:
+            self.cache.check_usable()
+        else:
+            # An interruption or an error outside of attention, in a layer before, has told the cache nothing.
+            self.cache.check_whole()
         if self._pending:
             self.cache.fail()
             raise UnsupportedModel("the model changes the keys after the cache: attention never saw them")
@@ -343,6 +347,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def everything(self, query: torch.Tensor, scaling: float, tokens: int) -> torch.Tensor:
         """Attend to all of the past a block at a time, holding nothing; `tokens` are not pinned."""
         self.attended_all = True
+        self.pools.forget()
         self.slots.resize(0)
         self.hot.resize(0)
         parts = [

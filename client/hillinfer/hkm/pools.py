@@ -97,6 +97,10 @@ class Pools:
                 ids, rows = ids[away], rows[away]
                 counts = np.bincount(heads[away], minlength=len(counts)).astype(np.int64)
             self.hot.offer(row, ids, counts, rows)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the step's selection left to `settle`."""
         self._chosen.clear()
         self._left.clear()
         self._again.clear()

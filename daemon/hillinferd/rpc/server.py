@@ -33,6 +33,9 @@ STOP_GRACE_S = 0.5
 DRAIN_S = 5.0
 """How long requests in flight may go on after a stop was asked for; new ones are refused. Our choice."""
 
+END_S = 10.0
+"""How long the sessions may take to end after that; all of it is within the unit's TimeoutStopSec. Ours."""
+
 _OPTIONS = (
     # A connection that does not begin to speak HTTP/2 is dropped as soon as one that does not attach.
     ("grpc.server_handshake_timeout_ms", int(REQUEST_TIMEOUT_S * 1000)),
@@ -61,7 +64,7 @@ class Transports:
     ) -> None:
         self._sessions = service.sessions
         self._drain = service.sessions.drain
-        self._workers = [drive.worker for drive in service.drives]
+        self._drives = service.drives
         self._followers: list[asyncio.Task[None]] = []
         self._attach_path = attach_socket(runtime_dir)
         self._grpc_path = grpc_socket(runtime_dir)
@@ -87,7 +90,7 @@ class Transports:
         """Begin to serve: gRPC first, as a client is sent there by the attach socket."""
         await self._server.start()
         await self._set_health()
-        self._followers = [asyncio.create_task(self._follow(worker)) for worker in self._workers]
+        self._followers = [asyncio.create_task(self._follow(drive.worker)) for drive in self._drives]
         self._followers.append(asyncio.create_task(self._follow(self._drain)))
         self._attach.start()
 
@@ -100,7 +103,15 @@ class Transports:
         if not await self._sessions.finish(DRAIN_S):
             log.warning("requests in flight were given up", after_s=DRAIN_S)
         await self._server.stop(STOP_GRACE_S)
-        await self._attach.stop()
+        # Sessions end after what runs of them, and a worker that hangs would take all of a request's time.
+        ending = asyncio.create_task(self._attach.stop())
+        await asyncio.wait({ending}, timeout=END_S)
+        if not ending.done():
+            for drive in self._drives:
+                if drive.queue.busy:
+                    log.warning("a worker that is not done is given up", drive=drive.name, after_s=END_S)
+                    drive.worker.take_away("the daemon is stopping")
+        await ending
         self._unlink()
 
     async def _follow(self, what: Supervisor | Drain) -> None:
@@ -108,7 +119,7 @@ class Transports:
             await self._set_health()
 
     async def _set_health(self) -> None:
-        up = not self._drain.on and any(worker.up for worker in self._workers)
+        up = not self._drain.on and any(drive.worker.up for drive in self._drives)
         for name in ("", *_SERVICES):
             await self._health.set(name, _SERVING if up else _NOT_SERVING)
 
