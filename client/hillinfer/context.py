@@ -145,7 +145,7 @@ class Context:
             piece = min(piece, self._append_limit // unit * unit)
         held = self._tail_tokens[layer]
         count = min(piece, (held + keys.shape[1] - taken) // unit * unit)
-        end = taken + count - held
+        end: int = taken + count - held
         staging.reset()
         region, rows = staging.take((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage, PAGE)
         rows[:, :held] = self._tails[layer, :, :held]

@@ -6,7 +6,8 @@ from test_model_families import FAMILIES, tiny
 
 import hillinfer
 from hillinfer.hkm.layer import HierarchicalLayer
-from hillinfer.pipeline.query import decoder_layers, is_taking, layer_query, predictable
+from hillinfer.pipeline import query as pipeline_query
+from hillinfer.pipeline.query import LayerQuery, decoder_layers, is_taking, layer_query, predictable
 
 
 @torch.inference_mode()
@@ -47,3 +48,66 @@ def test_a_rotation_by_kind_of_layer_is_told_from_one_for_all():
     for name, expected in (("llama", True), ("gemma2", True), ("gemma3", False)):
         model = tiny(*FAMILIES[name])
         assert predictable(model, decoder_layers(model)) == [False, expected], name
+
+
+ALONE = ("llama", "mistral", "qwen2", "qwen2 sliding", "qwen3", "gemma", "gemma2", "granite", "mixtral")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_query_alone_is_the_layers_own_bit_for_bit(daemon, name):
+    model = tiny(*FAMILIES[name])
+    layers, compared = decoder_layers(model), []
+    queries = [LayerQuery(layer, number) for number, layer in enumerate(layers)]
+
+    def take(module, args, kwargs):
+        if not is_taking():
+            number = layers.index(module)
+            own, query = layer_query(module, args, kwargs), queries[number](args, kwargs)
+            compared.append(torch.equal(query, own))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(take, with_kwargs=True)
+    ids = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(2))
+    with hillinfer.attach(model, socket=daemon.socket, budget=40) as attachment:
+        cache = attachment.new_cache()
+        model(ids, past_key_values=cache)
+        for step in range(5):
+            model(ids[:, step : step + 1], past_key_values=cache)
+    assert len(compared) == 6 * len(layers)
+    assert all(compared)
+    if name in ALONE:
+        assert all(query.alone for query in queries)
+
+
+@torch.inference_mode()
+def test_a_query_alone_that_is_another_one_is_given_up(daemon, monkeypatch):
+    """A layer that scales its query from some position on, as some do, is found out when compared again."""
+    monkeypatch.setattr(pipeline_query, "_COMPARED_EVERY", 4)
+    model, scale = tiny(*FAMILIES["llama"]), 1.0
+    layer = model.model.layers[1]
+    project = layer.self_attn.q_proj
+
+    class Scaled(torch.nn.Module):
+        def forward(self, hidden):
+            return project(hidden) * (scale if is_taking() else 1.0)
+
+    layer.self_attn.q_proj = Scaled()
+    query, same = LayerQuery(layer, 1), []
+
+    def take(module, args, kwargs):
+        if not is_taking():
+            same.append(torch.equal(query(args, kwargs), layer_query(layer, args, kwargs)))
+
+    model.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    ids = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(2))
+    with hillinfer.attach(model, socket=daemon.socket, budget=40) as attachment:
+        cache = attachment.new_cache()
+        model(ids[:, :10], past_key_values=cache)
+        assert query.alone
+        scale = 2.0
+        for step in range(8):
+            model(ids[:, 10 + step : 11 + step], past_key_values=cache)
+    assert not query.alone
+    assert False in same[1:4]
+    assert all(same[4:])

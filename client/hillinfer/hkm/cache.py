@@ -327,11 +327,9 @@ class HierarchicalCache(Cache):
 
     def divide_among(self, slots: Slots, selected: int) -> Division:
         """Divide it for a step in which layers select `selected` tokens together, slots like `slots`."""
-        kinds = self.resident()
-        shape = self.contexts[0].shape
-        streams = len(self.full_layers) * len(self.contexts) * shape.kv_heads
-        pinned = slots.pinned * shape.row_bytes * streams
-        fixed = kinds["evaluation_keys"] + kinds["checksums"] + kinds["buffers"] + pinned
+        contexts, shape = self.contexts, self.contexts[0].shape
+        streams = len(self.full_layers) * len(contexts) * shape.kv_heads
+        fixed = slots.pinned * shape.row_bytes * streams + self._apart_from_layers(contexts)
         tokens = int(slots.lengths.max())
         hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
@@ -341,7 +339,7 @@ class HierarchicalCache(Cache):
         slot_bytes = selected * row * streams // len(self.full_layers) + hits + max(0, prefetch)
         if isinstance(self.policy, SplitRanking):
             left = self.config.resident - fixed - slot_bytes
-            fixed += self.policy.reserve(left // _MIRROR_SHARE, self.contexts)
+            fixed += self.policy.reserve(left // _MIRROR_SHARE, contexts)
         room = divide(self.config.resident, fixed, slot_bytes, row, streams)
         return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
@@ -372,10 +370,23 @@ class HierarchicalCache(Cache):
 
     def account(self, also: Sequence[Context] = ()) -> None:
         """Note what is held now, if it is more than ever before; `also` as for `resident`."""
-        kinds = self.resident(also)
-        total = sum(kinds.values())
+        # Each layer does this in each step: only what is to be kept is listed by kind.
+        contexts = [*self.contexts, *also]
+        total = self._apart_from_layers(contexts)
+        for layer in self.full_layers:
+            if layer.is_initialized:
+                total += layer.slots.nbytes + layer.hot.nbytes
+        if isinstance(self.policy, SplitRanking):
+            total += self.policy.held_bytes(contexts)
         if total > self.tally.resident_peak:
-            self.tally.resident_peak, self.tally.resident_at_peak = total, kinds
+            self.tally.resident_peak, self.tally.resident_at_peak = total, self.resident(also)
+
+    def _apart_from_layers(self, contexts: Sequence[Context]) -> int:
+        """Bytes of evaluation keys, checksums and buffers."""
+        total = self.session.arena_bytes + self.pipeline.nbytes
+        for context in contexts:
+            total += context.evaluation_key_bytes + context.checksum_bytes + context.tail_bytes
+        return total
 
     def count_selected(self, selected: int, brought: int) -> None:
         """Note that of `selected` tokens `brought` came from the cold pool."""

@@ -29,9 +29,9 @@ def decode(
     if timeline.mark:
         timeline.note(MODEL, COMPUTE, step, layer.index, timeline.mark)
     ready = pipeline.take(layer)
-    start = perf_counter()
+    start, waiting = perf_counter(), layer.waiting
     for row in range(key.shape[0]):
-        layer.store(row, key[row], value[row], layer.waiting)
+        layer.store(row, key[row], value[row], waiting)
     timeline.note(MODEL, APPEND, step, layer.index, start)
     layer.attended_all = False
     keep = _use(layer, query, scaling, *ready) if ready else bring(layer, query, scaling)
@@ -73,13 +73,14 @@ def bring(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> bool
     slots, cache = layer.slots, layer.cache
     if cache.guarantee is not None:
         return True if cache.guarantee.select(layer, query, scaling) else None
-    wanted = [cache.selection_size(int(n), slots) for n in slots.lengths]
-    division = cache.divide(slots, max(wanted))
-    everything = wanted == [max(int(n) - slots.pinned, 0) for n in slots.lengths]
-    if not division.keep_slots and everything and max(wanted) > 0:
+    lengths = slots.lengths.tolist()
+    wanted = [cache.selection_size(n, slots) for n in lengths]
+    most = max(wanted)
+    division = cache.divide(slots, most)
+    if not division.keep_slots and most > 0 and wanted == [max(n - slots.pinned, 0) for n in lengths]:
         # Everything is wanted and nothing may stay: no ranking, a block at a time.
         return None
-    slots.resize(max(wanted))
+    slots.resize(most)
     layer.hot.resize(division.hot_rows)
     sampled = cache.pipeline.samples(layer.index) and division.keep_slots
     before = slots.ids.copy() if sampled else None
@@ -97,7 +98,7 @@ def _select(layer: HierarchicalLayer, query: torch.Tensor, wanted: list[int], na
     step, start = pipeline.layers[layer.index].step, perf_counter()
     exact = query[:, :, 0].float().cpu().numpy()
     ranking = layer.cache.predictor.ranking_query(layer.index, exact)
-    ends = [int(n) - slots.recent for n in slots.lengths]
+    ends = [n - slots.recent for n in slots.lengths.tolist()]
     rows, asked = items(layer, ranking, wanted, ends, held(layer))
     selections = pipeline.select(layer.index, asked)
     start = pipeline.timeline.note(MODEL, name, step, layer.index, start)

@@ -40,12 +40,20 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False
     is_croppable = True
 
+    # Only from the layer's first tokens to `release`. Plain attributes: a decode step reads them often.
+    pools: Pools
+    """Slots and hot pool together."""
+    slots: Slots
+    """The attended KV."""
+    hot: HotPool
+    cache: HierarchicalCache
+    """The cache that the layer belongs to."""
+
     def __init__(self, cache: HierarchicalCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index  # among the layers kept in the cold pool
-        self._pools: Pools | None = None
         # Not a cycle: a cache that nobody refers to must free its contexts at once.
-        self._cache: HierarchicalCache = weakref.proxy(cache)
+        self.cache = weakref.proxy(cache)
         self._seen = 0  # columns so far, padding included
         self._padding = Padding()
         self.attended_all = False
@@ -60,13 +68,12 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if key_states.shape != value_states.shape:
             raise UnsupportedModel("keys and values of different head dimensions are not supported")
         batch, kv_heads, _, head_dim = key_states.shape
-        config = self._cache.config
-        contexts = self._cache.open_contexts(batch, kv_heads, head_dim, key_states.dtype)
+        config = self.cache.config
+        contexts = self.cache.open_contexts(batch, kv_heads, head_dim, key_states.dtype)
         recent = max(config.recent, contexts[0].append_unit)
-        self._pools = Pools(
-            Slots(batch, kv_heads, head_dim, config.sinks, recent, key_states),
-            HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype),
-        )
+        self.slots = Slots(batch, kv_heads, head_dim, config.sinks, recent, key_states)
+        self.hot = HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype)
+        self.pools = Pools(self.slots, self.hot)
         self.is_initialized = True
         for row, context in enumerate(contexts):
             self._fill_pinned(row, context, key_states)
@@ -90,30 +97,10 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.slots.resize(0)
         self.hot.resize(0)
 
-    @property
-    def cache(self) -> HierarchicalCache:
-        """The cache that the layer belongs to."""
-        return self._cache
-
-    @property
-    def pools(self) -> Pools:
-        """Slots and hot pool together; only once the layer has seen tokens."""
-        assert self._pools is not None
-        return self._pools
-
-    @property
-    def slots(self) -> Slots:
-        """The attended KV; only once the layer has seen tokens."""
-        return self.pools.slots
-
-    @property
-    def hot(self) -> HotPool:
-        """The hot pool; only once the layer has seen tokens."""
-        return self.pools.hot
-
     def release(self) -> None:
         """Drop what the pools hold; the layer cannot be used again."""
-        self._pools = None
+        if self.is_initialized:
+            del self.pools, self.slots, self.hot
         self.is_initialized = False
 
     def update(
@@ -121,12 +108,12 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Note the new KV [B, Hkv, n, D] and hand it on to attention unchanged."""
         if self.index:
-            self._cache.check_usable()
+            self.cache.check_usable()
         else:
             # An interruption or an error outside of attention, in a layer before, has told the cache nothing.
-            self._cache.check_whole()
+            self.cache.check_whole()
         if self._pending:
-            self._cache.fail()
+            self.cache.fail()
             raise UnsupportedModel("the model changes the keys after the cache: attention never saw them")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -177,7 +164,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         must not hold dropped tokens any more (InvalidInput).
         """
         columns = self._seen + tokens_to_remove
-        for row, context in enumerate(self._cache.contexts):
+        for row, context in enumerate(self.cache.contexts):
             tokens = self._padding.tokens(row, columns)
             if context.length(self.index) > tokens:
                 raise InvalidInput("a layer cannot be cropped alone: crop the cache")
@@ -192,8 +179,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def append_window(self) -> None:
         """Append to the contexts what waits in the recent window, behind what is still on its way there."""
-        self._cache.pipeline.background.settle()
-        for row, context in enumerate(self._cache.contexts):
+        self.cache.pipeline.background.settle()
+        for row, context in enumerate(self.cache.contexts):
             self.append_pinned(row, context, int(self.slots.lengths[row]))
 
     def attend(
@@ -217,17 +204,17 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 raise UnsupportedModel("the model attends to the same keys more than once")
             self.sample = None
             output = self._attend(query, key, value, padding, scaling)
-            if self._cache.observer is not None:
-                self._cache.observer(self._cache, self.index, query, scaling)
+            if self.cache.observer is not None:
+                self.cache.observer(self.cache, self.index, query, scaling)
             if query.shape[2] == 1:
                 losses = None if self.sample is None else self.sample.losses
-                self._cache.pipeline.attended(self, query, losses)
+                self.cache.pipeline.attended(self, query, losses)
         except BaseException:
             # Some layers hold this step's tokens and some do not: going on would be wrong in silence.
-            self._cache.fail()
+            self.cache.fail()
             raise
         self._pending = False
-        self._cache.account()
+        self.cache.account()
         return output
 
     def _attend(
@@ -246,7 +233,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._padding.note(self._seen - new, visible)
         if new == 1:
             return decode(self, query, key, value, scaling)
-        self._cache.pipeline.drop(self.index)
+        self.cache.pipeline.drop(self.index)
         return self._exact(query, key, value, visible, scaling)
 
     def _exact(
@@ -257,7 +244,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         visible: np.ndarray[Any, np.dtype[np.bool_]] | None,
         scaling: float,
     ) -> torch.Tensor:
-        output, background = torch.zeros_like(query), self._cache.pipeline.background
+        output, background = torch.zeros_like(query), self.cache.pipeline.background
         for row in range(key.shape[0]):
             # Padding is never stored: nobody may attend to it, now or later.
             real = np.arange(key.shape[2]) if visible is None else np.flatnonzero(visible[row])
@@ -271,30 +258,30 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if row == 0:
                 background.settle()
             self.store(row, k, v, self.slots.recent, background)
-        if self is self._cache.full_layers[-1] or self.hot.capacity:
+        if self is self.cache.full_layers[-1] or self.hot.capacity:
             # Whoever calls the model next, and the hot pool's size, count on all of it.
             background.settle()
         # The new tokens' evaluation keys and checksums may need room that the hot pool has.
-        self._cache.account()
+        self.cache.account()
         self._shrink_hot()
         return output
 
     def _shrink_hot(self) -> None:
-        selected = sum(layer.slots.selected for layer in self._cache.full_layers if layer.is_initialized)
-        division = self._cache.divide_among(self.slots, selected)
+        selected = sum(layer.slots.selected for layer in self.cache.full_layers if layer.is_initialized)
+        division = self.cache.divide_among(self.slots, selected)
         if not division.keep_slots:
             self.slots.resize(0)
         self.hot.resize(min(division.hot_rows, self.hot.capacity))
 
     def _past_blocks(self, row: int) -> Iterator[np.ndarray[Any, Any]]:
         """What the cold pool has between sinks and recent window, block by block, read ahead."""
-        slots, context = self.slots, self._cache.contexts[row]
-        end, block = int(slots.lengths[row]) - slots.recent, self._cache.block_tokens
+        slots, context = self.slots, self.cache.contexts[row]
+        end, block = int(slots.lengths[row]) - slots.recent, self.cache.block_tokens
         reads = [
             partial(context.fetch_range, self.index, start, min(block, end - start))
             for start in range(slots.sinks, end, block)
         ]
-        return self._cache.pipeline.background.ahead(reads)
+        return self.cache.pipeline.background.ahead(reads)
 
     def _past_part(
         self, row: int, query: torch.Tensor, scaling: float, blocks: Iterator[np.ndarray[Any, Any]]
@@ -324,9 +311,9 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         window has room, those short of a whole append unit wait too. With a `background` the context
         has new tokens only once it is settled.
         """
-        context, slots = self._cache.contexts[row], self.slots
+        context, slots = self.cache.contexts[row], self.slots
         held = int(slots.lengths[row])
-        end = self.append_end(row, held + key.shape[1], most)
+        end = self.append_end(context, held + key.shape[1], most)
         self.append_pinned(row, context, min(end, held))
         if end > held:
             new = slice(0, end - held)
@@ -337,23 +324,25 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 background.append(rows)
         slots.append(row, key, value)
 
-    def append_end(self, row: int, tokens: int, most: int) -> int:
-        """Up to where tokens are in the context once sequence `row` has `tokens`; see `store`."""
+    def append_end(self, context: Context, tokens: int, most: int) -> int:
+        """Up to where tokens are in the `context` of a sequence once that has `tokens`; see `store`."""
         # An append of less than a unit moves no bytes, but waits for whatever the session is doing.
-        unit = self._cache.contexts[row].append_unit
+        unit = context.append_unit
         return max((tokens - most) // unit * unit, tokens - self.slots.recent)
 
-    def append_pinned(self, row: int, context: Context, end: int) -> None:
-        """Append tokens that wait in the recent window to the context, up to `end`."""
+    def append_pinned(self, row: int, context: Context, end: int) -> bool:
+        """Append tokens that wait in the recent window to the context, up to `end`; say if there were any."""
         first = context.length(self.index)
-        if end > first:
-            keys, values = self.slots.pinned_rows(row, first, end - first)
-            context.append(self.index, to_storage(keys), to_storage(values))
+        if end <= first:
+            return False
+        keys, values = self.slots.pinned_rows(row, first, end - first)
+        context.append(self.index, to_storage(keys), to_storage(values))
+        return True
 
     @property
     def waiting(self) -> int:
         """Tokens that may wait in the recent window: ranking needs all before it in whole append units."""
-        return self.slots.recent - self._cache.contexts[0].append_unit + 1
+        return self.slots.recent - self.cache.contexts[0].append_unit + 1
 
     def everything(self, query: torch.Tensor, scaling: float, tokens: int) -> torch.Tensor:
         """Attend to all of the past a block at a time, holding nothing; `tokens` are not pinned."""
@@ -365,5 +354,5 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._past_part(row, query[row], scaling, self._past_blocks(row)) for row in range(query.shape[0])
         ]
         read = tokens * self.slots.keys.shape[1]
-        self._cache.count_selected(read, read)
+        self.cache.count_selected(read, read)
         return torch.stack([part.output for part in parts if part is not None]).to(query.dtype)

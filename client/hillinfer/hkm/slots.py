@@ -55,11 +55,16 @@ class Slots:
         """Add tokens [Hkv, n, D] at the end of sequence `row`; older ones leave the window."""
         count = keys.shape[1]
         start = int(self.lengths[row])
+        self.lengths[row] = start + count
+        if count == 1:
+            place = self._place(start)
+            self.keys[row].narrow(1, place, 1).copy_(keys)
+            self.values[row].narrow(1, place, 1).copy_(values)
+            return
         positions = np.arange(start, start + count)
         positions = positions[(positions < self.sinks) | (positions >= start + count - self.recent)]
         source = torch.from_numpy(positions - start).to(self.keys.device)
         self._put(row, positions, keys.index_select(1, source), values.index_select(1, source))
-        self.lengths[row] = start + count
 
     def crop(self, row: int, tokens: int) -> tuple[int, int]:
         """Drop all but the first `tokens` tokens of sequence `row`, and what is selected among the dropped.
@@ -97,6 +102,10 @@ class Slots:
             positions < self.sinks, positions, self.sinks + (positions - self.sinks) % self.recent
         )
         return torch.from_numpy(places).to(self.keys.device)
+
+    def _place(self, position: int) -> int:
+        """As `_places`, of one token."""
+        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.recent
 
     def pinned_part(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [Hkv, n, D] of the sinks and the recent window of sequence `row`, in no order."""
@@ -167,9 +176,9 @@ class Slots:
 
     def visible(self) -> torch.Tensor | None:
         """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""
-        held = np.minimum(self.lengths, self.pinned)
-        if (held == self.pinned).all() and not (self.ids == EMPTY).any():
+        if int(self.lengths.min()) >= self.pinned and not (self.ids == EMPTY).any():
             return None
+        held = np.minimum(self.lengths, self.pinned)
         pinned = np.arange(self.pinned)[None, None, :] < held[:, None, None]
         pinned = np.broadcast_to(pinned, (*self.ids.shape[:2], self.pinned))
         mask = np.concatenate([pinned, self.ids != EMPTY], axis=-1)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from hillinfer.pipeline.query import (
+    LayerQuery,
     cache_of,
     decoder_layers,
     hidden_of,
     is_taking,
-    layer_query,
     predictable,
 )
 
@@ -23,6 +23,7 @@ class PredictionHooks:
     def __init__(self, model: torch.nn.Module) -> None:
         self._layers = decoder_layers(model)
         self._known = predictable(model, self._layers)
+        self._queries = [LayerQuery(layer, number) for number, layer in enumerate(self._layers)]
         self._hooks = [
             layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
             for number, layer in enumerate(self._layers)
@@ -48,6 +49,6 @@ class PredictionHooks:
             if following < len(self._layers) and self._known[following]:
                 target = cache.layers[following]
                 if not target.is_sliding:  # the others have nothing to rank
-                    pipeline.before(target, lambda: layer_query(self._layers[following], args, kwargs))
+                    pipeline.before(target, lambda: self._queries[following](args, kwargs))
 
         return before

@@ -37,15 +37,15 @@ class Prefetched:
 class Job:
     """What the worker is to bring for the next decode step of a layer.
 
-    lengths: int64 [B], tokens of each sequence before that step; the answer is
-    good for no other. held: uint32 [B, Hkv, S], of slots and hot pool, which stay as they are until then.
+    lengths: tokens of each sequence before that step; the answer is good for no other. held: uint32
+    [B, Hkv, S], of slots and hot pool, which stay as they are until then.
     ends: one past the last token to rank; append: up to where tokens go to the context first.
     """
 
     layer: HierarchicalLayer
     step: int
     wanted: list[int]
-    lengths: npt.NDArray[np.int64]
+    lengths: list[int]
     held: Ids
     ends: list[int]
     append: list[int]
@@ -56,10 +56,8 @@ class Job:
     def append_ahead(self) -> bool:
         """Append what the step would append itself; say whether there was any. Blocks."""
         layer, contexts = self.layer, self.layer.cache.contexts
-        before = [context.length(layer.index) for context in contexts]
-        for row, end in enumerate(self.append):
-            layer.append_pinned(row, contexts[row], end)
-        return before != [context.length(layer.index) for context in contexts]
+        appended = [layer.append_pinned(row, contexts[row], end) for row, end in enumerate(self.append)]
+        return any(appended)
 
     def items(self, query: F32) -> tuple[list[int], list[EvaluateItem]]:
         """See `items`."""
@@ -75,23 +73,27 @@ def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool)
     slots, cache = layer.slots, layer.cache
     if cache.guarantee is not None:
         return None
-    lengths = slots.lengths.copy()
-    sizes = [cache.selection_size(int(n) + 1, slots) for n in lengths]
-    ends = [int(n) + ahead - slots.recent for n in lengths]
+    lengths = slots.lengths.tolist()
+    sizes = [cache.selection_size(n + 1, slots) for n in lengths]
+    most = max(sizes)
+    ends = [n + ahead - slots.recent for n in lengths]
     wanted = [max(min(k, end - slots.sinks), 0) for k, end in zip(sizes, ends, strict=True)]
-    everything = [max(int(n) + 1 - slots.pinned, 0) for n in lengths]
-    if not max(wanted) or (not ahead and sizes == everything):
+    if not max(wanted):
         return None
-    division = cache.divide(slots, max(sizes))
+    if not ahead and sizes == [max(n + 1 - slots.pinned, 0) for n in lengths]:
+        return None
+    division = cache.divide(slots, most)
     if not division.keep_slots:
         return None
-    slots.resize(max(sizes))
+    slots.resize(most)
     layer.hot.resize(division.hot_rows)
-    append = [
-        min(layer.append_end(row, int(n) + 1, layer.waiting), int(n))
-        for row, n in enumerate(lengths)
-        if ahead
-    ]
+    append = []
+    if ahead:
+        waiting = layer.waiting
+        append = [
+            min(layer.append_end(context, n + 1, waiting), n)
+            for context, n in zip(cache.contexts, lengths, strict=True)
+        ]
     return Job(layer, step, wanted, lengths, held(layer), ends, append, sampled)
 
 

@@ -100,7 +100,7 @@ class Pipeline:
         prefetched = job.future.result()
         self.timeline.note(MODEL, WAIT, job.step, layer.index, start)
         self.layers[layer.index].measured.timed(prefetched.seconds, start - job.asked)
-        if not np.array_equal(job.lengths, layer.slots.lengths):
+        if job.lengths != layer.slots.lengths.tolist():
             return None  # made for another step
         self.nbytes = max(self.nbytes, sum(each.rows.nbytes for each in prefetched.brought or ()))
         return job, prefetched

@@ -2,7 +2,8 @@
 
 The layer is run up to its attention, which hands the query over and goes no
 further. So normalisation, fused projections, norms of the query and any form of
-RoPE are the model's own, whatever its family.
+RoPE are the model's own, whatever its family. Where the same query comes of less,
+that is computed instead (`LayerQuery`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from transformers.cache_utils import Cache
 from hillinfer_core.errors import UnsupportedModel
 
 _taking = threading.local()
+
+_COMPARED_EVERY = 32
+"""Of the uses of a shortcut one in so many is compared: further on a layer may rotate or scale otherwise."""
 
 
 class QueryTaken(Exception):  # noqa: N818 - not an error
@@ -89,3 +93,64 @@ def layer_query(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, A
     finally:
         _taking.active = False
     raise UnsupportedModel(f"{type(layer).__name__} made no query: use the predictor exact")
+
+
+class LayerQuery:
+    """`layer_query` of one decoder layer; the query alone, without keys and values, where that is the same.
+
+    That is tried where the layer has the parts of Llama's, and given up for good if it is not, to the
+    last bit, what the layer itself hands over: at its first use and every 32nd. Not thread-safe.
+    """
+
+    def __init__(self, layer: torch.nn.Module, number: int) -> None:
+        self._layer: Any = layer
+        self._uses = number  # so that layers are not all compared in the same step
+        self._compared = False
+        self._attention: Any = getattr(layer, "self_attn", None)
+        parts = getattr(layer, "input_layernorm", None), getattr(self._attention, "q_proj", None)
+        self._alone = all(isinstance(each, torch.nn.Module) for each in parts)
+        self._head_norm = hasattr(self._attention, "q_norm")
+
+    @property
+    def alone(self) -> bool:
+        """Whether the query is computed alone."""
+        return self._alone and self._compared
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return the query [B, H, n, D]; see `layer_query`.
+
+        Waits for the device where the two are compared.
+        """
+        if not self._alone:
+            return layer_query(self._layer, args, kwargs)
+        self._uses += 1
+        if self._compared and self._uses % _COMPARED_EVERY:
+            query = self._query_alone(args, kwargs)
+            if query is not None:
+                return query
+        own = layer_query(self._layer, args, kwargs)
+        self._compared = self._alone = self._is_same(own, args, kwargs)
+        return own
+
+    def _is_same(self, own: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        try:
+            query = self._query_alone(args, kwargs)
+        except Exception:  # parts of these names, put together otherwise, raise whatever they happen to
+            return False
+        return query is not None and torch.equal(query, own)
+
+    def _query_alone(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Norm, projection and rotation as Llama has them; None where they cannot be applied."""
+        attention, rotation = self._attention, kwargs.get("position_embeddings")
+        size = getattr(attention, "head_dim", None)
+        if not isinstance(rotation, tuple) or not isinstance(size, int) or rotation[0].shape[-1] != size:
+            return None
+        hidden = hidden_of(args, kwargs)
+        query = attention.q_proj(self._layer.input_layernorm(hidden)).view(*hidden.shape[:-1], -1, size)
+        if self._head_norm:
+            query = attention.q_norm(query)
+        query, half = query.transpose(1, 2), size // 2
+        cos, sin = (each.unsqueeze(1) for each in rotation)
+        turned = torch.cat((-query[..., half:], query[..., :half]), -1)
+        alone: torch.Tensor = query * cos + turned * sin
+        return alone

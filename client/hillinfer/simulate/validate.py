@@ -77,7 +77,7 @@ def compare(
         short, tiny_plain = _plain(plain, ids[:, : layer.slots.attended]), _plain(plain, ids[:, :_SHORT])
         (context,) = cache.contexts
         asking = AskingTimer(context, query, layer.slots.selected, layer.slots.selected + layer.hot.capacity)
-        placing = PlacingTimer(layer.slots, layer.hot)
+        placing = PlacingTimer(layer.slots, layer.hot, len(cache.full_layers))
         selected, brought = cache.tally.selected, cache.tally.brought
         before = dict(cache.pipeline.timeline.sums)
         for number in range(steps - WARM):
