@@ -73,6 +73,7 @@ class Origin:
         """
         if self.lost:
             return
+        opened = None
         try:
             opened, base = self._open(session)
             self.context_id = opened.context_id
@@ -89,12 +90,17 @@ class Origin:
             raise
         except HillInferError as error:
             self.lost = f"the daemon was restarted, and the context cannot be opened again ({error})"
-            return
-        if not same:
+        else:
+            if same:
+                return
             self.lost = (
                 "the daemon was restarted, and what it has under the name is not what this process knows: "
                 "open it again, and see its length"
             )
+        if opened is not None:
+            # Its name must be free for that.
+            request = cold_pool_pb2.CloseContextRequest(context_id=opened.context_id)
+            session.call("CloseContext", request)
 
     def _append_again(self, session: Session) -> list[int]:
         """Append what was kept, piece by piece as it was; return the tokens of each layer then."""

@@ -293,6 +293,28 @@ def test_between_two_pieces_of_an_append_no_token_is_written_twice(
         context.close()
 
 
+def test_an_append_that_was_not_answered_is_told_and_its_name_is_free(
+    daemon: Restartable, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, call = session.open_context(SHAPE, durable="unanswered"), session.call
+    fill(context, 0, UNIT)
+
+    def unanswered(method: str, request: Any) -> Any:
+        if method == "Append" and not session.restarts:
+            call(method, request)
+            daemon.restart()
+        return call(method, request)
+
+    monkeypatch.setattr(session, "call", unanswered)
+    with pytest.raises(errors.ContextLost, match="see its length"):
+        fill(context, UNIT, 2 * UNIT)
+    context.close()
+    with session.open_context(SHAPE, durable="unanswered") as context:
+        assert [context.length(layer) for layer in range(SHAPE.layers)] == [2 * UNIT, UNIT]
+        context.append(1, KEYS[:, UNIT : 2 * UNIT], VALUES[:, UNIT : 2 * UNIT])
+        check(context, 2 * UNIT)
+
+
 def test_an_error_while_contexts_are_opened_again_is_not_the_end_of_the_session(
     daemon: Restartable, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

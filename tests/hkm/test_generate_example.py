@@ -10,7 +10,7 @@ def test_example_answers_its_questions():
         [sys.executable, str(example)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         check=False,
     )
