@@ -30,7 +30,7 @@ def eval_command(
     ] = None,
     context_tokens: Annotated[
         list[int], typer.Option(min=256, help="Length of the texts; repeat it for more.")
-    ] = [  # noqa: B006
+    ] = [  # noqa: B006 - Typer takes it, nobody changes it
         4096
     ],
     budget: Annotated[
@@ -38,7 +38,7 @@ def eval_command(
         typer.Option(
             help="Tokens attended in each step: a per cent of the past, or a count; repeat it for more."
         ),
-    ] = ["2%"],  # noqa: B006
+    ] = ["2%"],  # noqa: B006 - Typer takes it, nobody changes it
     min_mass: Annotated[
         list[float] | None,
         typer.Option(

@@ -22,7 +22,7 @@ def kvpath_command(
         typer.Option(
             help="Tokens attended: a per cent of the past, or a count; SYSTEM=BUDGET for one alone."
         ),
-    ] = ["2%"],  # noqa: B006
+    ] = ["2%"],  # noqa: B006 - Typer takes it, nobody changes it
     profile: Annotated[
         str, typer.Option(help="Drive that the pool is paced to: smartssd or none.")
     ] = "smartssd",
