@@ -19,6 +19,7 @@ from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.kept_context import open_kept
 from hillinfer.model_directory import ModelDirectory
 from hillinfer.pipeline.trace import draw_trace, write_trace
+from hillinfer.prefill import chunks
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
 from hillinfer.report import Answer, KvUse, RunReport
@@ -31,8 +32,6 @@ from hillinfer_core.units import Budget
 
 SINKS, RECENT = 4, 32
 CLIENT_NAME = "hillinfer run"
-PREFILL_CHUNK = 2048
-"""Tokens per forward pass over the context: bounds activations, and moves the progress bar."""
 _MEMORY = Path("/dev/shm")  # faster than the drive that a profile describes
 LEAST_RESIDENT = 16 << 20
 """Bytes: the session's arena of 8 MiB, and as much again for what a short context holds."""
@@ -186,13 +185,9 @@ def _read_or_restore(
 def _read(model: Any, cache: HierarchicalCache, context: torch.Tensor, progress: Progress) -> None:
     tokens = context.shape[1]
     with progress("reading", tokens) as advance:
-        first = 0
-        while first < tokens:
-            # A step of a single token would select; reading is exact.
-            end = tokens if tokens - first <= PREFILL_CHUNK + 1 else first + PREFILL_CHUNK
-            model(input_ids=context[:, first:end].to(model.device), past_key_values=cache, logits_to_keep=1)
-            advance(end)
-            first = end
+        for part in chunks(tokens):
+            model(input_ids=context[:, part].to(model.device), past_key_values=cache, logits_to_keep=1)
+            advance(part.stop)
 
 
 def _answer(

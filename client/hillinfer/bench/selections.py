@@ -14,9 +14,9 @@ from hillinfer.attachment import attach
 from hillinfer.demo import make_demo
 from hillinfer.hkm.policy import ColdPoolRanking
 from hillinfer.model_directory import ModelDirectory
+from hillinfer.prefill import chunks
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
-from hillinfer.run import PREFILL_CHUNK
 from hillinfer.session import Brought, EvaluateItem, Session
 from hillinfer_core.errors import InvalidInput
 
@@ -109,9 +109,9 @@ def record(
         progress("recording", context.shape[1] + questions) as advance,
     ):
         cache = attachment.new_cache()
-        for first in range(0, context.shape[1], PREFILL_CHUNK):
-            step(model, cache, context[:, first : first + PREFILL_CHUNK])
-            advance(min(first + PREFILL_CHUNK, context.shape[1]))
+        for part in chunks(context.shape[1]):
+            step(model, cache, context[:, part])
+            advance(part.stop)
         recording.pinned = cache.full_layers[0].slots.pinned
         for number, task in enumerate(demo.tasks[:questions], start=1):
             recording.first_steps.append(recording.steps)

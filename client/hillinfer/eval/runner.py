@@ -24,8 +24,9 @@ from hillinfer.policies import POLICIES
 from hillinfer.policies.base import Reading
 from hillinfer.policies.next_layer import NextLayerQuery
 from hillinfer.policies.reading import Reader
+from hillinfer.prefill import chunks
 from hillinfer.private_daemon import PrivateDaemon
-from hillinfer.run import PREFILL_CHUNK, RECENT, SINKS
+from hillinfer.run import RECENT, SINKS
 from hillinfer.session import Session
 from hillinfer_core.errors import UnsupportedModel
 from hillinfer_core.units import Budget
@@ -118,12 +119,8 @@ class PromptRunner:
             self._session, self._text_config, self._config(_EVERYTHING, tokens), durable=_NAME
         )
         cache.observer = reader.observe
-        first = 0
-        while first < tokens:
-            # A step of a single token would select; reading is exact.
-            end = tokens if tokens - first <= PREFILL_CHUNK + 1 else first + PREFILL_CHUNK
-            self._model(input_ids=ids[:, first:end], past_key_values=cache, logits_to_keep=1)
-            first = end
+        for part in chunks(tokens):
+            self._model(input_ids=ids[:, part], past_key_values=cache, logits_to_keep=1)
         cache.save()
         cache.close()
         return reader.reading

@@ -52,14 +52,36 @@ def attend_part(
     else:
         # Without a mask the heads of a group are just more queries on the same keys.
         folded = query.reshape(kv_heads, group * queries, dim)
-    if query.device.type == "cpu" and softcap is None:
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            folded[None], key[None], value[None], 0.0, causal, scale=scaling
-        )
-        output, lse = output[0].float(), lse[0].float()
-    else:
-        output, lse = _attend_in_blocks(folded, key, value, scaling, causal, softcap)
+    fused = None if softcap is not None else _fused(folded, key, value, scaling, causal)
+    output, lse = fused or _attend_in_blocks(folded, key, value, scaling, causal, softcap)
     return Part(output.reshape(heads, queries, dim), lse.reshape(heads, queries))
+
+
+def _fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Output and log-sum-exp by a kernel of torch that returns both; None where it has none for such tensors.
+
+    These kernels are what `scaled_dot_product_attention`, which keeps the log-sum-exp to itself, calls.
+    """
+    kernels, whole = torch.ops.aten, (query[None], key[None], value[None])
+    if query.device.type == "cpu":
+        found = kernels._scaled_dot_product_flash_attention_for_cpu(*whole, 0.0, causal, scale=scaling)
+    elif query.device.type != "cuda":
+        return None
+    else:
+        asked = torch.backends.cuda.SDPAParams(*whole, None, 0.0, causal, False)
+        if torch.backends.cuda.can_use_flash_attention(asked):
+            found = kernels._scaled_dot_product_flash_attention(*whole, 0.0, causal, False, scale=scaling)
+        elif torch.backends.cuda.can_use_efficient_attention(asked):
+            found = kernels._scaled_dot_product_efficient_attention(
+                *whole, None, True, 0.0, causal, scale=scaling
+            )
+        else:
+            return None
+    output, lse = found[0][0].float(), found[1][0].float()
+    # The efficient kernel pads the queries of its log-sum-exp.
+    return output, lse[:, : query.shape[1]]
 
 
 def merge(parts: list[Part]) -> torch.Tensor:

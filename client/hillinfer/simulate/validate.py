@@ -21,9 +21,9 @@ from hillinfer.demo import make_demo
 from hillinfer.model_directory import ModelDirectory, bundled_model
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.pipeline.timeline import MODEL
+from hillinfer.prefill import chunks
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
-from hillinfer.run import PREFILL_CHUNK
 from hillinfer.session import Session
 from hillinfer.simulate.parts import AskingTimer, PlacingTimer
 from hillinfer.simulate.step import build
@@ -67,9 +67,9 @@ def compare(
         progress("reading", ids.shape[1] + steps) as advance,
     ):
         cache, tiny = attachment.new_cache(), attachment.new_cache()
-        for first in range(0, ids.shape[1], PREFILL_CHUNK):
-            token = step(model, cache, ids[:, first : first + PREFILL_CHUNK])
-            advance(min(first + PREFILL_CHUNK, ids.shape[1]))
+        for part in chunks(ids.shape[1]):
+            token = step(model, cache, ids[:, part])
+            advance(part.stop)
         step(model, tiny, ids[:, :_SHORT])
         for _ in range(WARM):
             token = step(model, cache, token)

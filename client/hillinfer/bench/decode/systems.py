@@ -17,12 +17,10 @@ from hillinfer.bench.decode.subject import Subject, twin
 from hillinfer.bench.selections import step
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.pipeline.timeline import MODEL, Span
+from hillinfer.prefill import PREFILL_CHUNK, chunks
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
 from hillinfer_core.layout import Precision
-
-CHUNK = 2048
-"""Tokens of a forward pass where a text is read in pieces, as `hillinfer run` does."""
 
 WHOLE = 32768
 """Tokens that plain caches read in one pass at most, as `generate` does; longer texts go in pieces too, for
@@ -189,7 +187,7 @@ class HillInfer:
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """See `System`."""
-        return in_pieces(self._model, self.cache, ids, CHUNK)
+        return in_pieces(self._model, self.cache, ids, PREFILL_CHUNK)
 
     def fill(self, tokens: int) -> None:
         """See `System`."""
@@ -251,15 +249,10 @@ class HillInfer:
 
 
 def in_pieces(model: PreTrainedModel, cache: object, ids: torch.Tensor, piece: int) -> torch.Tensor:
-    """Read `ids` [B, n], in one pass if they are `piece` tokens at most, else `CHUNK` at a time."""
-    tokens = ids.shape[1]
-    size = tokens if tokens <= piece else CHUNK
-    first, token = 0, ids[:, :1]
-    while first < tokens:
-        # A step of a single token would select; reading is exact.
-        end = tokens if tokens - first <= size + 1 else first + size
-        token = step(model, cache, ids[:, first:end])
-        first = end
+    """Read `ids` [B, n], in one pass if they are `piece` tokens at most, else `PREFILL_CHUNK` at a time."""
+    tokens, token = ids.shape[1], ids[:, :1]
+    for part in chunks(tokens, tokens if 1 < tokens <= piece else PREFILL_CHUNK):
+        token = step(model, cache, ids[:, part])
     return token
 
 

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hillinfer.demo import make_demo
 from hillinfer.model_directory import ModelDirectory
+from hillinfer.prefill import chunks
 from hillinfer.progress import Progress
 from hillinfer_core.errors import InvalidInput
 
@@ -24,7 +25,6 @@ STEPS_OF_AN_ANSWER = 16
 """Decode steps recorded after each of the demo's questions; its answers are about as long."""
 
 _NAME = "hillinfer_kvpath"
-_CHUNK = 2048  # tokens of a forward pass over the text
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def record(directory: ModelDirectory, tokens: int, progress: Progress) -> Record
 
     with _noting(model, note), torch.inference_mode():
         with progress("recording", ids.shape[1]) as advance:
-            for first in range(0, ids.shape[1], _CHUNK):
-                model(input_ids=ids[:, first : first + _CHUNK], past_key_values=cache, logits_to_keep=1)
-                advance(min(first + _CHUNK, ids.shape[1]))
+            for part in chunks(ids.shape[1]):
+                model(input_ids=ids[:, part], past_key_values=cache, logits_to_keep=1)
+                advance(part.stop)
         keys = [_keys(layer)[0, :, :tokens].half().numpy() for layer in cache.layers]
         for question in demo.questions:
             asked = directory.tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
