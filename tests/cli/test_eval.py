@@ -117,17 +117,24 @@ def test_several_processes_find_the_same(evaluated, tmp_path):
     assert json.loads(out)["cells"] == one["cells"]
     assert json.loads(out)["differences"] == one["differences"]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    # Another interpreter has another text under the same number.
+    # Another seed or interpreter has another text under the same number: those are more prompts, not pairs.
     answers = [json.loads(line) for line in files[1].read_text().splitlines()]
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(answer | {"text": "0" * 16}) + "\n" for answer in answers))
-    for files_given in ((files[0], "--against", other), (files[0], other)):
-        code, out, err = evaluated(*files_given, command="eval-report")
-        assert code == 2
-        assert "is not the same text in all files" in err
-    # Answers of before there were fingerprints.
-    other.write_text("".join(json.dumps(answer | {"text": ""}) + "\n" for answer in answers))
-    assert evaluated(files[0], "--against", other, command="eval-report")[0] == 0
+    code, out, err = evaluated(files[0], "--against", other, command="eval-report")
+    assert code == 2
+    assert "were not asked about the same texts" in err
+    code, out, err = evaluated("--json", files[0], other, command="eval-report")
+    assert code == 0, err
+    pooled = json.loads(out)["differences"]
+    assert [each["prompts"] for each in pooled] == [6 for _ in one["differences"]]
+    assert [each["points"] for each in pooled] == [each["points"] for each in one["differences"]]
+    full, mine = (
+        [json.dumps(answer | {"text": text}) for answer in answers if answer["policy"] == policy]
+        for policy, text in (("full", "0"), ("hillinfer", "1"))
+    )
+    other.write_text("\n".join([*full, *mine]))
+    assert "were not asked about the same texts" in evaluated(other, command="eval-report")[2]
     code, out, err = evaluated(files[0], tmp_path / "none.jsonl", command="eval-report")
     assert code == 2
     assert err == f"hillinfer: cannot read {tmp_path / 'none.jsonl'}: No such file or directory\n"

@@ -183,7 +183,7 @@ def report_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Put the answers of several evaluations together: those of other lengths, or of interrupted runs.
+    """Put the answers of several evaluations together: of other lengths or seeds, or of interrupted runs.
 
     With --against, how much more of the answers were right than in other evaluations of the same prompts that
     differ in an option, such as --precision, with the 95 % interval.

@@ -26,7 +26,7 @@ class Answer:
     """One answer; prompt: the number of its context among those of its length.
 
     text: fingerprint of context and questions, which come from the interpreter's own sources: another
-    interpreter has other texts under the same number. "" in answers of before there was one.
+    interpreter, like another seed, has other texts under the same number.
     """
 
     policy: str

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _Z_95 = 1.96  # of the normal distribution, two-sided
 
-Key = tuple[int, str, int]
-"""What the answers of two policies have in common: context tokens, task, prompt."""
+Key = tuple[int, str, int, str]
+"""What the answers of two policies have in common: context tokens, task, prompt, fingerprint of the text."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def scores(answers: Iterable[Answer]) -> dict[Key, float]:
     """Return the mean score for each prompt; of one policy, budget and turn or of several questions."""
     by_prompt: dict[Key, list[float]] = defaultdict(list)
     for answer in answers:
-        by_prompt[answer.context_tokens, answer.task, answer.prompt].append(answer.score)
+        key = answer.context_tokens, answer.task, answer.prompt, answer.text
+        by_prompt[key].append(answer.score)
     return {key: sum(each) / len(each) for key, each in by_prompt.items()}
 
 
@@ -62,28 +63,23 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 def compare(
     policy: str, budget: str, mine: dict[Key, float], baseline: str, theirs: dict[Key, float]
 ) -> Difference | None:
-    """Return how `mine` differs from `theirs` over the prompts that both have; None without any."""
+    """Return how `mine` differs from `theirs` over the prompts that both have; None without any.
+
+    Raises InvalidInput where both have prompts of a length, and not one text in common.
+    """
     common = sorted(mine.keys() & theirs.keys())
     if not common:
+        if {key[0] for key in mine} & {key[0] for key in theirs}:
+            raise InvalidInput(
+                f"{policy} and {baseline} were not asked about the same texts (other seeds, turns or "
+                "tokenisers, another Python): their answers cannot be paired"
+            )
         return None
     points, low, high = (100 * each for each in interval([mine[key] - theirs[key] for key in common]))
-    lengths = tuple(sorted({tokens for tokens, _, _ in common}))
+    lengths = tuple(sorted({key[0] for key in common}))
     return Difference(
         policy, budget, baseline, lengths, round(points, 2), round(low, 2), round(high, 2), len(common)
     )
-
-
-def check_texts(answers: Iterable[Answer]) -> None:
-    """Raise InvalidInput where answers to one prompt were given to different texts."""
-    texts: dict[Key, str] = {}
-    for answer in answers:
-        if answer.text:
-            known = texts.setdefault((answer.context_tokens, answer.task, answer.prompt), answer.text)
-            if known != answer.text:
-                raise InvalidInput(
-                    f"prompt {answer.prompt} of {answer.context_tokens} tokens is not the same text in all "
-                    "files (other seeds, turns or tokenisers, another Python): they cannot be paired"
-                )
 
 
 def compare_files(
@@ -91,9 +87,8 @@ def compare_files(
 ) -> list[Difference]:
     """Compare the answers of `policy` in two evaluations, called `name` and `other`, by budget.
 
-    Raises InvalidInput where prompts of one number have different texts.
+    Raises InvalidInput as `compare` does.
     """
-    check_texts([*mine, *theirs])
     found = []
     for budget in dict.fromkeys(each.budget for each in mine if each.policy == policy):
         ours, others = (
@@ -108,14 +103,13 @@ def differences(answers: Sequence[Answer], baseline: str = "full") -> list[Diffe
     """Compare every other policy and budget with `baseline`: at each length, then over all lengths.
 
     A per cent is another number of tokens at each length, but the same budget. Raises InvalidInput as
-    `compare_files` does.
+    `compare` does.
     """
-    check_texts(answers)
     theirs = scores(answer for answer in answers if answer.policy == baseline)
     found = []
     for policy, budget in dict.fromkeys((a.policy, a.budget) for a in answers if a.policy != baseline):
         mine = scores(a for a in answers if (a.policy, a.budget) == (policy, budget))
-        lengths = sorted({tokens for tokens, _, _ in mine})
+        lengths = sorted({key[0] for key in mine})
         for pool in [{tokens} for tokens in lengths] + ([set(lengths)] if len(lengths) > 1 else []):
             part = {key: score for key, score in mine.items() if key[0] in pool}
             found.append(compare(policy, budget, part, baseline, theirs))
