@@ -23,7 +23,7 @@ ROUND = Profile(
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The times that were waited for, instead of waiting."""
     until: list[float] = []
-    monkeypatch.setattr(pacing, "_wait", until.append)
+    monkeypatch.setattr(pacing, "wait_until", until.append)
     return until
 
 
@@ -88,7 +88,7 @@ def test_the_smartssd_profile_is_that_of_the_facts() -> None:
 def test_a_wait_ends_at_its_time_and_not_before() -> None:
     for ahead in (-1, 0, 30e-6, 300e-6, 0.003):
         until = time.perf_counter() + ahead
-        pacing._wait(until)
+        pacing.wait_until(until)
         assert time.perf_counter() >= until
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hillinfer_core.errors import InvalidInput
+
 GB = 1e9
 
 
@@ -84,3 +86,19 @@ class Machine:
     def kernel_rate(self) -> float:
         """Bytes/s that the FPGA ranks from its own memory."""
         return min(self.fpga_memory_rate, self.kernel_clock * self.kernel_width)
+
+
+GPUS: dict[str, dict[str, float]] = {
+    "rtx4090": {},
+    # NVIDIA's datasheet of the H100 SXM: 80 GB, 3.35 TB/s, 989.4 dense TFLOPS in BF16, PCIe 5.0 x16; of that
+    # as large a share as of PCIe 4.0 above.
+    "h100": {"gpu_memory": 80 * GB, "gpu_bandwidth": 3350 * GB, "gpu_flops": 989.4e12, "gpu_link": 50 * GB},
+}
+"""What other GPUs than the nominal one have instead, by name."""
+
+
+def machine_with(gpu: str) -> Machine:
+    """Return the nominal machine with one of `GPUS` in it. Raises InvalidInput for another name."""
+    if gpu not in GPUS:
+        raise InvalidInput(f"no such GPU: {gpu}; there are {', '.join(GPUS)}")
+    return Machine(**GPUS[gpu])

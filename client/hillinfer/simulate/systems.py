@@ -101,12 +101,14 @@ def layer(
     if system is System.reload:
         cold = (1 - held) * work.kv
         upload = work.kv / machine.gpu_link
-        return replace(_gpu(work, machine, work.kv), upload=upload, scan_drive=cold / drive.read, moved=cold)
+        return replace(
+            compute(work, machine, work.kv), upload=upload, scan_drive=cold / drive.read, moved=cold
+        )
     uses_keys = system in (System.no_csd, System.hillinfer)
     mirror = max(0.0, held - work.alpha) / 2 if uses_keys else 0.0
     missing = misses(work.alpha, held - mirror, machine)
     selected = work.alpha * work.kv
-    base = replace(_gpu(work, machine, selected), upload=_upload(work, machine, selected), miss=missing)
+    base = replace(compute(work, machine, selected), upload=_upload(work, machine, selected), miss=missing)
     rows = missing * work.attended * work.streams
     key_bytes = work.key_bytes_per_token * work.tokens
     mirrored_tokens = int(mirror * work.kv / work.key_bytes_per_token)
@@ -187,7 +189,8 @@ def _ranked(base: Layer, work: Work, machine: Machine, cpu_tokens: int) -> Layer
     )  # fmt: skip
 
 
-def _gpu(work: Work, machine: Machine, attended: float) -> Layer:
+def compute(work: Work, machine: Machine, attended: float) -> Layer:
+    """Return what the GPU computes for one layer that attends to `attended` bytes of KV."""
     weights = 2 * work.model.parameters / work.model.layers
     room = (machine.gpu_memory - machine.gpu_reserve) / work.model.layers
     bandwidth = machine.gpu_bandwidth * machine.gpu_efficiency

@@ -6,11 +6,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from .profiles import Profile
+from hillinfer_core.wait import wait_until
 
-SPIN_S = 60e-6
-"""Waited for without sleeping: waking takes its time, and may be 50 us late besides (timer slack, prctl(2))
-unless Linux was told otherwise, as the worker does."""
+from .profiles import Profile
 
 
 class Pacing:
@@ -44,7 +42,7 @@ class Pacing:
 
     def load(self, started: float, nbytes: int) -> None:
         """Wait for a copy of ``nbytes`` from the host to the card's memory."""
-        _wait(started + _time(nbytes, self.profile.host_write))
+        wait_until(started + _time(nbytes, self.profile.host_write))
 
     def evaluate(self, started: float, parts: Sequence[tuple[int, bool]]) -> None:
         """Wait for a scan of ``parts`` in order: bytes of keys, and whether they come from NAND by P2P.
@@ -58,10 +56,10 @@ class Pacing:
                 arrived = self._use_nand(started, _time(nbytes, limit.p2p, limit.nand_read)) + limit.latency
                 scanned = max(scanned, arrived)
             scanned += _time(nbytes, limit.scan)
-        _wait(scanned)
+        wait_until(scanned)
 
     def _nand(self, started: float, busy: float) -> None:
-        _wait(self._use_nand(started, busy) + self.profile.latency)
+        wait_until(self._use_nand(started, busy) + self.profile.latency)
 
     def _use_nand(self, started: float, busy: float) -> float:
         with self._lock:
@@ -71,11 +69,3 @@ class Pacing:
 
 def _time(nbytes: int, *rates: float) -> float:
     return max((nbytes / rate for rate in rates if rate), default=0.0)
-
-
-def _wait(until: float) -> None:
-    left = until - time.perf_counter()
-    if left > SPIN_S:
-        time.sleep(left - SPIN_S)
-    while time.perf_counter() < until:
-        pass

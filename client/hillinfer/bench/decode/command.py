@@ -39,26 +39,38 @@ def decode_command(
     predictor: PredictorOption = Predictor.auto,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda and so on.")] = "cpu",
     dtype: Annotated[
-        str | None, typer.Option(help="Of weights and KV. [default: float32 on the CPU, else bfloat16]")
+        str | None,
+        typer.Option(help="Of weights and KV. [default: float32 for a CPU that computes, else bfloat16]"),
     ] = None,
     systems: Annotated[
         str | None,
         typer.Option(
             metavar="NAME[:DTYPE],...",
-            help="hillinfer, default and offloaded, caches of transformers. [default: on the CPU "
-            "hillinfer,default,default:bfloat16, else all three]",
+            help="hillinfer, default and offloaded, caches of transformers. [default: on a CPU that "
+            "computes hillinfer,default,default:bfloat16, else all three]",
         ),
     ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Drive that the pool is paced to: smartssd. [default: none]")
+    ] = None,
+    pace_compute: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPU",
+            help="Have the model's layers not compute but wait as long as the simulator says that GPU takes: "
+            "rtx4090 or h100. KV is made up. [default: they compute]",
+        ),
     ] = None,
     pool_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where the pool lies. [default: the daemon's usual place]"),
     ] = None,
     readings: Annotated[
-        int, typer.Option(min=0, help="Times that each reads the text; 0 for made-up KV instead.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=0, help="Times that each reads the text; 0 for made-up KV. [default: 1, paced none]"
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the systems take turns.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps in a round.")] = 16,
     time_limit: Annotated[
@@ -84,13 +96,17 @@ def decode_command(
 
     from hillinfer.bench.decode.measure import Plan, measure_cell
     from hillinfer.bench.decode.report import Rows, as_markdown, as_object
+    from hillinfer.bench.decode.stand_in import paced
     from hillinfer.bench.decode.subject import SHAPES, of_directory, of_shape
     from hillinfer.bench.decode.systems import NAMES, OFFLOADED, Setup
     from hillinfer.model_directory import bundled_model, device_named, dtype_named
 
     if shape is not None and (model is not None or shape not in SHAPES):
         raise InvalidInput(f"give --model or --shape, and of shapes one of {', '.join(SHAPES)}")
-    on_cpu = device_named(device) == "cpu"
+    on_cpu = device_named(device) == "cpu" and pace_compute is None
+    if pace_compute is not None and readings:
+        raise InvalidInput("a model that only waits reads no text: leave out --readings")
+    read = 1 if readings is None and pace_compute is None else readings or 0
     chosen = []
     usual = "hillinfer,default,default:bfloat16" if on_cpu else ",".join(NAMES)
     for each in (systems or usual).split(","):
@@ -100,15 +116,18 @@ def decode_command(
         if name == OFFLOADED and on_cpu:
             raise InvalidInput("an offloaded cache needs a GPU to be offloaded from: leave out offloaded")
         chosen.append((name, dtype_named(own or dtype or ("float32" if on_cpu else "bfloat16"))))
+    if pace_compute is not None and any(kind.itemsize != 2 for _, kind in chosen):
+        raise InvalidInput("a GPU's times are those of 2-byte weights and KV: leave out --dtype")
 
     subject = of_shape(shape) if shape is not None else of_directory(model or bundled_model())
     rows = Rows(keep)
     for tokens in parse_counts(context_tokens, "--context-tokens"):
         for sequences in parse_counts(batch, "--batch"):
-            plan = Plan(chosen, tokens, readings, rounds, steps, time_limit)
+            plan = Plan(chosen, tokens, read, rounds, steps, time_limit)
+            of_cell = subject if pace_compute is None else paced(subject, pace_compute, sequences)
             longest = plan.tokens(max(each.shape[1] for each in subject.questions))
             setup = Setup(
-                subject, device_named(device), sequences, budget, held, longest, profile, predictor.value,
+                of_cell, device_named(device), sequences, budget, held, longest, profile, predictor.value,
                 precision, pool_dir, trace,
             )  # fmt: skip
             measure_cell(setup, plan, _say, rows.put)

@@ -17,9 +17,9 @@ from hillinfer.bench.decode.systems import (
     ATTENDED,
     HILLINFER,
     HillInfer,
-    Plain,
     Setup,
     System,
+    plain,
 )
 from hillinfer.pipeline.trace import write_trace
 from hillinfer_core.errors import InvalidInput
@@ -127,7 +127,7 @@ def _open(setup: Setup, plan: Plan, stack: ExitStack, say: Say) -> list[System]:
         if dtype not in models:
             models[dtype] = setup.subject.load(dtype, setup.device)
         model = twin(models[dtype])  # attention and hooks are each one's own
-        system: System = HillInfer(setup, model) if name == HILLINFER else Plain(setup, name, model)
+        system: System = HillInfer(setup, model) if name == HILLINFER else plain(setup, name, model)
         stack.callback(system.close)
         systems.append(system)
         say(f"{name}, {_short(dtype)}: ready after {time.monotonic() - began:.1f} s")
@@ -158,7 +158,7 @@ def _attended(setup: Setup, running: Sequence[Measured], stack: ExitStack) -> li
         if isinstance(each.system, HillInfer):
             system = each.system
             each.decode(1, counted=False)
-            bare = Plain(setup, ATTENDED, system.bare)
+            bare = plain(setup, ATTENDED, system.bare)
             bare.begin()
             bare.fill(system.attended)
             stack.callback(bare.close)
@@ -195,12 +195,25 @@ def row(each: Measured, setup: Setup, plan: Plan) -> dict[str, Any]:
         "resident_bytes": sum(held.values()),
         "resident_without_keys_bytes": sum(held.values()) - keys,
         "resident": held,
+        "pace": _pace(each, steps),
         **_per_token(each, steps),
     }
 
 
+def _pace(each: Measured, steps: int) -> dict[str, float] | None:
+    """Compute of a step as the GPU's time has it and as it was; the share of layers that took longer."""
+    spent = each.spent
+    if "pace_layers" not in spent:
+        return None
+    return {
+        "wanted_ms": _ms(spent["pace_wanted_s"] / steps),
+        "took_ms": _ms(spent["pace_took_s"] / steps),
+        "late_share": round(spent["pace_late"] / spent["pace_layers"], 4),
+    }
+
+
 def _per_token(each: Measured, steps: int) -> dict[str, Any]:
-    spent = dict(each.spent)
+    spent = {name: total for name, total in each.spent.items() if not name.startswith("pace_")}
     selected, brought = spent.pop("selected", 0), spent.pop("brought", 0)
     told: dict[str, Any] = {"miss_rate": round(brought / selected, 4) if selected else None}
     if isinstance(each.system, HillInfer):

@@ -100,6 +100,7 @@ def as_markdown(told: dict[str, Any]) -> str:
         mine = [row for row in rows if tuple(row[name] for name in _CELL) == cell]
         parts.append(_table(dict(zip(_CELL, cell, strict=True)), mine))
         parts += [_compared(each) for each in told["ratios"] if tuple(each[name] for name in _CELL) == cell]
+        parts += [_paced(mine)] if any(row.get("pace") for row in mine) else []
     return "\n\n".join(parts)
 
 
@@ -152,6 +153,16 @@ def _compared(each: dict[str, Any]) -> str:
             f"in CPU time {client:.1f} ms of the client beyond the model's, {daemon:.1f} ms of the daemon"
         )
     return f"HillInfer, {each['budget']}: {', '.join(phrases)}."
+
+
+def _paced(rows: Sequence[Row]) -> str:
+    phrases = [
+        f"{row['system']} {pace['wanted_ms']:.1f} ms, took {pace['took_ms']:.1f} "
+        f"({pace['late_share']:.1%} of layers late)"
+        for row in rows
+        if (pace := row.get("pace"))
+    ]
+    return f"Compute of a step, as the GPU would take for it: {'; '.join(phrases)}."
 
 
 def _identity(row: Row) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from hillinfer.bench.decode.pace import Gpu
 from hillinfer.demo import make_demo
 from hillinfer.model_directory import ModelDirectory
 
@@ -53,6 +54,8 @@ class Subject:
     text: Callable[[int], torch.Tensor]
     questions: list[torch.Tensor]
     learnt: bool
+    gpu: Gpu | None = None
+    """Whose times a stand-in waits for; None for a model that computes."""
 
     @property
     def head_dim(self) -> int:

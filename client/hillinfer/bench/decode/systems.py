@@ -12,7 +12,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hillinfer.attachment import attach
+from hillinfer.bench.decode.pace import Gpu, Pace
 from hillinfer.bench.decode.processes import children, cpu_s
+from hillinfer.bench.decode.stand_in import CountedCache
 from hillinfer.bench.decode.subject import Subject, twin
 from hillinfer.bench.selections import step
 from hillinfer.hkm.cache import HierarchicalCache
@@ -116,7 +118,7 @@ class Plain:
 
     def spent(self) -> dict[str, float]:
         """See `System`."""
-        return {"client_cpu_s": time.process_time()}
+        return {"client_cpu_s": time.process_time()} | _pace(self._model)
 
     def held(self) -> dict[str, int]:
         """See `System`."""
@@ -130,6 +132,44 @@ class Plain:
     def close(self) -> None:
         """See `System`."""
         self._cache = DynamicCache()
+
+
+class Paced(Plain):
+    """The same of a stand-in: its cache holds nothing, and attention takes the time of all that it counts."""
+
+    def __init__(self, setup: Setup, name: str, model: PreTrainedModel, gpu: Gpu) -> None:
+        super().__init__(setup, name, model)
+        if name == DEFAULT:
+            gpu.check_room(setup.tokens)
+        self.begin()
+
+    def begin(self) -> None:
+        """See `System`."""
+        self._counted = CountedCache(self._setup.subject.config.num_hidden_layers, self.name == OFFLOADED)
+
+    def fill(self, tokens: int) -> None:
+        """See `System`."""
+        self._counted.fill(tokens)
+
+    def feed(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `System`."""
+        return step(self._model, self._counted, ids)
+
+    def held(self) -> dict[str, int]:
+        """See `System`; what it would be."""
+        setup = self._setup
+        counted = self._counted.get_seq_length()
+        where = "cpu" if self.name == OFFLOADED else "gpu"
+        return {where: setup.subject.numbers() * self.dtype.itemsize * counted * setup.batch}
+
+
+def plain(setup: Setup, name: str, model: PreTrainedModel) -> Plain:
+    """Return the system `name` with one of transformers' caches, or what stands for it under a pace.
+
+    Raises InvalidInput for KV that a paced GPU has no room for.
+    """
+    gpu = setup.subject.gpu
+    return Plain(setup, name, model) if gpu is None else Paced(setup, name, model, gpu)
 
 
 class HillInfer:
@@ -213,16 +253,20 @@ class HillInfer:
             for (lane, name), seconds in self.cache.pipeline.timeline.sums.items()
             if lane == MODEL
         }
-        return parts | {
-            "client_cpu_s": time.process_time(),
-            "daemon_cpu_s": cpu_s(self._daemon.pid),
-            "drive_cpu_s": sum(map(cpu_s, self._workers)),
-            "written_bytes": counters.written_bytes,
-            "read_bytes": counters.read_bytes,
-            "evaluated_bytes": counters.evaluated_bytes,
-            "selected": tally.selected,
-            "brought": tally.brought,
-        }
+        return (
+            _pace(self._model)
+            | parts
+            | {
+                "client_cpu_s": time.process_time(),
+                "daemon_cpu_s": cpu_s(self._daemon.pid),
+                "drive_cpu_s": sum(map(cpu_s, self._workers)),
+                "written_bytes": counters.written_bytes,
+                "read_bytes": counters.read_bytes,
+                "evaluated_bytes": counters.evaluated_bytes,
+                "selected": tally.selected,
+                "brought": tally.brought,
+            }
+        )
 
     def held(self) -> dict[str, int]:
         """See `System`; at the peak."""
@@ -266,6 +310,16 @@ def made_up(setup: Setup, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor
 def pieces(tokens: int) -> list[int]:
     """Return `tokens` as counts of `FILL_PIECE` and a rest."""
     return [min(FILL_PIECE, tokens - first) for first in range(0, tokens, FILL_PIECE)]
+
+
+def _pace(model: PreTrainedModel) -> dict[str, float]:
+    pace: Pace | None = getattr(model, "pace", None)
+    if pace is None:
+        return {}
+    return {
+        "pace_wanted_s": pace.wanted_s, "pace_took_s": pace.took_s,
+        "pace_layers": pace.layers, "pace_late": pace.late,
+    }  # fmt: skip
 
 
 def _settle(device: torch.device) -> None:
