@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from hillinfer.split.boundary import Stop, choose
 from hillinfer.split.controller import PROBE_EVERY, Controller, Times
 from hillinfer.split.estimates import Estimate
 from hillinfer.split.ranking import SplitRanking
+from hillinfer.split.trial import Taken, saved_s
 from hillinfer_core.errors import InvalidInput
 
 MIB = 1 << 20
@@ -150,9 +153,9 @@ def test_the_sides_finish_together_and_again_after_one_is_slowed_threefold(
         own, other = cpu.cpu_tokens * per_token, (tokens - cpu.cpu_tokens) * per_token
         times = clock.times(own, other)
         if own:
-            controller.saw(times)
+            controller.saw(times, max(times.cpu_s, times.drive_s), 0)
         else:
-            controller.saw_alone(other, times.drive_s, times.drive_scan_s)
+            controller.saw_alone(times.drive_s, 0)
         if cpu.stop is Stop.all_cpu:
             return 0.0  # and says so
         return clock.exact(own, other)
@@ -197,29 +200,103 @@ def test_waiting_in_a_queue_is_not_taken_for_the_rate() -> None:
     assert estimate.seconds(4000) == pytest.approx(6e-6)
 
 
-def test_either_way_of_ranking_is_looked_at_again() -> None:
-    """The drive alone while split, and the CPU by a probe while not; a split without gain ends."""
-    controller, tokens, per_token = Controller(), 32_768, 512
+class Layer:
+    """A layer on a simulated clock: how long a ranking takes alone and divided, at rows that come and go."""
 
-    def step(cpu_rate: float, alone_rate: float) -> int:
-        cpu = controller.choose(tokens, tokens, per_token)
-        controller.boundary = cpu
-        own, other = cpu.cpu_tokens * per_token, (tokens - cpu.cpu_tokens) * per_token
-        if not own or controller.is_due_alone():
-            whole = tokens * per_token / alone_rate
-            controller.saw_alone(tokens * per_token, whole, whole)
-            return -1 if own else 0
-        controller.saw(Times(own, own / cpu_rate, own / cpu_rate, other, other / 4e9, other / 4e9))
-        return cpu.cpu_tokens
+    tokens, per_token = 32_768, 512
 
-    first = [step(4e9, 4e9) for _ in range(PROBE_EVERY + 2)]
-    assert first[0] == 0
-    assert first[-1] in (tokens // 2, -1)
+    def __init__(self, **controller: Any) -> None:
+        self.controller = Controller(**controller)
+        self.alone_s, self.row_s, self.extra_s = 4e-3, 1e-6, 0.0
+        self.rng = np.random.default_rng(0)
+        self.taken: list[str] = []
+        self.seconds: list[float] = []
+
+    def step(self, rows: int = 0) -> None:
+        """Rank once; both sides scan as fast as one another."""
+        boundary = self.controller.boundary = self.controller.choose(self.tokens, self.tokens, self.per_token)
+        share, noise = boundary.cpu_tokens / self.tokens, self.rng.uniform(1.0, 1.02)
+        if not share or self.controller.is_due_alone():
+            self.taken.append("turn alone" if share else "alone")
+            self.seconds.append((self.alone_s + rows * self.row_s) * noise)
+            self.controller.saw_alone(self.seconds[-1], rows)
+            return
+        self.taken.append("probe" if boundary.stop is Stop.probe else "divided")
+        cpu_s, drive_s = share * 4e-3, (1 - share) * 4e-3
+        self.seconds.append((max(cpu_s, drive_s) + self.extra_s + rows * self.row_s) * noise)
+        own, other = (round(part * self.tokens * self.per_token) for part in (share, 1 - share))
+        self.controller.saw(Times(own, cpu_s, cpu_s, other, drive_s, drive_s), self.seconds[-1], rows)
+
+    def run(self, steps: int, rows: Sequence[int] = (0,)) -> list[str]:
+        before = len(self.taken)
+        for number in range(steps):
+            self.step(rows[number % len(rows)])
+        return self.taken[before:]
+
+
+def test_a_split_that_pays_stays_and_either_way_is_looked_at_again() -> None:
+    layer = Layer()
+    layer.run(20)
+    later = layer.run(10 * PROBE_EVERY)
+    assert layer.controller.boundary.cpu_tokens == pytest.approx(layer.tokens / 2, abs=256)
+    assert 0 < later.count("turn alone") < PROBE_EVERY
+    assert later.count("alone") == 0
     # Both share what they scan with: alone, the drive would be as fast as they are together.
-    later = [step(4e9, 8e9) for _ in range(10 * PROBE_EVERY)]
-    assert -1 in later
-    assert later.count(0) > 5 * PROBE_EVERY
-    assert tokens // 8 in later
+    layer.alone_s = 2e-3
+    layer.run(2 * PROBE_EVERY)
+    later = layer.run(10 * PROBE_EVERY)
+    assert later.count("alone") > 9 * PROBE_EVERY
+    assert later.count("divided") > 0
+    layer.alone_s = 4e-3
+    layer.run(2 * PROBE_EVERY)
+    assert layer.run(PROBE_EVERY).count("divided") > PROBE_EVERY / 2
+
+
+def test_a_split_whose_second_request_costs_more_than_it_saves_ends_with_its_trial() -> None:
+    layer, rng = Layer(), np.random.default_rng(1)
+    layer.extra_s = 3e-3
+    # As at alpha 20 %: many rows at first, then as the text has it; they take far longer than the ranking.
+    rows = [52_144, 19_665, 12_621, 8_221, *rng.integers(2_400, 13_800, 1000).tolist()]
+    layer.run(40, rows)
+    later = layer.run(4 * PROBE_EVERY, rows[40:])
+    assert later.count("divided") + later.count("probe") < 0.05 * len(later)
+    # The noise is 1 % in the mean; the looks at the other way cost less than another.
+    alone = layer.alone_s + layer.row_s * np.mean(rows[40 : 40 + len(later)])
+    assert np.mean(layer.seconds[-len(later) :]) < 1.02 * alone
+
+
+def test_a_split_must_save_more_to_begin_than_to_stay() -> None:
+    for saved, begins, stays in ((0.02, False, False), (0.075, False, True), (0.2, True, True)):
+        fresh, dividing = Layer(), Layer()
+        dividing.run(40)
+        for layer in (fresh, dividing):
+            layer.extra_s = layer.alone_s * (1 - saved) - 2e-3
+        assert ("divided" in fresh.run(2 * PROBE_EVERY)[40:PROBE_EVERY]) is begins
+        dividing.run(2 * PROBE_EVERY)
+        assert ("alone" not in dividing.run(PROBE_EVERY)) is stays
+
+
+def test_a_memory_limit_ends_a_trial_and_it_begins_again() -> None:
+    layer = Layer()
+    layer.run(8)
+    assert layer.controller.is_due_alone() or "divided" in layer.taken
+    boundary = layer.controller.choose(layer.tokens, 0, layer.per_token)
+    assert boundary.stop is Stop.memory
+    layer.run(20)
+    assert layer.taken[-1] == "divided"
+
+
+def test_what_is_saved_is_seen_at_the_same_rows() -> None:
+    rng = np.random.default_rng(0)
+
+    def rankings(fixed_s: float, rows: Sequence[int]) -> list[Taken]:
+        return [Taken(fixed_s + 1e-6 * each + rng.uniform(0, 1e-4), each) for each in rows]
+
+    few, many = rng.integers(2_000, 6_000, 5), rng.integers(8_000, 13_000, 5)
+    assert saved_s(rankings(4e-3, few), rankings(3e-3, many)) == pytest.approx(1e-3, abs=2e-4)
+    outlier = [*rankings(4e-3, few)[:4], Taken(0.1, 4_000)]
+    assert saved_s(outlier, rankings(3e-3, many)) == pytest.approx(1e-3, abs=3e-4)
+    assert saved_s(rankings(4e-3, [0] * 5), rankings(5e-3, [0] * 5)) == pytest.approx(-1e-3, abs=2e-4)
 
 
 def test_a_cache_grants_no_more_than_it_is_asked_for(session: Session) -> None:
@@ -292,20 +369,3 @@ def test_sequences_of_a_batch_are_split_each_by_itself(session: Session, share: 
             np.testing.assert_array_equal(mine.ids, whole.ids)
             np.testing.assert_array_equal(mine.rows, whole.rows)
     policy.close()
-
-
-def test_the_rows_that_the_first_ranking_alone_brings_do_not_make_a_split_worth_it() -> None:
-    controller, tokens, per_token = Controller(), 32_768, 512
-    whole, seen = tokens * per_token, []
-    for number in range(20):
-        boundary = controller.boundary = controller.choose(tokens, tokens, per_token)
-        seen.append(boundary)
-        own = boundary.cpu_tokens * per_token
-        if not own:
-            # All rows are missing at first, a few later.
-            controller.saw_alone(whole, 3e-3 if number else 10e-3, 1e-3)
-            continue
-        # Working together helps neither: they share what they scan with.
-        controller.saw(Times(own, 3e-3, 1e-3, whole - own, 3e-3, 1e-3))
-        controller.rows.add(2e-3)
-    assert [each.stop for each in seen[-10:]] == [Stop.no_gain] * 10

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hillinfer.split.boundary import BLOCK_TOKENS, LEAST_GAIN, Boundary, Stop, choose
-from hillinfer.split.estimates import Estimate, Latest
+from hillinfer.split.estimates import Estimate
+from hillinfer.split.trial import Taken, Trial
 
 PROBE_EVERY = 128
 """Rankings in one way, alone or together, after which the other is looked at again. Our choice."""
@@ -39,22 +40,25 @@ class Controller:
     """The boundary of one layer. Not thread-safe.
 
     Layers differ: a drive may hold the keys of one in fast memory and stream those of another. share: of the
-    tokens, the CPU's, fixed; None to have it follow the measured speeds. least_gain: as `choose` of
-    boundary.py has it. turn: the layer's number, so that not all look at the other way in one step.
+    tokens, the CPU's, fixed; None to have it follow the measured speeds, and to divide only while that pays:
+    where the sides' estimates promise something, a `Trial` of whole rankings decides. least_gain: share of a
+    ranking alone that dividing must save, half of it once it is divided; negative to divide always. turn:
+    the layer's number, so that not all look at the other way in one step.
     """
 
     def __init__(self, share: float | None = None, least_gain: float = LEAST_GAIN, turn: int = 0) -> None:
         self.share = share
-        self.cpu, self.drive, self.alone = Estimate(), Estimate(), Estimate()
-        """Of both sides while both work, and of the drive alone, its rows included."""
-        self.rows = Latest()
-        """Seconds of the second request, for rows."""
+        self.cpu, self.drive = Estimate(), Estimate()
+        """Of both sides while both work."""
         self.boundary = Boundary(0, Stop.no_gain, 0.0, 0.0)
         """Of the latest ranking; set by whoever ranks."""
         self._least_gain = least_gain
-        self._split = False
-        self._turn = turn
-        self._in_a_row = 0  # rankings of the kind that the last one was
+        self._every = PROBE_EVERY + turn % PROBE_EVERY
+        self._alone = 0  # rankings by the drive alone, all
+        self._pays = least_gain < 0
+        self._trial: Trial | None = None
+        self._due_in = 0  # rankings until the other way is looked at
+        self._probed = False  # whether the CPU was seen since then
 
     def choose(self, tokens: int, limit: int, bytes_per_token: int) -> Boundary:
         """Choose for a ranking of ``tokens``, at most ``limit`` of them the CPU's.
@@ -68,37 +72,63 @@ class Controller:
                 self.drive.seconds((tokens - cpu) * bytes_per_token),
             )
             return Boundary(cpu, Stop.fixed, *times)
-        # The first ranking alone brings every row of its selection: a split would seem to save all that.
-        if self.alone.observations < _PROBES or min(limit, tokens - BLOCK_TOKENS) < BLOCK_TOKENS:
+        # The first rankings bring code, keys and rows into the caches.
+        if self._alone < _PROBES or min(limit, tokens - BLOCK_TOKENS) < BLOCK_TOKENS:
+            self._trial = None
             return Boundary(0, Stop.memory if limit < BLOCK_TOKENS <= tokens else Stop.no_gain, 0, 0)
-        if self.cpu.observations < _PROBES or (not self._split and self._is_due()):
-            probe = min(limit, tokens // _PROBE_SHARE) // BLOCK_TOKENS * BLOCK_TOKENS
-            return Boundary(max(BLOCK_TOKENS, probe), Stop.probe, 0, 0)
-        current = self.boundary.cpu_tokens
-        alone_s, extra_s = self.alone.seconds(tokens * bytes_per_token), self.rows.median
-        return choose(
-            tokens, current, limit, bytes_per_token, self.cpu, self.drive, alone_s, extra_s, self._least_gain
-        )
+        if self.cpu.observations < _PROBES:
+            return self._probe(tokens, limit)
+        follow = self._balanced(tokens, limit, bytes_per_token, -1.0)
+        if self._trial is not None or self._least_gain < 0:
+            return follow
+        if self._due_in:
+            return follow if self._pays else Boundary(0, Stop.no_gain, 0, 0)
+        if not self._pays:
+            if not self._probed:
+                return self._probe(tokens, limit)
+            promised = self._balanced(tokens, limit, bytes_per_token, self._least_gain)
+            if not promised.cpu_tokens:
+                self._settle()
+                return promised
+        self._trial = Trial()
+        return follow
+
+    def _probe(self, tokens: int, limit: int) -> Boundary:
+        probe = min(limit, tokens // _PROBE_SHARE) // BLOCK_TOKENS * BLOCK_TOKENS
+        return Boundary(max(BLOCK_TOKENS, probe), Stop.probe, 0, 0)
+
+    def _balanced(self, tokens: int, limit: int, bytes_per_token: int, least_gain: float) -> Boundary:
+        # Ranking only: what the second request costs, and whether the drive is faster alone, a trial shows.
+        alone_s, current = self.drive.seconds(tokens * bytes_per_token), self.boundary.cpu_tokens
+        return choose(tokens, current, limit, bytes_per_token, self.cpu, self.drive, alone_s, 0.0, least_gain)
 
     def is_due_alone(self) -> bool:
-        """Whether the drive is to rank everything once, to see what that takes while the CPU does nothing."""
-        follows = self.share is None and self._least_gain >= 0
-        return follows and self._split and self._is_due()
+        """Whether the drive is to rank everything all the same, to see what that takes."""
+        return self._trial is not None and self._trial.alone_is_next
 
-    def _is_due(self) -> bool:
-        return self._in_a_row >= PROBE_EVERY + self._turn % PROBE_EVERY
+    def saw_alone(self, seconds: float, rows: int) -> None:
+        """Learn from a whole ranking by the drive alone that missed so many ``rows``."""
+        self._alone += 1
+        if self._trial is not None:
+            self._trial.alone.append(Taken(seconds, rows))
+        self._decide()
 
-    def saw_alone(self, nbytes: int, waited_s: float, scan_s: float) -> None:
-        """Learn from a ranking of ``nbytes`` by the drive alone."""
-        self.alone.observe(nbytes, waited_s, scan_s)
-        self._count(split=False)
-
-    def saw(self, times: Times) -> None:
-        """Learn from a ranking by both."""
+    def saw(self, times: Times, seconds: float, rows: int) -> None:
+        """Learn from a whole ranking by both that missed so many ``rows``."""
         self.cpu.observe(times.cpu_bytes, times.cpu_s, times.cpu_scan_s)
         self.drive.observe(times.drive_bytes, times.drive_s, times.drive_scan_s)
-        self._count(split=True)
+        self._probed = True
+        if self._trial is not None:
+            self._trial.together.append(Taken(seconds, rows))
+        self._decide()
 
-    def _count(self, split: bool) -> None:
-        self._in_a_row = 1 + (self._in_a_row if split is self._split else 0)
-        self._split = split
+    def _decide(self) -> None:
+        self._due_in = max(0, self._due_in - 1)
+        if self._trial is not None and self._trial.over:
+            needed = self._least_gain / 2 if self._pays else self._least_gain
+            self._pays = self._trial.saved() >= needed
+            self._trial = None
+            self._settle()
+
+    def _settle(self) -> None:
+        self._due_in, self._probed = self._every, False

@@ -181,9 +181,7 @@ class SplitRanking:
     ) -> list[Brought]:
         began = time.monotonic()
         brought = session.evaluate_and_bring(layer, items)
-        waited_s = time.monotonic() - began
-        asked = sum((item.end - item.first) * _token_bytes(item) for item in items)
-        controller.saw_alone(asked, waited_s, sum(each.scan_s for each in brought))
+        controller.saw_alone(time.monotonic() - began, _rows(brought))
         self.latest = None
         return brought
 
@@ -221,16 +219,14 @@ class SplitRanking:
             drive_s,
             sum(each.scan_s for each in ranked),
         )
-        controller.saw(times)
         self.latest = times
         if asked:
             self._imbalance.setdefault(layer, Latest()).add(times.imbalance)
-        ranked_at = time.monotonic()
         brought = [
             self._finish(session, layer, item, mirrors[at], host.ranked[at], answers.get(at))
             for at, item in enumerate(items)
         ]
-        controller.rows.add(time.monotonic() - ranked_at)
+        controller.saw(times, time.monotonic() - began, _rows(brought))
         return brought
 
     def _mirror(self, layer: int, item: EvaluateItem, start: int) -> Mirror:
@@ -294,6 +290,10 @@ class SplitRanking:
         generation = mirror.generation if drive is None else drive.generation
         scanned = 0 if drive is None else drive.evaluated_bytes
         return Brought(best.ids, counts, rows, generation, scanned, read, best.scores)
+
+
+def _rows(brought: Sequence[Brought]) -> int:
+    return sum(sum(each.missing_per_head) for each in brought)
 
 
 def _within(nbytes: int, of_a_token: int) -> int:
