@@ -2,152 +2,210 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
 
-from hillinfer.context import Context
+from hillinfer.bench.selections import step
 from hillinfer.evaluation import EvaluateItem
-from hillinfer.hkm.hot_pool import HotPool
-from hillinfer.hkm.pools import Pools
-from hillinfer.hkm.slots import EMPTY, Slots
+from hillinfer.hkm.cache import HierarchicalCache
+from hillinfer.hkm.decode import bring
+from hillinfer.hkm.layer import HierarchicalLayer
+from hillinfer.hkm.policy import ColdPoolRanking
+from hillinfer.pipeline.query import decoder_layers
+from hillinfer.session import Brought, Session
 
 Ids = npt.NDArray[np.uint32]
 
 _FEW_TOKENS = 64
 
 
+class Between:
+    """Works between the layers of a model, as a step does: neither finds what it left in the caches."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._work: Callable[[int], None] | None = None
+        self._worked_s = 0.0
+        self._hooks = [
+            layer.register_forward_pre_hook(self._hook(number), prepend=True)
+            for number, layer in enumerate(decoder_layers(model))
+        ]
+
+    def step(self, cache: Any, token: torch.Tensor, work: Callable[[int], None]) -> float:
+        """Return the seconds of a step of `token` without those of `work`, done before each layer. Blocks."""
+        self._work, self._worked_s = work, 0.0
+        began = perf_counter()
+        step(self._model, cache, token)
+        seconds = perf_counter() - began - self._worked_s
+        self._work = None
+        return seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, number: int) -> Callable[..., None]:
+        def before(*_: Any) -> None:
+            if self._work is not None:
+                began = perf_counter()
+                self._work(number)
+                self._worked_s += perf_counter() - began
+
+        return before
+
+
+class Times:
+    """Seconds by kind, of each layer in turn. Layers differ, and some take long: a step is their sum."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._seconds: dict[str, list[float]] = {}
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Count what one layer took."""
+        self._seconds.setdefault(kind, []).append(seconds)
+
+    def of_step(self, kind: str) -> float:
+        """Return the seconds of all layers: the median of the steps."""
+        seconds, layers = self._seconds[kind], self._layers
+        return median(sum(seconds[at : at + layers]) for at in range(0, len(seconds), layers))
+
+    def forget(self) -> None:
+        """Count nothing of what there was so far."""
+        self._seconds.clear()
+
+
 @dataclass(frozen=True)
 class Asking:
-    """Seconds of asking the daemon: for the turn, a token ranked, an id selected, a row brought."""
+    """Seconds of a step's questions to the daemon: turns, tokens ranked, ids selected, rows brought."""
 
     turn: float
-    token: float
+    tokens: float
     selected: float
-    row: float
-
-    def seconds(self, tokens: int, selected: int, rows: float) -> float:
-        """Of one turn; ids and rows through all heads."""
-        return self.turn + self.token * tokens + self.selected * selected + self.row * rows
+    rows: float
 
 
-@dataclass(frozen=True)
-class Placing:
-    """Seconds of a layer's `admit`, `fill` and `settle`: for a call, an id selected, and a row brought."""
+class Questions(ColdPoolRanking):
+    """Ranks as HillInfer does, and notes what is asked."""
 
-    call: float
-    selected: float
-    row: float
+    def __init__(self) -> None:
+        self.latest: dict[int, EvaluateItem] = {}
+        """By layer."""
 
-    def seconds(self, selected: int, rows: float) -> float:
-        """Of one layer; ids and rows through all heads."""
-        return self.call + self.selected * selected + self.row * rows
+    def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought] | None:
+        """See `SelectionPolicy.select`; of one sequence."""
+        (self.latest[layer],) = items
+        return super().select(session, layer, items)
 
 
 class AskingTimer:
-    """Times turns of four kinds; `sample` between the steps that are predicted, so both see the same load.
+    """Times questions that the steps put, again and each time with less in them."""
 
-    Each turn is about the layer after that of the turn before, as in a step: none finds its own in caches.
-    """
+    def __init__(self, session: Session, questions: Questions, layers: int) -> None:
+        self._session, self._questions = session, questions
+        self._selected: dict[int, Ids] = {}
+        self.times = Times(layers)
+        self.kinds: Sequence[Callable[[int], None]] = (self.whole, self.kept, self.one, self.few)
+        """In this order; each asks about a layer, and notes how long that took."""
 
-    def __init__(self, context: Context, query: npt.NDArray[np.float32], k: int, held: int) -> None:
-        heads, past = context.shape.kv_heads, context.flushed(0)
-        self._context, self._query, self._heads = context, query, heads
-        self._tokens = past // 2
-        self._k = max(2, min(k, self._tokens // 2))
-        self._nothing = np.full((heads, max(held, self._k)), EMPTY, np.uint32)
-        self._layer = 0
-        self._times: list[tuple[float, float, float, float]] = []
+    def whole(self, layer: int) -> None:
+        """Ask the same."""
+        self._selected[layer] = self._ask("whole", layer, self._questions.latest[layer]).copy()
 
-    def _turn(self, tokens: int, k: int, held: Ids) -> tuple[float, Ids]:
-        item = EvaluateItem(self._context, self._query, k, 0, tokens, held)
+    def kept(self, layer: int) -> None:
+        """Ask the same, with the rows of all winners held."""
+        item = self._questions.latest[layer]
+        held = np.concatenate([item.held, self._selected[layer]], axis=1)
+        self._ask("kept", layer, item._replace(held=held))
+
+    def one(self, layer: int) -> None:
+        """Rank as many tokens for one winner, which is held or is not."""
+        self._ask("one", layer, self._questions.latest[layer]._replace(k=1))
+
+    def few(self, layer: int) -> None:
+        """Rank a few tokens for one winner."""
+        item = self._questions.latest[layer]
+        self._ask("few", layer, item._replace(k=1, end=min(item.end, item.first + _FEW_TOKENS)))
+
+    def _ask(self, kind: str, layer: int, item: EvaluateItem) -> Ids:
         began = perf_counter()
-        (brought,) = self._context.session.evaluate_and_bring(self._layer, [item])
-        return perf_counter() - began, brought.ids
-
-    def _go_on(self) -> None:
-        self._layer = (self._layer + 1) % self._context.shape.layers
-
-    def sample(self) -> None:
-        """Take one measurement of each kind. Blocks."""
-        few, _ = self._turn(_FEW_TOKENS, 1, self._nothing)
-        self._go_on()
-        one, _ = self._turn(self._tokens, 1, self._nothing)
-        self._go_on()
-        missing, ids = self._turn(self._tokens, self._k, self._nothing)
-        all_held = self._nothing.copy()
-        all_held[:, : ids.shape[1]] = ids
-        # Of the same layer again, when the others have been asked about meanwhile.
-        for _ in range(1, self._context.shape.layers):
-            self._go_on()
-            self._turn(self._tokens, 1, self._nothing)
-        self._go_on()
-        kept, _ = self._turn(self._tokens, self._k, all_held)
-        self._go_on()
-        self._times.append((few, one, kept, missing))
+        (brought,) = self._session.evaluate_and_bring(layer, [item])
+        self.times.add(kind, perf_counter() - began)
+        return brought.ids
 
     def result(self) -> Asking:
-        """Differences of medians; those that vanish in the noise are 0."""
-        few, one, kept, missing = (median(each) for each in zip(*self._times, strict=True))
-        token = max(0.0, one - few) / (self._tokens - _FEW_TOKENS)
-        ids = self._heads * (self._k - 1)
-        return Asking(few, token, max(0.0, kept - one) / ids, max(0.0, missing - kept) / ids)
+        """Return the parts of a step's questions; those that vanish in the noise are 0."""
+        few, one, kept, whole = map(self.times.of_step, ("few", "one", "kept", "whole"))
+        return Asking(few, max(0.0, one - few), max(0.0, kept - one), max(0.0, whole - kept))
 
 
-class PlacingTimer:
-    """Times pools of their own, as many `layers` and of the shape of those of the steps that are predicted.
+class SelectingTimer:
+    """Times what the client does to select for a layer: divide memory, put the question, place, settle.
 
-    A layer's pools are placed in after those of all others, as in a step: none finds its own in the caches.
+    A cache replays the selections of the steps that are predicted, a step behind them; whoever answers does
+    it at once, and is not counted. nothing: a cache of which nothing is ranked, as in `Layer.client`.
     """
 
-    def __init__(self, slots: Slots, hot: HotPool, layers: int) -> None:
-        heads, dim, k, rows = slots.keys.shape[1], slots.keys.shape[3], slots.selected, hot.capacity
-        self._heads, self._k, self._dtype = heads, max(2, k), hot.rows.dtype
-        self._row = (2, dim)
-        self._tokens = max(int(slots.lengths[0]), 4 * self._k)
-        self._pools = [self._made(slots, self._k, rows) for _ in range(layers)]
-        self._of_one = [self._made(slots, 1, rows) for _ in range(layers)]
-        self._next = 0
-        self._times: list[tuple[float, float, float]] = []
-        self._one = self._selection()[:1]
-        self._place(self._of_one, self._one)
-        self._place(self._pools, self._selection())
+    def __init__(self, cache: HierarchicalCache, nothing: HierarchicalCache, query: torch.Tensor) -> None:
+        self._cache, self._nothing, self._query = cache, nothing, query
+        self._answers = _Answers()
+        cache.policy = self._answers
+        self.times = Times(len(cache.full_layers))
+        self.kinds: Sequence[Callable[[int], None]] = (self.of_nothing, self.of_selection)
+        """Each selects for a layer, and notes how long that took."""
 
-    def _made(self, like: Slots, selected: int, rows: int) -> Pools:
-        heads, dim = self._heads, self._row[1]
-        pools = Pools(
-            Slots(1, heads, dim, like.sinks, like.recent, like.keys), HotPool(1, heads, dim, self._dtype)
-        )
-        pools.slots.resize(selected)
-        pools.hot.resize(rows)
-        pools.slots.lengths[0] = self._tokens
-        return pools
+    def follow(self, cache: HierarchicalCache) -> None:
+        """Have the next selections be those that `cache` made in its latest step."""
+        for mine, theirs in zip(self._cache.full_layers, cache.full_layers, strict=True):
+            if not mine.is_initialized:
+                like = theirs.slots.keys[:, :, :1]
+                mine.lazy_initialization(like, like)
+            mine.slots.lengths[:] = theirs.slots.lengths
+            self._answers.ids[mine.index] = np.sort(theirs.slots.ids[0], axis=1)
 
-    def _place(self, layers: Sequence[Pools], ids: Ids) -> float:
-        """Place in each in turn, and return the seconds of one."""
-        rows = np.zeros((self._heads * len(ids), *self._row), self._dtype)
+    def of_nothing(self, layer: int) -> None:
+        """Select nothing."""
+        self._select("nothing", self._nothing.full_layers[layer])
+
+    def of_selection(self, layer: int) -> None:
+        """Select what is to be followed."""
+        self._select("selection", self._cache.full_layers[layer])
+
+    def _select(self, kind: str, layer: HierarchicalLayer) -> None:
+        self._answers.spent_s = 0.0
         began = perf_counter()
-        for pools in layers:
-            missing = pools.admit(0, [ids] * self._heads)
-            pools.fill(0, missing.places, rows[: len(missing.ids)])
-            pools.settle()
-        return (perf_counter() - began) / len(layers)
+        bring(layer, self._query, 1.0)
+        layer.pools.settle()
+        layer.cache.account()
+        self.times.add(kind, perf_counter() - began - self._answers.spent_s)
 
-    def _selection(self) -> Ids:
-        return np.sort(np.arange(self._next, self._next + self._k) % self._tokens).astype(np.uint32)
+    def result(self) -> float:
+        """Seconds of a step's layers, less those of selecting nothing; 0 where that vanishes in the noise."""
+        return max(0.0, self.times.of_step("selection") - self.times.of_step("nothing"))
 
-    def sample(self) -> None:
-        """Place one token that is there, as many as a step selects that are there, and half of them anew."""
-        one, kept = self._place(self._of_one, self._one), self._place(self._pools, self._selection())
-        self._next += self._k // 2
-        self._times.append((one, kept, self._place(self._pools, self._selection())))
 
-    def result(self) -> Placing:
-        """Differences of medians; those that vanish in the noise are 0."""
-        one, kept, moved = (median(each) for each in zip(*self._times, strict=True))
-        selected = max(0.0, kept - one) / (self._heads * (self._k - 1))
-        return Placing(one, selected, max(0.0, moved - kept) / (self._heads * (self._k // 2)))
+class _Answers:
+    """A `SelectionPolicy` that answers for the daemon, with `ids` uint32 [kv_heads, k] for each layer."""
+
+    def __init__(self) -> None:
+        self.ids: dict[int, Ids] = {}
+        self.spent_s = 0.0
+
+    def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought]:
+        began = perf_counter()
+        (item,), ids, shape = items, self.ids[layer], items[0].context.shape
+        missing = [int((~np.isin(wanted, item.held[head])).sum()) for head, wanted in enumerate(ids)]
+        rows = np.ones((sum(missing), 2, shape.head_dim), shape.dtype.storage)
+        self.spent_s += perf_counter() - began
+        return [Brought(ids, missing, rows, 0, 0, 0)]

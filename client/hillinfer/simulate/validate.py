@@ -1,8 +1,9 @@
 """`hillinfer simulate --validate`: decode steps of this machine, predicted and measured, in one run.
 
-The parts are measured alone (`parts`, and the model with a cache of the attended tokens only), between
-the steps that they predict; what the client does for a layer besides, on a text that its pinned tokens
-hold. The events of `step.build` put them together; nothing is fitted to a measured step.
+The parts are measured alone, between the steps that they predict. Turns to the daemon, and selecting with
+answers that are there at once, take turns with the layers of a model that has a plain cache of as many tokens
+as are attended, and is timed without them; what the client does for a layer besides, on a text that its
+pinned tokens hold. The events of `step.build` put them together; nothing is fitted to a measured step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -25,7 +25,7 @@ from hillinfer.prefill import chunks
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.progress import Progress, silent
 from hillinfer.session import Session
-from hillinfer.simulate.parts import AskingTimer, PlacingTimer
+from hillinfer.simulate.parts import AskingTimer, Between, Questions, SelectingTimer
 from hillinfer.simulate.step import build
 from hillinfer.simulate.systems import Layer
 
@@ -55,7 +55,7 @@ def compare(
         make_demo(directory.tokenizer, context_tokens).context, return_tensors="pt"
     ).input_ids
     text = model.config.get_text_config(decoder=True)
-    query = np.random.default_rng(0).standard_normal((text.num_attention_heads, text.head_dim), np.float32)
+    layers = text.num_hidden_layers
     measured: list[float] = []
     computing: list[float] = []
     beside: list[float] = []
@@ -63,35 +63,41 @@ def compare(
         PrivateDaemon() as daemon,
         Session.connect(daemon.socket, name="hillinfer simulate") as session,
         attach(model, session=session, budget=budget, resident="256MiB", predictor="exact") as attachment,
+        Between(model) as attached, Between(plain) as bare,
         torch.inference_mode(),
         progress("reading", ids.shape[1] + steps) as advance,
-    ):
+    ):  # fmt: skip
         cache, tiny = attachment.new_cache(), attachment.new_cache()
         for part in chunks(ids.shape[1]):
             token = step(model, cache, ids[:, part])
             advance(part.stop)
         step(model, tiny, ids[:, :_SHORT])
-        for _ in range(WARM):
-            token = step(model, cache, token)
-        layer = cache.full_layers[0]
-        short, tiny_plain = _plain(plain, ids[:, : layer.slots.attended]), _plain(plain, ids[:, :_SHORT])
-        (context,) = cache.contexts
-        asking = AskingTimer(context, query, layer.slots.selected, layer.slots.selected + layer.hot.capacity)
-        placing = PlacingTimer(layer.slots, layer.hot, len(cache.full_layers))
-        selected, brought = cache.tally.selected, cache.tally.brought
-        before = dict(cache.pipeline.timeline.sums)
-        for number in range(steps - WARM):
+        cache.policy = questions = Questions()
+        token = step(model, cache, token)
+        attended = cache.full_layers[0].slots.attended
+        short, tiny_plain = _plain(plain, ids[:, :attended]), _plain(plain, ids[:, :_SHORT])
+        asking = AskingTimer(session, questions, layers)
+        query = torch.from_numpy(questions.latest[0].query)[None, :, None]
+        selecting = SelectingTimer(attachment.new_cache(), tiny, query)
+        kinds = (*asking.kinds, *selecting.kinds)
+        for number in range(steps):
+            if number == WARM:
+                asking.times.forget()
+                selecting.times.forget()
+                selected, brought = cache.tally.selected, cache.tally.brought
+                before = dict(cache.pipeline.timeline.sums)
             took, following = _timed(model, cache, token)
-            measured.append(took)
-            asking.sample()
-            placing.sample()
-            computing.append(_timed(plain, short, token)[0])
+            selecting.follow(cache)
+            parts = [bare.step(short, token, kind) for kind in kinds]
+            short.crop(-len(kinds))
+            if number >= WARM:
+                measured.append(took)
+                computing += parts
             if number < 8:  # of the pinned tokens' room, so that nothing is ranked
-                alone, _ = _timed(plain, tiny_plain, token)
-                beside.append(_timed(model, tiny, token)[0] - alone)
+                alone = bare.step(tiny_plain, token, asking.few)
+                beside.append(attached.step(tiny, token, asking.few) - alone)
             token = following
-            advance(ids.shape[1] + WARM + number)
-        layers = text.num_hidden_layers
+            advance(ids.shape[1] + number)
         taken = (cache.tally.selected - selected) / len(measured) / layers
         misses = (cache.tally.brought - brought) / len(measured) / layers
         spent_s = {
@@ -99,20 +105,19 @@ def compare(
             for (lane, name), total in cache.pipeline.timeline.sums.items()
             if lane == MODEL
         }
-        past = context.flushed(0)
-    ask, place, model_s = asking.result(), placing.result(), median(computing)
+    ask, model_s = asking.result(), median(computing)
     one = Layer(
         project=model_s / layers / 4, attend=model_s / layers * 3 / 4, weights=0, upload=0,
-        client=max(0.0, median(beside)) / layers, delay=ask.turn,
-        scan_card=past * ask.token + taken * ask.selected, fetch=misses * ask.row,
-        place=place.seconds(round(taken), misses),
+        client=max(0.0, median(beside)) / layers, delay=ask.turn / layers,
+        scan_card=(ask.tokens + ask.selected) / layers, fetch=ask.rows / layers,
+        place=selecting.result() / layers,
     )  # fmt: skip
     simulation, _ = build(one, layers, Predictor.exact)
     predicted, found = simulation.run(), median(measured)
     return {
         "context_tokens": int(ids.shape[1]), "budget": budget, "steps": len(measured),
         "selected_per_layer": taken, "misses_per_layer": misses, "layers": layers,
-        "model_s": model_s, "layer": vars(one), "asking_s": vars(ask), "placing_s": vars(place),
+        "model_s": model_s, "layer": vars(one), "asking_s": vars(ask),
         "measured_s": found, "measured_range_s": [min(measured), max(measured)], "predicted_s": predicted,
         "measured_parts_s": spent_s,
         "ratio": predicted / found, "within_aim": abs(predicted / found - 1) <= WITHIN,
