@@ -18,10 +18,10 @@ from kv_rows import random_kv, random_query
 
 from hillinfer import DType, EvaluateItem, Precision, PrivateDaemon, Session, Shape
 from hillinfer.split.boundary import Stop, choose
-from hillinfer.split.controller import PROBE_EVERY, Controller, Times
+from hillinfer.split.controller import MOST_EVERY, PROBE_EVERY, Controller, Times
 from hillinfer.split.estimates import Estimate
 from hillinfer.split.ranking import SplitRanking
-from hillinfer.split.trial import Taken, saved_s
+from hillinfer.split.trial import SETTLING, TURNS, Taken, Trial, saved_s
 from hillinfer_core.errors import InvalidInput
 
 MIB = 1 << 20
@@ -248,8 +248,18 @@ def test_a_split_that_pays_stays_and_either_way_is_looked_at_again() -> None:
     assert later.count("alone") > 9 * PROBE_EVERY
     assert later.count("divided") > 0
     layer.alone_s = 4e-3
-    layer.run(2 * PROBE_EVERY)
+    layer.run(MOST_EVERY + PROBE_EVERY)
     assert layer.run(PROBE_EVERY).count("divided") > PROBE_EVERY / 2
+
+
+def test_where_dividing_does_not_pay_it_is_tried_less_and_less() -> None:
+    layer, of_a_trial = Layer(), SETTLING + TURNS
+    layer.extra_s = 3e-3
+    layer.run(30)
+    assert layer.taken.count("divided") == of_a_trial
+    first, later = layer.run(4 * PROBE_EVERY), layer.run(4 * MOST_EVERY)
+    assert first.count("divided") == 2 * of_a_trial
+    assert 3 * of_a_trial <= later.count("divided") <= 5 * of_a_trial
 
 
 def test_a_split_whose_second_request_costs_more_than_it_saves_ends_with_its_trial() -> None:
@@ -284,6 +294,16 @@ def test_a_memory_limit_ends_a_trial_and_it_begins_again() -> None:
     assert boundary.stop is Stop.memory
     layer.run(20)
     assert layer.taken[-1] == "divided"
+
+
+def test_how_a_trial_begins_does_not_count() -> None:
+    trial, together = Trial(), itertools.chain([9e-3, 6e-3, 5e-3], itertools.repeat(2e-3))
+    while not trial.over:
+        if trial.alone_is_next:
+            trial.alone.append(Taken(4e-3, 0))
+        else:
+            trial.together.append(Taken(next(together), 0))
+    assert trial.saved() == pytest.approx(0.5)
 
 
 def test_what_is_saved_is_seen_at_the_same_rows() -> None:

@@ -11,6 +11,10 @@ from hillinfer.split.trial import Taken, Trial
 PROBE_EVERY = 128
 """Rankings in one way, alone or together, after which the other is looked at again. Our choice."""
 
+MOST_EVERY = 1024
+"""At most as many, each time twice as many as before while dividing does not pay: a look shrinks the hot pool
+for its mirrored keys. Our choice."""
+
 _PROBES = 3  # in each way, at first: one of them also brings code, keys or rows into the caches
 
 _PROBE_SHARE = 8  # a probe is of an eighth of the tokens: of much less, what is fixed in a scan is most
@@ -53,7 +57,8 @@ class Controller:
         self.boundary = Boundary(0, Stop.no_gain, 0.0, 0.0)
         """Of the latest ranking; set by whoever ranks."""
         self._least_gain = least_gain
-        self._every = PROBE_EVERY + turn % PROBE_EVERY
+        self._turn = turn % PROBE_EVERY
+        self._every = PROBE_EVERY // 2
         self._alone = 0  # rankings by the drive alone, all
         self._pays = least_gain < 0
         self._trial: Trial | None = None
@@ -131,4 +136,5 @@ class Controller:
             self._settle()
 
     def _settle(self) -> None:
-        self._due_in, self._probed = self._every, False
+        self._every = PROBE_EVERY if self._pays else min(2 * self._every, MOST_EVERY)
+        self._due_in, self._probed = self._every + self._turn, False
