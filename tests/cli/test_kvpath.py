@@ -18,7 +18,7 @@ from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import Budget
 
-TOKENS, STEPS = 2048, 12
+TOKENS, STEPS = 2048, 28
 
 
 @pytest.fixture(scope="module")

@@ -207,13 +207,13 @@ class Layer:
 
     def __init__(self, **controller: Any) -> None:
         self.controller = Controller(**controller)
-        self.alone_s, self.row_s, self.extra_s = 4e-3, 1e-6, 0.0
+        self.alone_s, self.row_s, self.extra_s, self.cpu_scan_s = 4e-3, 1e-6, 0.0, 4e-3
         self.rng = np.random.default_rng(0)
         self.taken: list[str] = []
         self.seconds: list[float] = []
 
     def step(self, rows: int = 0) -> None:
-        """Rank once; both sides scan as fast as one another."""
+        """Rank once."""
         boundary = self.controller.boundary = self.controller.choose(self.tokens, self.tokens, self.per_token)
         share, noise = boundary.cpu_tokens / self.tokens, self.rng.uniform(1.0, 1.02)
         if not share or self.controller.is_due_alone():
@@ -222,7 +222,7 @@ class Layer:
             self.controller.saw_alone(self.seconds[-1], rows)
             return
         self.taken.append("probe" if boundary.stop is Stop.probe else "divided")
-        cpu_s, drive_s = share * 4e-3, (1 - share) * 4e-3
+        cpu_s, drive_s = share * self.cpu_scan_s, (1 - share) * 4e-3
         self.seconds.append((max(cpu_s, drive_s) + self.extra_s + rows * self.row_s) * noise)
         own, other = (round(part * self.tokens * self.per_token) for part in (share, 1 - share))
         self.controller.saw(Times(own, cpu_s, cpu_s, other, drive_s, drive_s), self.seconds[-1], rows)
@@ -286,10 +286,21 @@ def test_a_split_must_save_more_to_begin_than_to_stay() -> None:
         assert ("alone" not in dividing.run(PROBE_EVERY)) is stays
 
 
+def test_a_side_that_became_slower_is_seen_at_the_next_look() -> None:
+    layer = Layer()
+    layer.alone_s = 2e-3  # both share what they scan with
+    layer.cpu_scan_s = 0.1  # nothing is promised
+    layer.run(40)
+    assert "divided" not in layer.taken
+    layer.alone_s, layer.cpu_scan_s = 4e-3, 4e-3
+    layer.run(2 * PROBE_EVERY)
+    assert layer.taken[-1] == "divided"
+
+
 def test_a_memory_limit_ends_a_trial_and_it_begins_again() -> None:
     layer = Layer()
-    layer.run(8)
-    assert layer.controller.is_due_alone() or "divided" in layer.taken
+    layer.run(10)
+    assert layer.taken[-2:] == ["turn alone", "divided"]
     boundary = layer.controller.choose(layer.tokens, 0, layer.per_token)
     assert boundary.stop is Stop.memory
     layer.run(20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hillinfer.split.boundary import BLOCK_TOKENS, LEAST_GAIN, Boundary, Stop, choose
-from hillinfer.split.estimates import Estimate
+from hillinfer.split.estimates import LATEST, Estimate
 from hillinfer.split.trial import Taken, Trial
 
 PROBE_EVERY = 128
@@ -15,7 +15,7 @@ MOST_EVERY = 1024
 """At most as many, each time twice as many as before while dividing does not pay: a look shrinks the hot pool
 for its mirrored keys. Our choice."""
 
-_PROBES = 3  # in each way, at first: one of them also brings code, keys or rows into the caches
+_PROBES = LATEST // 2 + 1  # at each look: as many as move a median; the first ones also fill caches
 
 _PROBE_SHARE = 8  # a probe is of an eighth of the tokens: of much less, what is fixed in a scan is most
 
@@ -63,7 +63,7 @@ class Controller:
         self._pays = least_gain < 0
         self._trial: Trial | None = None
         self._due_in = 0  # rankings until the other way is looked at
-        self._probed = False  # whether the CPU was seen since then
+        self._seen = 0  # rankings by both since that was due
 
     def choose(self, tokens: int, limit: int, bytes_per_token: int) -> Boundary:
         """Choose for a ranking of ``tokens``, at most ``limit`` of them the CPU's.
@@ -81,26 +81,21 @@ class Controller:
         if self._alone < _PROBES or min(limit, tokens - BLOCK_TOKENS) < BLOCK_TOKENS:
             self._trial = None
             return Boundary(0, Stop.memory if limit < BLOCK_TOKENS <= tokens else Stop.no_gain, 0, 0)
-        if self.cpu.observations < _PROBES:
-            return self._probe(tokens, limit)
+        if self._due_in and not self._pays:
+            return Boundary(0, Stop.no_gain, 0, 0)
+        if self._seen < _PROBES:
+            probe = min(limit, tokens // _PROBE_SHARE) // BLOCK_TOKENS * BLOCK_TOKENS
+            return Boundary(max(BLOCK_TOKENS, probe), Stop.probe, 0, 0)
         follow = self._balanced(tokens, limit, bytes_per_token, -1.0)
-        if self._trial is not None or self._least_gain < 0:
+        if self._trial is not None or self._due_in or self._least_gain < 0:
             return follow
-        if self._due_in:
-            return follow if self._pays else Boundary(0, Stop.no_gain, 0, 0)
         if not self._pays:
-            if not self._probed:
-                return self._probe(tokens, limit)
             promised = self._balanced(tokens, limit, bytes_per_token, self._least_gain)
             if not promised.cpu_tokens:
                 self._settle()
                 return promised
         self._trial = Trial()
         return follow
-
-    def _probe(self, tokens: int, limit: int) -> Boundary:
-        probe = min(limit, tokens // _PROBE_SHARE) // BLOCK_TOKENS * BLOCK_TOKENS
-        return Boundary(max(BLOCK_TOKENS, probe), Stop.probe, 0, 0)
 
     def _balanced(self, tokens: int, limit: int, bytes_per_token: int, least_gain: float) -> Boundary:
         # Ranking only: what the second request costs, and whether the drive is faster alone, a trial shows.
@@ -122,7 +117,7 @@ class Controller:
         """Learn from a whole ranking by both that missed so many ``rows``."""
         self.cpu.observe(times.cpu_bytes, times.cpu_s, times.cpu_scan_s)
         self.drive.observe(times.drive_bytes, times.drive_s, times.drive_scan_s)
-        self._probed = True
+        self._seen += 1
         if self._trial is not None:
             self._trial.together.append(Taken(seconds, rows))
         self._decide()
@@ -137,4 +132,4 @@ class Controller:
 
     def _settle(self) -> None:
         self._every = PROBE_EVERY if self._pays else min(2 * self._every, MOST_EVERY)
-        self._due_in, self._probed = self._every + self._turn, False
+        self._due_in, self._seen = self._every + self._turn, _PROBES if self._pays else 0

@@ -7,8 +7,8 @@ from statistics import median
 from typing import NamedTuple
 
 SETTLING = 3
-"""Rankings of each way with which a trial begins and that do not count: the boundary still moves, and mirrored
-keys come into the caches (seen: 2.9, 2.6, then 2.2 to 2.4 ms). Our choice."""
+"""Rankings of each way with which a trial begins and that do not count: the boundary still moves, and the
+mirrored keys come into the caches (seen: 2.9, 2.6, then 2.2 to 2.4 ms). Our choice."""
 
 TURNS = 5
 """And those that count; two of them may be outliers. Our choice."""

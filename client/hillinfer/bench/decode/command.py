@@ -11,6 +11,7 @@ import typer
 
 from hillinfer.options import PredictorOption
 from hillinfer.pipeline.choice import Predictor
+from hillinfer.simulate.machine import GPUS
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget
@@ -58,7 +59,7 @@ def decode_command(
         typer.Option(
             metavar="GPU",
             help="Have the model's layers not compute but wait as long as the simulator says that GPU takes: "
-            "rtx4090 or h100. KV is made up. [default: they compute]",
+            f"{' or '.join(GPUS)}. KV is made up. [default: they compute]",
         ),
     ] = None,
     pool_dir: Annotated[

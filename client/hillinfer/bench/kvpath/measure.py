@@ -23,8 +23,8 @@ from hillinfer.simulate.machine import Machine
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import Budget
 
-WARM_UP = 8
-"""Steps of each system that are not counted: slots and hot pool fill, and estimates settle."""
+WARM_UP = 24
+"""Steps of each system that are not counted: slots and hot pool fill, and layers are tried divided or not."""
 
 
 @dataclass(frozen=True)
