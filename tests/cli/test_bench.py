@@ -179,8 +179,8 @@ def test_the_split_bench_slows_either_side_and_says_how_the_boundary_followed(tm
     assert [run["slowed"] for run in found["runs"]] == ["cpu", "drive"]
     for run in found["runs"]:
         assert len(run["steps"]) == 50
-        assert all(step["cpu_ms"] is None for step in run["steps"][:3])  # the drive alone, at first
-        assert all(step["cpu_tokens"] > 0 for step in run["steps"][3:]), "both are made to work"
+        assert all(step["cpu_ms"] is None for step in run["steps"][:4])  # the drive alone, at first
+        assert all(step["cpu_tokens"] > 0 for step in run["steps"][4:]), "both are made to work"
         assert set(run["after"]) == {"imbalance", "balanced_share"}
     table = split.as_markdown([found])
     assert table.count("| tiny |") == 3
