@@ -1,11 +1,16 @@
-"""Counts every piece of work as it leaves a drive's queue."""
+"""Counts every piece of work as it leaves a drive's queue, and tells of it when somebody asks."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from hillinfer_core.errors import HillInferError, name_of
 
@@ -18,86 +23,100 @@ SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25
 
 _WORK = ("drive", "driver", "operation", "class")
 _KINDS = ("written", "read", "evaluated", "streamed")
-
-# A second series for each counter, with the time it was made, which nothing here looks at.
-disable_created_metrics()  # type: ignore[no-untyped-call]
+_BOUNDS = [*(floatToGoString(bound) for bound in SECONDS), "+Inf"]  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """The series of one drive, operation and class: looked up once."""
+class _Times:
+    """A histogram of seconds."""
 
-    queue: Histogram
-    service: Histogram
-    moved: list[tuple[str, Counter]]
-    reads: Counter
-    writes: Counter
+    def __init__(self) -> None:
+        self._counts = [0] * len(_BOUNDS)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+    @property
+    def buckets(self) -> list[tuple[str, float]]:
+        return list(zip(_BOUNDS, map(float, accumulate(self._counts)), strict=True))
 
 
-class Recorder:
-    """Takes what :meth:`ColdPoolService.observe` tells into ``registry``. One event loop; never blocks."""
+class _Series:
+    """What one drive has done of one operation and class."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._queue = Histogram(
-            "hillinferd_queue_seconds",
-            "Time that work waited for its turn",
-            _WORK,
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._service = Histogram(
-            "hillinferd_service_seconds",
-            "Time that work took on the device, the way to the worker included",
-            _WORK,
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._moved = Counter(
-            "hillinferd_moved_bytes",
-            "Bytes written to and read from the drive; of evaluation keys scanned, and of those streamed",
-            (*_WORK, "kind"),
-            registry=registry,
-        )
-        self._requests = Counter(
-            "hillinferd_io_requests",
-            "Requests to the drive: runs of consecutive bytes",
-            (*_WORK, "kind"),
-            registry=registry,
-        )
-        self._errors = Counter(
-            "hillinferd_work_errors",
-            "Work that failed, by the name of its error; Cancelled: the client left before its turn",
-            (*_WORK, "error"),
-            registry=registry,
-        )
-        self._bound: dict[tuple[str, str, Priority | None], _Bound] = {}
+    def __init__(self, labels: tuple[str, ...]) -> None:
+        self.labels = labels
+        self.queue, self.service = _Times(), _Times()
+        self.moved = Traffic()
+        self.errors: Counter[str] = Counter()
+
+
+class Recorder(Collector):
+    """Collects what :meth:`ColdPoolService.observe` tells. One event loop; never blocks.
+
+    Numbers of its own and not the library's counters: those lock and check, and there are pieces of work by the
+    thousand for each time that somebody asks.
+    """
+
+    def __init__(self) -> None:
+        self._series: dict[tuple[str, str, Priority | None], _Series] = {}
 
     def observe(self, drive: Drive, piece: Piece, moved: Traffic) -> None:
         """Count a piece of work, and what it moved."""
         key = drive.name, piece.operation, piece.priority
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self._bound[key] = self._bind(_labels(drive, piece))
-        bound.queue.observe(piece.queue_s)
-        bound.service.observe(piece.service_s)
-        if moved.reads:
-            bound.reads.inc(moved.reads)
-        if moved.writes:
-            bound.writes.inc(moved.writes)
-        for kind, counter in bound.moved:
-            if amount := getattr(moved, kind):
-                counter.inc(amount)
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = _Series(_labels(drive, piece))
+        series.queue.add(piece.queue_s)
+        series.service.add(piece.service_s)
+        series.moved.add(moved)
         if piece.error is not None:
-            self._errors.labels(*_labels(drive, piece), _error_name(piece.error)).inc()
+            series.errors[_error_name(piece.error)] += 1
 
-    def _bind(self, labels: tuple[str, ...]) -> _Bound:
-        return _Bound(
-            self._queue.labels(*labels),
-            self._service.labels(*labels),
-            [(kind, self._moved.labels(*labels, kind)) for kind in _KINDS],
-            self._requests.labels(*labels, "read"),
-            self._requests.labels(*labels, "write"),
+    def collect(self) -> Iterator[HistogramMetricFamily | CounterMetricFamily]:
+        """Yield what was counted so far."""
+        yield self._histogram(
+            "hillinferd_queue_seconds", "Time that work waited for its turn", lambda each: each.queue
         )
+        yield self._histogram(
+            "hillinferd_service_seconds",
+            "Time that work took on the device, the way to the worker included",
+            lambda each: each.service,
+        )
+        yield self._counter(
+            "hillinferd_moved_bytes",
+            "Bytes written to and read from the drive; of evaluation keys scanned, and of those streamed",
+            "kind",
+            lambda each: {kind: getattr(each.moved, kind) for kind in _KINDS},
+        )
+        yield self._counter(
+            "hillinferd_io_requests",
+            "Requests to the drive: runs of consecutive bytes",
+            "kind",
+            lambda each: {"read": each.moved.reads, "write": each.moved.writes},
+        )
+        yield self._counter(
+            "hillinferd_work_errors",
+            "Work that failed, by the name of its error; Cancelled: the client left before its turn",
+            "error",
+            lambda each: each.errors,
+        )
+
+    def _histogram(self, name: str, say: str, times: Callable[[_Series], _Times]) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(name, say, labels=_WORK)
+        for series in self._series.values():
+            family.add_metric(series.labels, times(series).buckets, times(series).sum)
+        return family
+
+    def _counter(
+        self, name: str, say: str, label: str, counts: Callable[[_Series], dict[str, int]]
+    ) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, say, labels=(*_WORK, label))
+        for series in self._series.values():
+            for value, count in counts(series).items():
+                family.add_metric((*series.labels, value), count)
+        return family
 
 
 def _labels(drive: Drive, piece: Piece) -> tuple[str, ...]:

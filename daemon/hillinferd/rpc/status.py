@@ -68,13 +68,13 @@ def _drive(drive: Drive) -> pb.DriveStatus:
             direct_io=identity.direct_io if identity else False,
             worker_pid=worker.pid,
             worker_restarts=worker.restarts,
-            written_bytes=worker.traffic.written,
-            read_bytes=worker.traffic.read,
-            evaluated_bytes=worker.traffic.evaluated,
+            written_bytes=drive.usage.traffic.written,
+            read_bytes=drive.usage.traffic.read,
+            evaluated_bytes=drive.usage.traffic.evaluated,
             evaluation_key_bytes=drive.key_bytes,
             evaluation_key_limit_bytes=identity.key_memory if identity else 0,
             profile=identity.profile if identity else "",
-            streamed_bytes=worker.traffic.streamed,
+            streamed_bytes=drive.usage.traffic.streamed,
         ),
         pool=pb.PoolStatus(
             capacity_bytes=allocator.capacity, used_bytes=allocator.used_bytes, extents=allocator.count

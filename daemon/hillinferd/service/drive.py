@@ -29,7 +29,7 @@ from .evaluating import Evaluating, Prepared
 from .preparing import discard_free, tell_of_arenas
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
-from .usage import Meter, Usage
+from .usage import Usage
 from .work_queue import End, Piece, Priority, Result, WorkQueue
 
 log = get_logger(__name__)
@@ -69,7 +69,6 @@ class Drive:
         self.settings = settings
         self.usage = Usage()
         self.observer: Callable[[Piece, messages.Traffic], None] | None = None
-        self._meter = Meter()
         self.queue = WorkQueue(self._account)
         self.worker = Supervisor(
             settings.name,
@@ -349,7 +348,7 @@ class Drive:
 
     def _account(self, piece: Piece) -> None:
         # One piece at a time: what was moved since the last one was moved by this one.
-        moved = self._meter.moved(self.worker.traffic)
+        moved = self.worker.take_moved()
         self.usage.add(piece, moved)
         if isinstance(piece.flow, Session):
             piece.flow.usage.add(piece, moved)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 from hillinfer_core.errors import DeviceUnavailable, by_name
 
@@ -28,6 +29,16 @@ _LONGEST_PAUSE_S = 10.0
 
 Answered = Callable[[messages.Done | None, Exception | None], None]
 """Called once with what a request came to."""
+
+
+class _Asked(NamedTuple):
+    """A request that the worker has not answered yet; ``due`` is a time of the event loop."""
+
+    sock: socket.socket
+    what: str
+    timeout_s: float
+    due: float
+    answered: Answered
 
 
 class Supervisor:
@@ -59,7 +70,9 @@ class Supervisor:
         self._on_death = on_death
         self._process: asyncio.subprocess.Process | None = None
         self._sock: socket.socket | None = None
-        self._answered: Callable[[messages.Reply | None], None] | None = None
+        self._opening: asyncio.Future[messages.Reply | None] | None = None
+        self._asked: _Asked | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._up = False
         self._changed = asyncio.Event()
         self._there = asyncio.Event()
@@ -71,7 +84,7 @@ class Supervisor:
         self.restarts = 0
         self.exchanges = 0
         """Requests that a worker answered or let go unanswered."""
-        self.traffic = messages.Traffic()
+        self._moved = messages.Traffic()
 
     @property
     def pid(self) -> int:
@@ -95,6 +108,11 @@ class Supervisor:
         if self.reason:
             return DeviceUnavailable(f"drive {self._name} is gone ({self.reason}); try again when it is back")
         return self._died()
+
+    def take_moved(self) -> messages.Traffic:
+        """Return what workers have moved since this was last asked."""
+        moved, self._moved = self._moved, messages.Traffic()
+        return moved
 
     async def changes(self) -> AsyncIterator[bool]:
         """Yield :attr:`up` now and after each change, without end; for one reader."""
@@ -224,12 +242,11 @@ class Supervisor:
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, ours, received)
 
     async def _opened(self) -> Identity:
-        ready: asyncio.Future[messages.Reply | None] = asyncio.get_running_loop().create_future()
         # Set before anything else can run on the loop that read the socket.
-        self._answered = lambda reply: None if ready.done() else ready.set_result(reply)
+        self._opening = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                reply = await ready
+                reply = await self._opening
         except TimeoutError:
             raise DeviceUnavailable(
                 f"the device worker did not open its drive in {START_TIMEOUT_S:g} s"
@@ -274,30 +291,33 @@ class Supervisor:
             self.replace()
             answered(None, self._died())
             return
-        timer = asyncio.get_running_loop().call_later(
-            timeout_s, self._hangs, sock, type(request).__name__, timeout_s, answered
-        )
+        loop = asyncio.get_running_loop()
+        due = loop.time() + timeout_s
+        self._asked = _Asked(sock, type(request).__name__, timeout_s, due, answered)
+        # One timer looks after all requests that follow one another: making and cancelling one costs.
+        if self._look is not None and self._look.when() > due:
+            self._look.cancel()
+            self._look = None
+        if self._look is None:
+            self._look = loop.call_at(due, self._look_after)
 
-        def hear(reply: messages.Reply | None) -> None:
-            timer.cancel()
-            self.exchanges += 1
-            if isinstance(reply, messages.Done | messages.Failed):
-                self.traffic.add(reply.traffic)
-            if isinstance(reply, messages.Done):
-                answered(reply, None)
-            else:
-                answered(None, self._error_of(reply))
-
-        self._answered = hear
-
-    def _hangs(self, sock: socket.socket, what: str, timeout_s: float, answered: Answered) -> None:
-        self._answered = None
+    def _look_after(self) -> None:
+        self._look = None
+        asked, loop = self._asked, asyncio.get_running_loop()
+        if asked is None:
+            return
+        if loop.time() < asked.due:
+            self._look = loop.call_at(asked.due, self._look_after)
+            return
+        self._asked = None
         self.exchanges += 1
-        log.error("device worker hangs, killing it", drive=self._name, request=what, pid=self.pid)
-        if sock is self._sock:
+        log.error("device worker hangs, killing it", drive=self._name, request=asked.what, pid=self.pid)
+        if asked.sock is self._sock:
             self.replace()
-        error = f"the worker of drive {self._name} did not answer in {timeout_s:g} s; it is being restarted"
-        answered(None, DeviceUnavailable(error))
+        error = (
+            f"the worker of drive {self._name} did not answer in {asked.timeout_s:g} s; it is being restarted"
+        )
+        asked.answered(None, DeviceUnavailable(error))
 
     def _readable(self, sock: socket.socket, received: packets.Packets) -> None:
         try:
@@ -314,9 +334,19 @@ class Supervisor:
                 self._gone()
 
     def _hear(self, reply: messages.Reply | None) -> None:
-        answered, self._answered = self._answered, None
-        if answered is not None:
-            answered(reply)
+        asked, self._asked = self._asked, None
+        if asked is None:
+            if self._opening is not None and not self._opening.done():
+                self._opening.set_result(reply)
+            return
+        self.exchanges += 1
+        if isinstance(reply, messages.Done):
+            self._moved.add(reply.traffic)
+            asked.answered(reply, None)
+            return
+        if isinstance(reply, messages.Failed):
+            self._moved.add(reply.traffic)
+        asked.answered(None, self._error_of(reply))
 
     def _gone(self) -> None:
         was_up, self._up = self._up, False

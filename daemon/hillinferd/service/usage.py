@@ -34,24 +34,3 @@ class Usage:
         """Count an evaluation's winners."""
         self.winners += winners
         self.missing += missing
-
-
-class Meter:
-    """Says what was moved since the last question, by totals that only grow."""
-
-    def __init__(self) -> None:
-        self._before = Traffic()
-
-    def moved(self, total: Traffic) -> Traffic:
-        """Return ``total`` less what it was at the last call."""
-        before = self._before
-        moved = Traffic(
-            total.written - before.written,
-            total.read - before.read,
-            total.evaluated - before.evaluated,
-            total.streamed - before.streamed,
-            total.reads - before.reads,
-            total.writes - before.writes,
-        )
-        before.add(moved)
-        return moved
