@@ -8,8 +8,8 @@ every layer: a protobuf message costs more to make and to read than the shortest
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Generic, NamedTuple, TypeVar
 
 from .errors import InvalidInput
 
@@ -20,7 +20,16 @@ _ANSWERED = struct.Struct("<d")  # answered_at; the results
 _LAYER = struct.Struct("<I")
 _TOKENS = struct.Struct("<II")
 _FIRST_TOKEN_AT = 8  # in an item
+_AFTER_TOKENS_AT = _FIRST_TOKEN_AT + _TOKENS.size
 _COUNT_BYTES = 4
+
+_KEPT = 16
+"""Requests that an Unpacker knows: more than a session has kinds of them in turn. Our choice."""
+
+T = TypeVar("T")
+
+Tokens = tuple[int, int]
+"""The first token that is ranked, and one past the last."""
 
 
 class Region(NamedTuple):
@@ -86,7 +95,7 @@ def pack_request(request: Request) -> bytearray:
     return packed
 
 
-def ask_again(packed: bytearray, layer: int, tokens: Iterable[tuple[int, int]]) -> bytes:
+def ask_again(packed: bytearray, layer: int, tokens: Iterable[Tokens]) -> bytes:
     """Return the bytes of a packed request for another ``layer`` and other (first, end) of each item."""
     _LAYER.pack_into(packed, 0, layer)
     at = _HEADER.size + _FIRST_TOKEN_AT
@@ -98,11 +107,7 @@ def ask_again(packed: bytearray, layer: int, tokens: Iterable[tuple[int, int]]) 
 
 def unpack_request(packed: bytes | memoryview) -> Request:
     """Return what ``packed`` says; raises :class:`InvalidInput` if it is not a request."""
-    if len(packed) < _HEADER.size:
-        raise InvalidInput(f"{len(packed)} bytes are not a packed evaluation")
-    layer, query_heads, count, reduction, generation = _HEADER.unpack_from(packed)
-    if len(packed) != _HEADER.size + count * _ITEM.size:
-        raise InvalidInput(f"{len(packed)} bytes are not a packed request of {count} evaluations")
+    layer, query_heads, _, reduction, generation = _checked_header(packed)
     items = [
         Item(
             context_id, first, end, k,
@@ -112,6 +117,48 @@ def unpack_request(packed: bytes | memoryview) -> Request:
         for context_id, first, end, k, *n in _ITEM.iter_unpack(packed[_HEADER.size :])
     ]  # fmt: skip
     return Request(layer, query_heads, reduction, generation, items)
+
+
+class Unpacker(Generic[T]):
+    """Unpacks requests that are asked again and again, as :func:`ask_again` makes them.
+
+    What ``make`` makes of one is kept for others that are the same in every byte but those of layer and
+    tokens; ``make`` must not look at these. One thread at a time.
+    """
+
+    def __init__(self, make: Callable[[Request], T]) -> None:
+        self._make = make
+        self._kept: dict[bytes, T] = {}
+
+    def unpack(self, packed: bytes) -> tuple[int, list[Tokens], T]:
+        """Return layer, tokens of each item, and what was made of all else.
+
+        Raises :class:`InvalidInput` if ``packed`` is not a request, and what ``make`` raises.
+        """
+        layer, *_ = _checked_header(packed)
+        tokens, rest, at = [], [packed[_LAYER.size : _HEADER.size]], _HEADER.size
+        while at < len(packed):
+            tokens.append(_TOKENS.unpack_from(packed, at + _FIRST_TOKEN_AT))
+            rest.append(packed[at : at + _FIRST_TOKEN_AT])
+            rest.append(packed[at + _AFTER_TOKENS_AT : at + _ITEM.size])
+            at += _ITEM.size
+        key = b"".join(rest)
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._make(unpack_request(packed))
+            if len(self._kept) == _KEPT:
+                self._kept.clear()
+            self._kept[key] = kept
+        return layer, tokens, kept
+
+
+def _checked_header(packed: bytes | memoryview) -> tuple[int, int, int, int, int]:
+    if len(packed) < _HEADER.size:
+        raise InvalidInput(f"{len(packed)} bytes are not a packed evaluation")
+    header: tuple[int, int, int, int, int] = _HEADER.unpack_from(packed)
+    if len(packed) != _HEADER.size + header[2] * _ITEM.size:
+        raise InvalidInput(f"{len(packed)} bytes are not a packed request of {header[2]} evaluations")
+    return header
 
 
 def pack_results(results: Iterable[Evaluated]) -> bytes:

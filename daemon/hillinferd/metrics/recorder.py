@@ -55,8 +55,8 @@ class _Series:
 class Recorder(Collector):
     """Collects what :meth:`ColdPoolService.observe` tells. One event loop; never blocks.
 
-    Numbers of its own and not the library's counters: those lock and check, and there are pieces of work by the
-    thousand for each time that somebody asks.
+    Numbers of its own and not the library's counters: those lock and check, and there are thousands of
+    pieces of work for each time that somebody asks.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import HillInferError, InvalidInput, name_of
 from hillinfer_core.layout import Reduction
-from hillinfer_core.packed import pack_answer, unpack_request, unpack_results
+from hillinfer_core.packed import Request, Unpacker, pack_answer, unpack_results
 from hillinfer_core.ring import (
     ENTRIES,
     PAYLOAD_BYTES,
@@ -69,6 +69,7 @@ class RingServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count()
+        self._unpacker = Unpacker(_terms)
         self.broken = asyncio.Event()
         """Set when the client broke the ring's rules or left it: nothing more is taken, end the session."""
 
@@ -120,7 +121,10 @@ class RingServer:
             self._complete(entry, payload, error)
 
         try:
-            ask = _unpacked(entry.payload) if entry.code != Method.Evaluate else evaluate_ask(_request(entry))
+            if entry.code == Method.Evaluate:
+                ask = evaluate_ask(_request(entry))
+            else:
+                ask = requests.Evaluate(*self._unpacker.unpack(entry.payload), entry.payload)
             call = self._service.begin_evaluate(self._session, ask, _deadline(entry), answer)
         except Exception as error:
             self._complete(entry, b"", error)
@@ -184,13 +188,16 @@ def _request(entry: Entry) -> Any:
         raise InvalidInput(f"the payload is not a {kind.DESCRIPTOR.name}") from None
 
 
-def _unpacked(payload: bytes) -> requests.Evaluate:
-    layer, query_heads, reduction, generation, items = unpack_request(payload)
+def _terms(request: Request) -> requests.Terms:
     evaluations = [
-        requests.Evaluation(*item[:4], *(requests.RawRegion(*region, generation) for region in item[4:]))
-        for item in items
+        requests.Evaluation(
+            item.context_id,
+            item.k,
+            *(requests.RawRegion(*region, request.generation) for region in item[4:]),
+        )
+        for item in request.items
     ]
-    return requests.Evaluate(layer, query_heads, Reduction.from_proto(reduction), evaluations, payload)
+    return requests.Terms(request.query_heads, Reduction.from_proto(request.reduction), evaluations)
 
 
 def _deadline(entry: Entry) -> float | None:

@@ -181,7 +181,8 @@ def evaluate_ask(request: pb.EvaluateRequest) -> requests.Evaluate:
     """Return what the service takes for ``request``, from whatever transport."""
     reduction = Reduction.from_proto(request.reduction)
     items = [_evaluation(item) for item in request.evaluations]
-    return requests.Evaluate(request.layer, request.query_heads, reduction, items)
+    tokens = [(item.first_token, item.end_token) for item in request.evaluations]
+    return requests.Evaluate(request.layer, tokens, requests.Terms(request.query_heads, reduction, items))
 
 
 def evaluate_response(results: list[Evaluated]) -> pb.EvaluateResponse:
@@ -210,8 +211,6 @@ def _region(region: pb.Region) -> requests.RawRegion:
 def _evaluation(item: pb.Evaluation) -> requests.Evaluation:
     return requests.Evaluation(
         context_id=item.context_id,
-        first_token=item.first_token,
-        end_token=item.end_token,
         k=item.k,
         query=_region(item.query),
         ids=_region(item.ids),

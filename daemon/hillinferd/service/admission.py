@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hillinfer_core.errors import InvalidInput, OutOfOrder
 from hillinfer_core.layout import PAGE, TILE_TOKENS, Reduction, Shape
-from hillinfer_core.packed import NOT_WANTED, Item
+from hillinfer_core.packed import NOT_WANTED, Item, Tokens
 from hillinfer_core.reference import HISTOGRAM_BINS
 from hillinfer_core.units import format_bytes
 
@@ -80,16 +80,57 @@ def fetch_tail(session: Session, context: Context, ask: requests.FetchTail) -> R
     return Region(region.offset, nbytes)
 
 
-def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> messages.Evaluate:
-    """Check a whole request; raises :class:`InvalidInput` or what ``Catalogue.get`` raises."""
-    if not 1 <= len(ask.evaluations) <= MAX_EVALUATIONS:
-        raise InvalidInput(f"a request takes 1 to {MAX_EVALUATIONS} evaluations, not {len(ask.evaluations)}")
-    contexts = [catalogue.get(session.session_id, item.context_id) for item in ask.evaluations]
-    checked = [
-        _evaluation(session, context, ask, item)
-        for context, item in zip(contexts, ask.evaluations, strict=True)
+def evaluate(
+    session: Session, catalogue: Catalogue, ask: requests.Evaluate
+) -> tuple[messages.Evaluate, list[Context]]:
+    """Check a whole request; return it with the contexts of its evaluations.
+
+    What can only change with the contexts' shapes is checked once for all requests of the same terms.
+    Raises :class:`InvalidInput` or what ``Catalogue.get`` raises.
+    """
+    terms = ask.terms
+    if not 1 <= len(terms.evaluations) <= MAX_EVALUATIONS:
+        raise InvalidInput(
+            f"a request takes 1 to {MAX_EVALUATIONS} evaluations, not {len(terms.evaluations)}"
+        )
+    contexts = [catalogue.get(session.session_id, item.context_id) for item in terms.evaluations]
+    for context, item, tokens in zip(contexts, terms.evaluations, ask.tokens, strict=True):
+        _check_tokens(context.layer(ask.layer).tokens, ask.layer, tokens, item.k)
+    shapes = [context.shape for context in contexts]
+    if terms.admitted is None or terms.admitted.shapes != shapes:
+        terms.admitted = requests.Admitted(shapes, _admitted(session, shapes, terms))
+    items = [
+        Item._make((item[0], *tokens, *item[3:]))
+        for item, tokens in zip(terms.admitted.items, ask.tokens, strict=True)
     ]
-    heads = sum(context.shape.kv_heads for context in contexts)
+    scanned = 0
+    for shape, (first, end) in zip(shapes, ask.tokens, strict=True):
+        scanned += scan_bytes(shape, first, end, terms.query_heads, terms.reduction)
+    if scanned > MAX_SCANNED:
+        raise InvalidInput(
+            f"a request that scans {format_bytes(scanned)} of evaluation keys; at most "
+            f"{format_bytes(MAX_SCANNED)} are allowed, ask in several"
+        )
+    request = messages.Evaluate(
+        session.session_id, ask.layer, terms.query_heads, terms.reduction, items, ask.packed
+    )
+    return request, contexts
+
+
+def _check_tokens(held: int, layer: int, tokens: Tokens, k: int) -> None:
+    first, end = tokens
+    if not first < end <= held:
+        raise InvalidInput(f"tokens {first} to {end} are not a range of the {held} held by layer {layer}")
+    if not 1 <= k <= end - first:
+        raise InvalidInput(f"k is {k}; it must be 1 to {end - first}, the tokens ranked")
+
+
+def _admitted(session: Session, shapes: list[Shape], terms: requests.Terms) -> list[Item]:
+    checked = [
+        _evaluation(session, shape, terms, item)
+        for shape, item in zip(shapes, terms.evaluations, strict=True)
+    ]
+    heads = sum(shape.kv_heads for shape in shapes)
     if heads > MAX_RESULTS:
         raise InvalidInput(
             f"{heads} evaluations times KV heads in one request; at most {MAX_RESULTS} are allowed"
@@ -97,17 +138,7 @@ def evaluate(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> 
     rows = sum(item.rows.length for item in checked)
     if rows > session.arena.nbytes:
         raise InvalidInput(f"the regions for rows have {rows} bytes together, more than the arena")
-    scanned = sum(
-        scan_bytes(context.shape, item, ask) for context, item in zip(contexts, checked, strict=True)
-    )
-    if scanned > MAX_SCANNED:
-        raise InvalidInput(
-            f"a request that scans {format_bytes(scanned)} of evaluation keys; at most "
-            f"{format_bytes(MAX_SCANNED)} are allowed, ask in several"
-        )
-    return messages.Evaluate(
-        session.session_id, ask.layer, ask.query_heads, ask.reduction, checked, ask.packed
-    )
+    return checked
 
 
 def fetch_ids(session: Session, context: Context, ask: requests.FetchIds) -> messages.FetchIds:
@@ -161,32 +192,20 @@ def fetch_keys(session: Session, context: Context, ask: requests.FetchKeys) -> m
     return messages.FetchKeys(session.session_id, ask.context_id, ask.layer, first, end, tiles, scales)
 
 
-def scan_bytes(shape: Shape, item: Item, ask: requests.Evaluate | messages.Evaluate) -> int:
-    """Return the bytes of evaluation keys that an evaluation of ``ask`` scans, all its passes together."""
-    tokens = -(-(item.end_token - item.first_token) // TILE_TOKENS) * TILE_TOKENS
-    passes = 1 if ask.reduction is Reduction.sum else ask.query_heads // shape.kv_heads
+def scan_bytes(shape: Shape, first: int, end: int, query_heads: int, reduction: Reduction) -> int:
+    """Return the bytes of evaluation keys that ranking tokens ``first`` to ``end`` scans, in all its passes."""
+    tokens = -(-(end - first) // TILE_TOKENS) * TILE_TOKENS
+    passes = 1 if reduction is Reduction.sum else query_heads // shape.kv_heads
     return key_bytes(shape, tokens) * passes
 
 
-def _evaluation(
-    session: Session, context: Context, ask: requests.Evaluate, item: requests.Evaluation
-) -> Item:
-    layer, shape = context.layer(ask.layer), context.shape
+def _evaluation(session: Session, shape: Shape, ask: requests.Terms, item: requests.Evaluation) -> Item:
     heads = shape.kv_heads
     if ask.query_heads == 0 or ask.query_heads % heads:
         raise InvalidInput(f"query_heads {ask.query_heads} is not a multiple of kv_heads {heads}")
     if ask.query_heads > MAX_GROUP * heads:
         raise InvalidInput(
             f"{ask.query_heads // heads} query heads for a KV head; at most {MAX_GROUP} are allowed"
-        )
-    if not item.first_token < item.end_token <= layer.tokens:
-        raise InvalidInput(
-            f"tokens {item.first_token} to {item.end_token} are not a range of the "
-            f"{layer.tokens} held by layer {ask.layer}"
-        )
-    if not 1 <= item.k <= item.end_token - item.first_token:
-        raise InvalidInput(
-            f"k is {item.k}; it must be 1 to {item.end_token - item.first_token}, the tokens ranked"
         )
     query_bytes = ask.query_heads * shape.head_dim * ID_BYTES
     apart = ask.reduction is Reduction.none
@@ -200,8 +219,8 @@ def _evaluation(
         raise InvalidInput(f"held: {held.length} bytes are not the same number of ids for {heads} KV heads")
     return Item(
         context_id=item.context_id,
-        first_token=item.first_token,
-        end_token=item.end_token,
+        first_token=0,
+        end_token=0,
         k=item.k,
         query=_check(session, "query", item.query, align=ID_BYTES, exactly=query_bytes),
         ids=_check(session, "ids", item.ids, align=ID_BYTES, at_least=id_bytes),
@@ -214,7 +233,7 @@ def _evaluation(
 
 
 def _of_rows(
-    session: Session, name: str, region: requests.RawRegion, ask: requests.Evaluate, row: int, align: int
+    session: Session, name: str, region: requests.RawRegion, ask: requests.Terms, row: int, align: int
 ) -> Region:
     """Check a region that there is with ``Reduction.none`` only: ``row`` bytes for each query head."""
     if ask.reduction is Reduction.none:

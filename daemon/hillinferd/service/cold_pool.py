@@ -224,10 +224,10 @@ class ColdPoolService:
     def _evaluate(
         self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
     ) -> None:
-        drives = {self._drive_of(item.context_id) for item in ask.evaluations} or {self.drives[0]}
-        if len(drives) > 1:
+        drives = [self._drive_of(item.context_id) for item in ask.terms.evaluations] or self.drives[:1]
+        if any(drive is not drives[0] for drive in drives[1:]):
             raise InvalidInput("the contexts of one evaluation request must lie on one drive")
-        drives.pop().evaluate(session, ask, deadline, result)
+        drives[0].evaluate(session, ask, deadline, result)
 
     @_counted
     async def fetch(

@@ -214,10 +214,7 @@ class Drive:
         """Rank tokens and bring missing rows; ``result`` gets the packed results. Raises nothing."""
 
         def prepare() -> Prepared:
-            request = admission.evaluate(session, self.catalogue, ask)
-            contexts = [
-                self.catalogue.get(session.session_id, item.context_id) for item in request.evaluations
-            ]
+            request, contexts = admission.evaluate(session, self.catalogue, ask)
             return (
                 pieces.of_evaluate(request, [context.shape for context in contexts]),
                 [context for context in contexts if not context.loaded],

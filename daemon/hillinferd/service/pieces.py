@@ -46,10 +46,13 @@ def priority_of(ask: requests.FetchIds | requests.FetchRange | requests.FetchTai
 
 def of_evaluate(request: messages.Evaluate, shapes: Sequence[Shape]) -> list[messages.Evaluate]:
     """Cut between evaluations; ``shapes`` are those of their contexts."""
+    if len(request.evaluations) == 1:
+        return [request]
     pieces: list[list[Item]] = []
     spent = PIECE_S
     for item, shape in zip(request.evaluations, shapes, strict=True):
-        seconds = scan_bytes(shape, item, request) / SMARTSSD.scan + item.held.length * _HELD_BYTE_S
+        scanned = scan_bytes(shape, item.first_token, item.end_token, request.query_heads, request.reduction)
+        seconds = scanned / SMARTSSD.scan + item.held.length * _HELD_BYTE_S
         seconds += min(item.k * shape.kv_heads, item.rows.length // shape.row_bytes) * _ROW_S
         if spent + seconds > PIECE_S:
             pieces.append([])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hillinfer_core.layout import Reduction, Shape
+from hillinfer_core.packed import Item, Tokens
 
 
 class RawRegion(NamedTuple):
@@ -50,11 +51,9 @@ class Appended:
 
 
 class Evaluation(NamedTuple):
-    """See ``Evaluation`` in cold_pool.proto."""
+    """See ``Evaluation`` in cold_pool.proto; without its tokens."""
 
     context_id: int
-    first_token: int
-    end_token: int
     k: int
     query: RawRegion
     ids: RawRegion
@@ -65,13 +64,35 @@ class Evaluation(NamedTuple):
     scales: RawRegion
 
 
-class Evaluate(NamedTuple):
-    """See ``EvaluateRequest`` in cold_pool.proto."""
+@dataclass(slots=True, eq=False)
+class Terms:
+    """What of a session's ``EvaluateRequest`` stays when it is asked again of another layer and other tokens.
 
-    layer: int
+    ``admitted`` is what :mod:`.admission` found when it last looked.
+    """
+
     query_heads: int
     reduction: Reduction
     evaluations: list[Evaluation]
+    admitted: Admitted | None = None
+
+
+class Admitted(NamedTuple):
+    """Evaluations of :class:`Terms`, checked against a session's arena and the ``shapes`` of their contexts.
+
+    Their tokens are 0 and 0.
+    """
+
+    shapes: list[Shape]
+    items: list[Item]
+
+
+class Evaluate(NamedTuple):
+    """See ``EvaluateRequest`` in cold_pool.proto; ``tokens`` are first and end of each evaluation."""
+
+    layer: int
+    tokens: list[Tokens]
+    terms: Terms
     packed: bytes = b""
     """The same by :mod:`hillinfer_core.packed`, if it came so."""
 
