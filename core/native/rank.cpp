@@ -24,6 +24,7 @@ constexpr size_t kLeastJobBytes = 64 << 10; // keys: smaller jobs cost more than
 constexpr size_t kThreadBytes = 256 << 10;  // keys: for less it does not pay to wake another thread
 constexpr size_t kOvershoot = 16;           // what `filter` may write behind the last
 constexpr size_t kCacheLine = 64;           // bytes
+constexpr size_t kShortTokens = 512;        // for fewer of a head, clearing and adding up bins costs more than they save
 constexpr size_t kCountsPerLine = 8;        // scores counted for each line of keys fetched ahead: docs/kernel.md
 
 // The bins of one query's scores: docs/evaluation.md, "Histogram".
@@ -383,9 +384,37 @@ class Scan {
 
 }  // namespace
 
+// Ranks without bins; the tiles that hold the tokens are at most kShortTokens / 16 of each head.
+template <class Query>
+void rank_short(const RankRequest<Query> &r) {
+    alignas(64) int32_t all[kShortTokens];
+    const size_t tile_bytes = kTileTokens * r.dim * r.bits / 8, group = r.rows / r.heads;
+    const size_t first_tile = r.first / kTileTokens, end_tile = (r.end + kTileTokens - 1) / kTileTokens;
+    for (size_t row = 0; row < r.rows; ++row) {
+        size_t tile = r.origin / kTileTokens;
+        int32_t *out = all;
+        for (const Part &part : r.parts) {
+            const size_t from = std::clamp(first_tile, tile, tile + part.tile_count);
+            const size_t to = std::clamp(end_tile, from, tile + part.tile_count);
+            if (from < to)
+                scores(r.variant, part.tiles + int64_t(row / group) * part.head_stride + (from - tile) * tile_bytes,
+                       to - from, r.q + row * r.queries * r.dim, r.offsets + row * r.queries, r.queries, r.dim, r.bits,
+                       out);
+            out += (to - from) * kTileTokens;
+            tile += part.tile_count;
+        }
+        top_k(all + (r.first - first_tile * kTileTokens), r.end - r.first, r.k, uint32_t(r.first), r.ids + row * r.k,
+              r.scores + row * r.k);
+    }
+}
+
 template <class Query>
 bool rank(const RankRequest<Query> &request) {
-    return Scan<Query>(request).run();
+    const size_t end = (request.end + kTileTokens - 1) / kTileTokens * kTileTokens;
+    const bool is_short = end - request.first / kTileTokens * kTileTokens <= kShortTokens && request.k > 0;
+    if (!is_short || request.histogram || request.checksums || request.cancel) return Scan<Query>(request).run();
+    rank_short(request);
+    return true;
 }
 
 template bool rank<int8_t>(const RankRequest<int8_t> &);

@@ -6,9 +6,15 @@
 namespace hillinfer {
 namespace {
 
+constexpr size_t kFew = 512;  // scores: a histogram of fewer costs more than choosing among all of them
+
 // A histogram over the range of the scores finds the bin of the k-th largest; only that bin is looked at
 // closer. Two passes over the scores, whatever k is.
 Threshold find_threshold(const int32_t *scores, size_t n, size_t k) {
+    if (n <= kFew) {
+        std::vector<int32_t> members(scores, scores + n);
+        return threshold_of(members, k);
+    }
     int32_t low = scores[0], high = scores[0];
     for (size_t i = 1; i < n; ++i) {
         low = std::min(low, scores[i]);
