@@ -94,6 +94,35 @@ def quantise_query_of(
     group: int,
     /,
 ) -> int: ...
+def evaluate(
+    arena: npt.NDArray[np.uint8],
+    query_at: int,
+    group: int,
+    sum: bool,
+    scale: npt.NDArray[np.float32],
+    zero: npt.NDArray[np.float32],
+    variant: int,
+    threads: int,
+    parts: Sequence[npt.NDArray[np.uint8]],
+    bits: int,
+    origin: int,
+    first: int,
+    end: int,
+    k: int,
+    ids_at: int,
+    scores_at: int | None,
+    held_at: int,
+    held_count: int,
+    extents: npt.NDArray[np.int64],
+    row_bytes: int,
+    tokens: int,
+    sums: npt.NDArray[np.uint32],
+    most: int,
+    found: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.uint64],
+    checksums: npt.NDArray[np.uint32],
+    /,
+) -> tuple[int, tuple[list[int], int], float]: ...
 def hand_over(
     arena: npt.NDArray[np.uint8],
     ids: npt.NDArray[np.uint32],
@@ -171,7 +200,7 @@ def locate(
 def is_memory(fd: int) -> bool: ...
 def copy_rows(
     memory: npt.NDArray[np.uint8], offsets: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]
-) -> None: ...
+) -> bool: ...
 def gather(
     fd: int, offsets: npt.NDArray[np.uint64], out: npt.NDArray[Any], direct: bool, depth: int, /
 ) -> tuple[int, int]: ...

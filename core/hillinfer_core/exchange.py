@@ -1,7 +1,8 @@
 """What the worker reads from a client's arena and writes to it for an evaluation: one native call each way.
 
-The client can write to its arena at any time: what is read is copied before it is looked at, and nothing
-that was written is read back. Neither call blocks.
+Where the keys to rank are in memory, one call does all of it, ranking included. The client can write to its
+arena at any time: what is read is copied before it is looked at, and nothing that was written is read back.
+No call waits for anything.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import numpy as np
 from . import _native
 from .arena import Arena
 from .errors import InvalidInput
+from .kernel import code_and_threads
 from .layout import Reduction
-from .packed import Region
-from .reference import I8, I32, U32, Ranges
+from .packed import Item, Region
+from .reference import I8, I32, U8, U32, Ranges
 from .rows import I64, U64, RowPlaces
 
-_OUTSIDE = 1  # Query::outside of arena.cpp
+# Outcome of arena.cpp
+_OUTSIDE, _NOT_FINITE = 1, 2
 
 
 def quantised_query(
@@ -40,7 +43,7 @@ def quantised_query(
     if outcome == _OUTSIDE:
         raise InvalidInput("the query does not lie in the arena")
     if outcome:
-        raise InvalidInput("the query contains NaN or infinity, or overflows float32 when scaled")
+        raise _not_finite()
     return q, offsets
 
 
@@ -91,3 +94,56 @@ def hand_over(arena: Arena, won: Winners, held: Region, layer: RowPlaces, most: 
     counts, total = answer
     brought = min(total, most)
     return Lacking(counts, found[0, :brought], found[1, :brought], offsets[:brought], checksums[:brought])
+
+
+class HeldKeys(NamedTuple):
+    """Evaluation keys in memory: ``parts`` as :func:`.kernel.rank` takes them, from token ``origin`` on."""
+
+    parts: list[U8]
+    origin: int
+    bits: int
+
+
+def evaluate(
+    arena: Arena,
+    item: Item,
+    query_heads: int,
+    reduction: Reduction,
+    ranges: Ranges,
+    keys: HeldKeys,
+    layer: RowPlaces,
+    most: int,
+) -> tuple[Lacking, float]:
+    """Quantise the query of ``item``, rank its tokens by ``keys``, hand the winners over: in one native call.
+
+    As :func:`quantised_query`, :func:`.kernel.rank` and :func:`hand_over` do. Returns what is lacking, and
+    the seconds that ranking took. Raises :class:`InvalidInput` as they do.
+    """
+    heads = len(ranges.scale)
+    room = heads * item.k
+    found, offsets = np.empty((2, room), np.int64), np.empty(room, np.uint64)
+    checksums = np.empty(room, np.uint32)
+    held, scores = item.held, item.scores
+    outcome, (counts, total), scan_s = _native.evaluate(
+        arena.content, item.query.offset, query_heads // heads, reduction is Reduction.sum,
+        np.ascontiguousarray(ranges.scale), np.ascontiguousarray(ranges.zero),
+        *code_and_threads(keys.parts), keys.parts, keys.bits, keys.origin,
+        item.first_token, item.end_token, item.k,
+        item.ids.offset, scores.offset if scores.length else None, held.offset, held.length // (4 * heads),
+        layer.extents, layer.row_bytes, layer.tokens, layer.checksums, most, found, offsets, checksums,
+    )  # fmt: skip
+    if outcome == _OUTSIDE:
+        raise InvalidInput("a region of the evaluation is not in the arena, or a row does not exist")
+    if outcome == _NOT_FINITE:
+        raise _not_finite()
+    if outcome:
+        raise InvalidInput(
+            f"the keys in memory are not those of tokens {item.first_token} to {item.end_token}"
+        )
+    brought = min(total, most)
+    lacking = Lacking(counts, found[0, :brought], found[1, :brought], offsets[:brought], checksums[:brought])
+    return lacking, scan_s
+
+
+def _not_finite() -> InvalidInput:
+    return InvalidInput("the query contains NaN or infinity, or overflows float32 when scaled")

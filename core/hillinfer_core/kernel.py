@@ -90,6 +90,14 @@ def threads() -> int:
     return _threads_asked() or len(os.sched_getaffinity(0))
 
 
+def code_and_threads(parts: Sequence[U8]) -> tuple[int, int]:
+    """Return the kind of code that ranks keys, by its native number, and on how many threads."""
+    asked = _threads_asked()
+    if not asked:
+        asked = threads() if sum(part.nbytes for part in parts) >= _SEVERAL_THREADS_BYTES else 1
+    return _variant(), asked
+
+
 def _threads_asked() -> int:
     asked = _native.environment("HILLINFER_KERNEL_THREADS")
     if not asked:
@@ -226,11 +234,8 @@ def rank(
     ids, best = np.empty(shape, np.uint32), np.empty(shape, np.int32)
     counts = np.zeros((rows, HISTOGRAM_BINS), np.uint32) if histogram else None
     sums = np.empty((len(parts), heads), np.uint32) if checksums else None
-    asked = _threads_asked()
-    if not asked:
-        asked = threads() if sum(part.nbytes for part in parts) >= _SEVERAL_THREADS_BYTES else 1
     done = _native.rank(
-        _variant(), asked, parts, heads, q if q.flags.c_contiguous else q.copy(),
+        *code_and_threads(parts), parts, heads, q if q.flags.c_contiguous else q.copy(),
         _checked_offsets(q, offsets), precision.bits, origin, first, end, ids, best, counts, sums, cancel,
     )  # fmt: skip
     if not done:

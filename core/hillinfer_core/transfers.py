@@ -34,10 +34,8 @@ def copy_rows(memory: U8, offsets: npt.NDArray[np.uint64], out: U8) -> None:
     _require(out.dtype == np.uint8 and out.ndim == 2, "out must be uint8 [n, row bytes]")
     _require(out.flags.c_contiguous and out.flags.writeable, "out must be C-contiguous and writable")
     _require(offsets.dtype == np.uint64 and offsets.shape == out.shape[:1], "offsets must be uint64 [n]")
-    if offsets.size:
-        last = int(offsets.max())
-        _require(last < 1 << 62 and last + out.shape[1] <= memory.size, "a row is not within the memory")
-        _native.copy_rows(memory, np.ascontiguousarray(offsets), out)
+    copied = _native.copy_rows(memory, np.ascontiguousarray(offsets), out)
+    _require(copied, "a row is not within the memory")
 
 
 def gather(

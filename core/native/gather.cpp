@@ -78,12 +78,14 @@ GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes,
     return result;
 }
 
-void copy_rows(const uint8_t *memory, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out) {
+bool copy_rows(const uint8_t *memory, size_t bytes, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out) {
+    if (n && (row_bytes > bytes || *std::max_element(offsets, offsets + n) > bytes - row_bytes)) return false;
     constexpr size_t kAhead = 8;  // rows, whose first line is on its way while others are copied
     for (size_t i = 0; i < n; ++i) {
         if (i + kAhead < n) __builtin_prefetch(memory + offsets[i + kAhead]);
         std::memcpy(out + i * row_bytes, memory + offsets[i], row_bytes);
     }
+    return true;
 }
 
 int transfer_range(int fd, bool write, uint64_t offset, uint8_t *memory, uint64_t length, bool direct) {

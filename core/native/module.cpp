@@ -206,9 +206,9 @@ bool py_is_memory(int fd) {
     return fstatfs(fd, &info) == 0 && (info.f_type == TMPFS_MAGIC || info.f_type == RAMFS_MAGIC);
 }
 
-void py_copy_rows(Bytes1 memory, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out) {
+bool py_copy_rows(Bytes1 memory, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out) {
     nb::gil_scoped_release released;
-    copy_rows(memory.data(), offsets.data(), offsets.shape(0), out.shape(1), out.data());
+    return copy_rows(memory.data(), memory.shape(0), offsets.data(), offsets.shape(0), out.shape(1), out.data());
 }
 
 std::pair<uint64_t, uint64_t> py_gather(int fd, Array<const uint64_t, 1> offsets, Array<uint8_t, 2> out, bool direct,

@@ -192,10 +192,10 @@ struct GatherResult {
 
 // Reads n rows at byte offsets into out [n][row_bytes]; with `direct` in whole pages, `depth` requests at once (at
 // most 64). Blocks.
-// Copies n rows at byte offsets of `memory` into out [n][row_bytes].
-void copy_rows(const uint8_t *memory, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out);
-
 GatherResult gather(int fd, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out, bool direct,
                     size_t depth);
+
+// Copies n rows at byte offsets of memory [bytes] into out [n][row_bytes]; false, with none copied, if one is not in it.
+bool copy_rows(const uint8_t *memory, size_t bytes, const uint64_t *offsets, size_t n, size_t row_bytes, uint8_t *out);
 
 }  // namespace hillinfer

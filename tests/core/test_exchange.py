@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from hillinfer_core.arena import Arena, create_arena
 from hillinfer_core.errors import InvalidInput
-from hillinfer_core.exchange import Winners, hand_over, quantised_query
-from hillinfer_core.layout import Reduction
-from hillinfer_core.packed import Region
+from hillinfer_core.exchange import HeldKeys, Winners, evaluate, hand_over, quantised_query
+from hillinfer_core.kernel import rank
+from hillinfer_core.layout import Precision, Reduction, tile_bytes
+from hillinfer_core.packed import NOT_WANTED, Item, Region
 from hillinfer_core.reference import Ranges, quantise_query
 from hillinfer_core.rows import RowPlaces, locate
 
@@ -97,6 +98,69 @@ def test_a_query_in_the_arena_is_quantised_as_defined(arena, seed, group, reduct
     np.testing.assert_array_equal(offsets, expected_offsets)
 
 
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1), group=st.integers(1, 4),
+       reduction=st.sampled_from([Reduction.sum, Reduction.max]), precision=st.sampled_from(Precision),
+       most=st.integers(0, 60))  # fmt: skip
+def test_one_call_for_keys_in_memory_does_what_three_do(arena, data, seed, group, reduction, precision, most):
+    rng = np.random.default_rng(seed)
+    counts = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    origin = 16 * data.draw(st.integers(0, 36 - sum(counts)) if sum(counts) < 36 else st.just(0))
+    stop = min(576, origin + 16 * sum(counts))
+    first = data.draw(st.integers(origin, stop - 1))
+    end = data.draw(st.integers(first + 1, stop))
+    k = data.draw(st.integers(1, min(end - first, 40)))
+    parts = [rng.integers(0, 256, (3, count, tile_bytes(16, precision))).astype(np.uint8) for count in counts]
+    query = rng.standard_normal((3 * group, 16)).astype(np.float32)
+    ranges = Ranges(
+        rng.uniform(0.1, 2, (3, 16)).astype(np.float32), rng.standard_normal((3, 16)).astype(np.float32)
+    )
+    held = rng.integers(0, end + 70, (3, data.draw(st.integers(0, 60)))).astype(np.uint32)
+    arena.view(HELD_AT, held.shape, np.uint32)[:] = held
+    arena.view(24576, query.shape, np.float32)[:] = query
+    region, scores = Region(HELD_AT, held.nbytes), Region(SCORES_AT, 12 * k)
+    query_at, ids_at = Region(24576, query.nbytes), Region(IDS_AT, 12 * k)
+    item = Item(1, first, end, k, query_at, ids_at, scores, region, NOT_WANTED)
+
+    q, offsets = quantised_query(arena, 24576, 3 * group, ranges, reduction)
+    ranked = rank(parts, q, precision, first, end, k, offsets=offsets, origin=origin)
+    won = Winners(ranked.ids, ranked.scores, end, IDS_AT, SCORES_AT)
+    expected = hand_over(arena, won, region, PLACES, most)
+    arena.view(IDS_AT, (3, k), np.uint32)[:] = 0
+    arena.view(SCORES_AT, (3, k), np.int32)[:] = 0
+    keys = HeldKeys(parts, origin, precision.bits)
+    lacking, scan_s = evaluate(arena, item, 3 * group, reduction, ranges, keys, PLACES, most)
+    np.testing.assert_array_equal(arena.view(IDS_AT, (3, k), np.uint32), ranked.ids)
+    np.testing.assert_array_equal(arena.view(SCORES_AT, (3, k), np.int32), ranked.scores)
+    assert scan_s > 0
+    for mine, theirs in zip(lacking, expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "keys", "said"),
+    [
+        ({"query": Region(NBYTES - 64, 192)}, {}, "arena"),
+        ({"ids": Region(NBYTES - 8, 12)}, {}, "arena"),
+        ({"scores": Region(2, 12)}, {}, "arena"),
+        ({"held": Region(1 << 40, 12)}, {}, "arena"),
+        ({"end_token": 49}, {}, "tokens 0 to 49"),
+        ({}, {"origin": 16}, "tokens 0 to 48"),
+        ({}, {"bits": 8}, "keys in memory"),
+        ({}, {"parts": [np.zeros((2, 3, 128), np.uint8)]}, "keys in memory"),
+        ({}, {"parts": [np.zeros((3, 3, 256), np.uint8)[:, :, ::2]]}, "keys in memory"),
+    ],
+)
+def test_one_call_that_cannot_be_carried_out(arena, changed, keys, said):
+    ranges = Ranges(np.ones((3, 16), np.float32), np.zeros((3, 16), np.float32))
+    arena.view(24576, (3, 16), np.float32)[:] = 1
+    regions = Region(24576, 192), Region(IDS_AT, 12), Region(SCORES_AT, 12), NOT_WANTED
+    item = Item(1, 0, 48, 1, *regions, NOT_WANTED)._replace(**changed)
+    held = HeldKeys([np.zeros((3, 3, 128), np.uint8)], 0, 4)._replace(**keys)
+    with pytest.raises(InvalidInput, match=said):
+        evaluate(arena, item, 3, Reduction.sum, ranges, held, PLACES, 3)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_query_that_is_not_finite(arena, bad):
     query = np.zeros((3, 16), np.float32)
@@ -105,3 +169,7 @@ def test_a_query_that_is_not_finite(arena, bad):
     ranges = Ranges(np.ones((3, 16), np.float32), np.zeros((3, 16), np.float32))
     with pytest.raises(InvalidInput, match="NaN"):
         quantised_query(arena, 64, 3, ranges, Reduction.sum)
+    item = Item(1, 0, 16, 1, Region(64, 192), Region(IDS_AT, 12), NOT_WANTED, NOT_WANTED, NOT_WANTED)
+    held = HeldKeys([np.zeros((3, 1, 128), np.uint8)], 0, 4)
+    with pytest.raises(InvalidInput, match="NaN"):
+        evaluate(arena, item, 3, Reduction.sum, ranges, held, PLACES, 3)

@@ -12,6 +12,7 @@ from hillinfer_core.packed import (
     Item,
     Region,
     Request,
+    Unpacker,
     ask_again,
     pack_answer,
     pack_request,
@@ -19,6 +20,7 @@ from hillinfer_core.packed import (
     unpack_answer,
     unpack_request,
     unpack_results,
+    with_tokens,
 )
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -40,6 +42,40 @@ def test_a_request_comes_out_as_it_went_in(request_, data):
     assert [(each.first_token, each.end_token) for each in again.items] == tokens
     for mine, before in zip(again.items, request_.items, strict=True):
         assert mine._replace(first_token=before.first_token, end_token=before.end_token) == before
+
+
+@given(st.lists(requests, min_size=1, max_size=3), st.data())
+def test_what_was_made_of_a_request_is_kept_for_its_repetitions_only(asked, data):
+    made = []
+
+    def make(request):
+        made.append(request)
+        return len(made) - 1
+
+    unpacker = Unpacker(make)
+    for _ in range(8):
+        request_ = data.draw(st.sampled_from(asked))
+        tokens = [(data.draw(u32), data.draw(u32)) for _ in request_.items]
+        again = request_._replace(layer=data.draw(u32), items=with_tokens(request_.items, tokens))
+        layer, of_items, number = unpacker.unpack(bytes(pack_request(again)))
+        assert (layer, of_items) == (again.layer, tokens)
+        # What was made is of this request, whatever its layer and tokens were then.
+        kept = made[number]
+        assert kept._replace(layer=again.layer, items=with_tokens(kept.items, tokens)) == again
+    assert len(made) <= len(asked)
+
+
+@given(requests.filter(lambda request_: request_.items), st.data())
+def test_a_changed_byte_is_another_request_unless_it_is_of_layer_or_tokens(request_, data):
+    packed = pack_request(request_)
+    unpacker = Unpacker(lambda request: request)
+    unpacker.unpack(bytes(packed))
+    # Not the count of items: then its length is wrong.
+    at = data.draw(st.integers(0, len(packed) - 1).filter(lambda each: each not in (8, 9)))
+    packed[at] ^= data.draw(st.integers(1, 255))
+    changed = unpack_request(bytes(packed))
+    layer, tokens, kept = unpacker.unpack(bytes(packed))
+    assert kept._replace(layer=layer, items=with_tokens(kept.items, tokens)) == changed
 
 
 @given(st.lists(results, max_size=4), st.lists(results, max_size=4))

@@ -13,9 +13,9 @@ import pytest
 from raw_client import RawClient, attach_raw, attach_request
 from raw_ring import RawRing
 
-from hillinfer import DType, EvaluateItem, Precision, PrivateDaemon, Session, Shape
+from hillinfer import Context, DType, EvaluateItem, Precision, PrivateDaemon, Session, Shape
 from hillinfer.session import Counters
-from hillinfer_core.errors import DaemonUnavailable, DeadlineExceeded, InvalidInput
+from hillinfer_core.errors import DaemonUnavailable, DeadlineExceeded, HillInferError, InvalidInput
 from hillinfer_core.packed import Request, pack_request
 from hillinfer_core.protocol import attach_socket
 from hillinfer_core.ring import (
@@ -92,6 +92,35 @@ def test_what_makes_no_sense_is_refused_and_the_ring_goes_on(
         assert entry.ticket == ticket
         assert said in ring.refusal(entry).message
         assert ring.refusal(entry).error == "InvalidInput"
+
+
+def test_a_request_that_is_repeated_is_held_to_what_is_so_now(daemon: Path) -> None:
+    """What was checked once is not checked again; what can change is."""
+    rows = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float16)
+    with Session.connect(attach_socket(daemon)) as session:
+        context, other = session.open_context(SHAPE), session.open_context(SHAPE)
+        query, held = np.ones((2, 64), np.float32), np.full((2, 4), 0xFFFFFFFF, np.uint32)
+
+        def ask(of: Context, k: int, first: int, end: int, layer: int = 0) -> None:
+            session.evaluate_and_bring(layer, [EvaluateItem(of, query, k, first, end, held)])
+
+        for tokens in (64, 128):
+            context.append(0, rows, rows)
+            for end in (tokens, 4, tokens):
+                ask(context, 4, 0, end)
+            for first, end, said in ((0, tokens + 1, "are not a range"), (9, 9, "are not a range")):
+                with pytest.raises(InvalidInput, match=said):
+                    ask(context, 4, first, end)
+            with pytest.raises(InvalidInput, match="k is 4"):
+                ask(context, 4, 1, 4)
+            with pytest.raises(InvalidInput, match="layer 1 does not exist"):
+                ask(context, 4, 0, 4, layer=1)
+        with pytest.raises(InvalidInput, match="0 held by layer"):
+            ask(other, 4, 0, 4)
+        ask(context, 4, 0, 128)
+        context.close()
+        with pytest.raises(HillInferError, match="not an open context"):
+            ask(context, 4, 0, 128)
 
 
 @pytest.mark.parametrize("where", [0, 64 * 3])  # entries submitted; completions taken

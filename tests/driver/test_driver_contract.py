@@ -316,6 +316,10 @@ def test_loaded_keys_are_not_read_again_and_loading_replaces(driver: Driver) -> 
     for segment, tiles in zip(keys.segments, keys.tiles, strict=True):
         driver.load_keys(segment, tiles.copy())
     assert driver.evaluate(Scan(keys.segments, q, 0, 128, 5)).read == 0
+    held = driver.held_keys(keys.segments[1].offset)
+    assert (held is not None) == (driver.identify().driver == "host" and driver.identify().profile == "none")
+    if held is not None:
+        np.testing.assert_array_equal(held, keys.tiles[1])
     other = np.zeros(keys.segments[0].shape, np.uint8)
     checksums = tuple(int(value) for value in reference.data_checksum(other))
     keys.tiles[0], keys.segments[0] = other, replace(keys.segments[0], checksums=checksums)
@@ -324,6 +328,7 @@ def test_loaded_keys_are_not_read_again_and_loading_replaces(driver: Driver) -> 
     np.testing.assert_array_equal(driver.evaluate(Scan(keys.segments, q, 0, 128, 5)).ids, ids)
     driver.unload_keys(keys.segments[1].offset)
     driver.unload_keys(keys.segments[1].offset)
+    assert driver.held_keys(keys.segments[1].offset) is None
     assert driver.evaluate(Scan(keys.segments, q, 0, 128, 5)).read == keys.segments[1].nbytes
 
 

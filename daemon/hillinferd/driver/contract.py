@@ -182,6 +182,14 @@ class Driver(Protocol):
         """Forget the keys of the segment at ``offset``, if they are loaded."""
         ...
 
+    def held_keys(self, offset: int) -> U8 | None:
+        """Return the tiles of the segment at ``offset`` if they are loaded and the host itself may rank them.
+
+        None where only :meth:`evaluate` can, or takes the time that it should. They stay what they are until
+        the segment is unloaded.
+        """
+        ...
+
     def evaluate(self, scan: Scan) -> Winners:
         """Carry out ``scan``, with keys in fast memory where they are loaded, and from the pool elsewhere.
 

@@ -15,7 +15,7 @@ from hillinfer_core.reference import HISTOGRAM_BINS, U8, Ranked
 
 from .contract import Bytes, DamagedKeys, Identity, KeySegment, Requests, Scan, Winners
 from .pacing import Pacing
-from .profiles import profile
+from .profiles import NONE, profile
 from .segments import overlapping
 from .settings import DriverSettings
 from .storage import Storage, aligned
@@ -104,6 +104,10 @@ class HostDriver:
     def unload_keys(self, offset: int) -> None:
         """Drop the array."""
         self._keys.pop(offset, None)
+
+    def held_keys(self, offset: int) -> U8 | None:
+        """Return the array, unless scans are to take a modelled device's time."""
+        return self._keys.get(offset) if self._pacing.profile is NONE else None
 
     def evaluate(self, scan: Scan) -> Winners:
         """Rank tiles where they are, or as they come from the pool."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hillinfer_core import transfers
-from hillinfer_core.errors import ConfigError, DamagedCatalogue
+from hillinfer_core.errors import ConfigError, DamagedCatalogue, InvalidInput
 from hillinfer_core.layout import PAGE
 from hillinfer_core.reference import U8
 
@@ -142,15 +142,18 @@ class Storage:
         """Read rows, many requests at a time; see :func:`hillinfer_core.transfers.gather`."""
         if len(offsets) == 0:
             return 0
-        if int(offsets.max()) + out.shape[1] > self.capacity:
-            raise ValueError("a row to gather is beyond the capacity")
         started = self._pacing.now()
         if self._memory is not None:
-            transfers.copy_rows(self._memory, offsets, out)
+            try:
+                transfers.copy_rows(self._memory, offsets, out)
+            except InvalidInput:
+                raise ValueError("a row to gather is beyond the capacity") from None
             if self._pacing.profile is not NONE:
                 touching = np.count_nonzero(np.diff(np.sort(offsets)) == out.shape[1])
                 self._pacing.read(started, out.size, len(offsets) - int(touching))
             return out.size
+        if int(offsets.max()) + out.shape[1] > self.capacity:
+            raise ValueError("a row to gather is beyond the capacity")
         total, requests = transfers.gather(self._fd, offsets, out.shape[1], out, self.direct_io, self.depth)
         self.requests.reads += requests
         self._pacing.read(started, total, requests)

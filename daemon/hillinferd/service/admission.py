@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hillinfer_core.errors import InvalidInput, OutOfOrder
 from hillinfer_core.layout import PAGE, TILE_TOKENS, Reduction, Shape
-from hillinfer_core.packed import NOT_WANTED, Item, Tokens
+from hillinfer_core.packed import NOT_WANTED, Item, Tokens, with_tokens
 from hillinfer_core.reference import HISTOGRAM_BINS
 from hillinfer_core.units import format_bytes
 
@@ -99,10 +99,7 @@ def evaluate(
     shapes = [context.shape for context in contexts]
     if terms.admitted is None or terms.admitted.shapes != shapes:
         terms.admitted = requests.Admitted(shapes, _admitted(session, shapes, terms))
-    items = [
-        Item._make((item[0], *tokens, *item[3:]))
-        for item, tokens in zip(terms.admitted.items, ask.tokens, strict=True)
-    ]
+    items = with_tokens(terms.admitted.items, ask.tokens)
     scanned = 0
     for shape, (first, end) in zip(shapes, ask.tokens, strict=True):
         scanned += scan_bytes(shape, first, end, terms.query_heads, terms.reduction)
@@ -193,7 +190,7 @@ def fetch_keys(session: Session, context: Context, ask: requests.FetchKeys) -> m
 
 
 def scan_bytes(shape: Shape, first: int, end: int, query_heads: int, reduction: Reduction) -> int:
-    """Return the bytes of evaluation keys that ranking tokens ``first`` to ``end`` scans, in all its passes."""
+    """Return the bytes of evaluation keys that ranking ``first`` to ``end`` scans, all passes together."""
     tokens = -(-(end - first) // TILE_TOKENS) * TILE_TOKENS
     passes = 1 if reduction is Reduction.sum else query_heads // shape.kv_heads
     return key_bytes(shape, tokens) * passes

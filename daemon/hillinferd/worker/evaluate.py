@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from hillinfer_core import exchange
 from hillinfer_core.arena import Arena
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.exchange import Winners, hand_over, quantised_query
@@ -15,7 +16,7 @@ from hillinfer_core.packed import Evaluated, Item
 from ..driver.contract import Driver
 from . import messages, rows
 from .apart import evaluate_apart
-from .keys import KeyKeeper, Ranking
+from .keys import KeyKeeper, Ranking, scanned_bytes
 from .store import LayerStore
 
 
@@ -40,24 +41,28 @@ def evaluate(
         query = arena.view(item.query.offset, (ask.query_heads, shape.head_dim), np.float32).copy()
         return evaluate_apart(driver, keys, arena, store, item, query, traffic)
 
-    ranges = store.quantisation.ranges
-    q, offsets = quantised_query(arena, item.query.offset, ask.query_heads, ranges, ask.reduction)
-    streamed = traffic.streamed
-    ranking = Ranking(q, item.first_token, item.end_token, item.k, offsets=offsets)
-    began = time.perf_counter()
-    won = keys.rank(store, ranking, traffic)
-    scan_s = time.perf_counter() - began
-
-    scores_at = item.scores.offset if item.scores.length else None
-    winners = Winners(won.ids, won.scores, item.end_token, item.ids.offset, scores_at)
+    ranges, places = store.quantisation.ranges, store.places
     room = item.rows.length // shape.row_bytes
-    lacking = hand_over(arena, winners, item.held, store.places, room)
+    held = keys.held(store, item.first_token, item.end_token)
+    if held is not None:
+        lacking, scan_s = exchange.evaluate(
+            arena, item, ask.query_heads, ask.reduction, ranges, held, places, room
+        )
+        scanned, read = scanned_bytes(shape, item.first_token, item.end_token), 0
+        traffic.evaluated += scanned
+    else:
+        q, offsets = quantised_query(arena, item.query.offset, ask.query_heads, ranges, ask.reduction)
+        began = time.perf_counter()
+        won = keys.rank(store, Ranking(q, item.first_token, item.end_token, item.k, offsets=offsets), traffic)
+        scan_s, scanned, read = time.perf_counter() - began, won.scanned, won.read
+        scores_at = item.scores.offset if item.scores.length else None
+        winners = Winners(won.ids, won.scores, item.end_token, item.ids.offset, scores_at)
+        lacking = hand_over(arena, winners, item.held, places, room)
     brought = len(lacking.ids)
-    read = traffic.streamed - streamed
     if brought:
         out = arena.view(item.rows.offset, (brought, shape.row_bytes), np.uint8)
         gathered = rows.bring(driver, lacking, out)
         traffic.read += gathered
         read += gathered
     generation = store.quantisation.generation
-    return Evaluated(generation, lacking.counts, brought, won.scanned, read, scan_s)
+    return Evaluated(generation, lacking.counts, brought, scanned, read, scan_s)

@@ -9,7 +9,8 @@ import numpy as np
 
 from hillinfer_core import kernel
 from hillinfer_core.errors import CorruptData, MemoryLimit
-from hillinfer_core.layout import PAGE, TILE_TOKENS
+from hillinfer_core.exchange import HeldKeys
+from hillinfer_core.layout import PAGE, TILE_TOKENS, Shape
 from hillinfer_core.reference import I32, U8, U32, Q
 from hillinfer_core.units import format_bytes
 
@@ -127,6 +128,27 @@ class KeyKeeper:
                     room -= 0 if loaded else item.nbytes
         return claimed
 
+    def held(self, store: LayerStore, first: int, end: int) -> HeldKeys | None:
+        """Return the keys of tokens ``first .. end - 1`` if all are where the host can rank them at once."""
+        parts: list[U8] = []
+        origin = reached = 0
+        for segment in store.segments:
+            placed, sealed = segment.placed, segment.sealed
+            if placed.first_token >= end:
+                break
+            tokens = sealed.tokens if sealed else placed.stride
+            if placed.first_token + tokens <= first:
+                continue
+            tiles = self._driver.held_keys(sealed.offset) if sealed else segment.tiles
+            if tiles is None or (parts and placed.first_token != reached):
+                return None
+            if not parts:
+                origin = placed.first_token
+            parts.append(tiles)
+            reached = placed.first_token + tokens
+        held = HeldKeys(parts, origin, store.shape.precision.bits)
+        return held if parts and origin <= first and end <= reached else None
+
     def rank(self, store: LayerStore, ask: Ranking, traffic: Traffic) -> Winners:
         """Carry out ``ask``; damaged keys are made anew from the rows, once.
 
@@ -243,6 +265,11 @@ class KeyKeeper:
         return quantised(self._driver, store, store.quantisation, first, tokens, traffic)
 
 
+def scanned_bytes(shape: Shape, first: int, end: int) -> int:
+    """Return the bytes of the tiles that hold tokens ``first .. end - 1`` of all heads."""
+    return (-(-end // TILE_TOKENS) - first // TILE_TOKENS) * shape.kv_heads * shape.key_tile_bytes
+
+
 PIECE_TOKENS = 1024
 """Tokens whose rows are read back at a time."""
 
@@ -293,8 +320,7 @@ def _rank_unsealed(store: LayerStore, ask: Ranking, first: int) -> Winners:
         origin=segments[0].placed.first_token,
         histogram=ask.histogram,
     )
-    tiles = -(-ask.end // TILE_TOKENS) - first // TILE_TOKENS
-    scanned = tiles * store.shape.kv_heads * store.shape.key_tile_bytes
+    scanned = scanned_bytes(store.shape, first, ask.end)
     return Winners(ranked.ids, ranked.scores, scanned, 0, ranked.histogram)
 
 

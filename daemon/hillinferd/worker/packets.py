@@ -14,7 +14,7 @@ from array import array
 
 from hillinfer_core import packed
 from hillinfer_core.layout import Reduction
-from hillinfer_core.packed import pack_request, unpack_request
+from hillinfer_core.packed import Item, Unpacker, pack_request, with_tokens
 
 from .messages import Done, Evaluate, Reply, Request, Traffic
 
@@ -48,6 +48,7 @@ class Packets:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray(MAX_PACKET)
+        self._unpacker = Unpacker(_terms)
 
     def reply(self) -> Reply | None:
         """Return the next reply, None at hang-up; raises ``BlockingIOError`` if there is none yet."""
@@ -66,8 +67,14 @@ class Packets:
         packet, fd = self._receive()
         if not packet:
             return None, fd
-        request: Request = _decoded_request(packet) if packet[0] == _EVALUATE else pickle.loads(packet)
+        request: Request = self._evaluate(packet) if packet[0] == _EVALUATE else pickle.loads(packet)
         return request, fd
+
+    def _evaluate(self, packet: memoryview) -> Evaluate:
+        _, session_id = _REQUEST.unpack_from(packet)
+        layer, tokens, terms = self._unpacker.unpack(bytes(packet[_REQUEST.size :]))
+        query_heads, reduction, items = terms
+        return Evaluate(session_id, layer, query_heads, reduction, with_tokens(items, tokens))
 
     def _receive(self) -> tuple[memoryview, int | None]:
         nbytes, ancillary, _, _ = self._sock.recvmsg_into([self._buffer], _ONE_FD)
@@ -100,10 +107,8 @@ def _encoded_request(ask: Evaluate) -> bytes:
     return _REQUEST.pack(_EVALUATE, ask.session_id) + body
 
 
-def _decoded_request(packet: memoryview) -> Evaluate:
-    _, session_id = _REQUEST.unpack_from(packet)
-    layer, query_heads, reduction, _, items = unpack_request(packet[_REQUEST.size :])
-    return Evaluate(session_id, layer, query_heads, Reduction.from_proto(reduction), items)
+def _terms(request: packed.Request) -> tuple[int, Reduction, list[Item]]:
+    return request.query_heads, Reduction.from_proto(request.reduction), request.items
 
 
 def _encoded_answer(done: Done) -> bytes:

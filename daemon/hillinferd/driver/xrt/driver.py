@@ -111,6 +111,10 @@ class XrtDriver:
         if self._scanner is not None:
             self._scanner.residency.unload(offset)
 
+    def held_keys(self, offset: int) -> U8 | None:
+        """Return None: the keys are in the card's memory."""
+        return None
+
     def evaluate(self, scan: Scan) -> Winners:
         """Run the kernel on every segment that holds tokens of the scan, and merge what they find.
 
