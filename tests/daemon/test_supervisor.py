@@ -117,6 +117,25 @@ def test_a_worker_that_hangs_is_killed_at_its_deadline(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_every_request_has_all_of_its_time(tmp_path: Path) -> None:
+    """One timer looks after all: it was set for an earlier request, which was answered."""
+
+    async def scenario() -> None:
+        supervisor, loop = supervise(tmp_path, request_timeout_s=0.5), asyncio.get_running_loop()
+        await supervisor.start()
+        for _ in range(3):
+            assert await supervisor.call(messages.Health()) == messages.Done()
+        await asyncio.sleep(0.3)
+        os.kill(supervisor.pid, signal.SIGSTOP)
+        asked = loop.time()
+        with pytest.raises(DeviceUnavailable, match=r"did not answer in 0\.5 s"):
+            await supervisor.call(messages.Health())
+        assert loop.time() - asked >= 0.5
+        await supervisor.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_drive_that_was_taken_away_is_not_tried_until_it_is_back(tmp_path: Path) -> None:
     async def scenario() -> None:
         supervisor = supervise(tmp_path)

@@ -168,7 +168,10 @@ class Sessions:
         Raises :class:`QuotaExceeded` above a limit, and :class:`DaemonUnavailable` after :meth:`finish`.
         """
         self._check_going_on()
-        users = sum(each.requests for each in self._of_user(session.peer.uid))
+        users, uid = 0, session.peer.uid
+        for each in self._by_token.values():
+            if each.peer.uid == uid:
+                users += each.requests
         for what, count, limit in (
             ("session", session.requests, self._limits.session_request_limit),
             ("user", users, self._limits.user_request_limit),
