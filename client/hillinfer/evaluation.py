@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hillinfer.wire import ALIGNMENT, Staging, number
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
-from hillinfer_core.packed import Item, Region, Request, ask_again, pack_request
+from hillinfer_core.packed import Answer, Item, Region, Request, ask_again, pack_request
 from hillinfer_core.v1 import cold_pool_pb2
 
 if TYPE_CHECKING:
@@ -153,6 +153,23 @@ class Plan:
         """The request for the ring."""
         return ask_again(self._packed, layer, ((item.first, item.end) for item in items))
 
+    def taken(self, answer: Answer) -> list[Brought]:
+        """What the daemon put into the regions: copies."""
+        return [
+            Brought(
+                buffers.ids.copy(),
+                result.missing_per_head,
+                buffers.rows[: result.rows_brought].copy(),
+                result.generation,
+                result.evaluated_bytes,
+                result.read_bytes,
+                None if self._bring else buffers.scores.copy(),
+                result.scan_s,
+                answer.answered_at,
+            )
+            for buffers, result in zip(self.buffers, answer.results, strict=True)
+        ]
+
     def message(self, layer: int, items: Sequence[EvaluateItem]) -> cold_pool_pb2.EvaluateRequest:
         """The request for gRPC."""
         self.request.layer = layer
@@ -216,7 +233,18 @@ def check_query(
         )
 
 
-def rows_left_behind(
+def bring_left_behind(layer: int, items: Sequence[EvaluateItem], brought: Sequence[Brought]) -> None:
+    """Fetches the missing rows that the arena had no room for. Under the session's lock; blocks."""
+    for item, answer in zip(items, brought, strict=True):
+        if len(answer.rows) < sum(answer.missing_per_head):
+            counters = item.context.session.counters
+            before = counters.read_bytes
+            left = _left_behind(item, answer.ids, len(answer.rows))
+            answer.rows = np.concatenate([answer.rows, item.context.fetch_rows(layer, left)])
+            answer.read_bytes += counters.read_bytes - before
+
+
+def _left_behind(
     item: EvaluateItem, ids: npt.NDArray[np.uint32], brought: int
 ) -> list[npt.NDArray[np.uint32]]:
     """The missing ids of each KV head, without the first `brought` rows, which did fit in the arena."""

@@ -12,13 +12,13 @@ import grpc
 
 from hillinfer import wire
 from hillinfer.evaluation import EvaluateItem, Plan
-from hillinfer.ring import RingTransport
+from hillinfer.ring import RingTransport, Submitted
 from hillinfer.stream import EvaluateStream
 from hillinfer.survival import DaemonGone
 from hillinfer_core import errors, protocol
 from hillinfer_core.errors import DaemonUnavailable, ForeignToken, HillInferError, InvalidInput
 from hillinfer_core.packed import Answer, Evaluated, unpack_answer
-from hillinfer_core.ring import PAYLOAD_BYTES, Method, Outcome
+from hillinfer_core.ring import PAYLOAD_BYTES, Entry, Method, Outcome
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
 _ON_RING: dict[str, Any] = {
@@ -93,10 +93,11 @@ class Link:
         meanwhile: Callable[[], None] | None = None,
     ) -> Answer:
         """Make the evaluation of `plan`, which is filled, as `ask` does; do `meanwhile` once it is sent."""
-        if self._ring is not None:
-            packed = plan.packed(layer, items)
-            if len(packed) <= PAYLOAD_BYTES:
-                return unpack_answer(self._answer(Method.EvaluatePacked, packed, timeout_s, meanwhile))
+        submitted = self.submit(plan, layer, items, timeout_s)
+        if submitted is not None:
+            if meanwhile is not None:
+                meanwhile()
+            return self.answer(submitted)
         response = self._ask_stream(plan.message(layer, items), timeout_s, meanwhile)
         results = [
             Evaluated(
@@ -110,6 +111,27 @@ class Link:
             for result in response.results
         ]
         return Answer(response.answered_at, results)
+
+    def submit(
+        self, plan: Plan, layer: int, items: Sequence[EvaluateItem], timeout_s: float
+    ) -> Submitted | None:
+        """Send the evaluation of `plan`, which is filled, and do not wait for its `answer`.
+
+        Until then the daemon may use the arena. None for one that the ring does not take, which is not sent.
+        """
+        packed = b"" if self._ring is None else plan.packed(layer, items)
+        if self._ring is None or len(packed) > PAYLOAD_BYTES:
+            return None
+        # First, as in `_awaiting`; `answer` takes it back.
+        self._unfinished = True
+        return self._ring.submit(Method.EvaluatePacked, packed, timeout_s)
+
+    def answer(self, submitted: Submitted) -> Answer:
+        """Wait for the answer of an evaluation that was sent, until its deadline at most."""
+        assert self._ring is not None
+        with self._awaiting(submitted.method.name, finished_before=True):
+            payload = _payload(self._ring.answer(submitted))
+        return unpack_answer(payload)
 
     def _ask_stream(
         self,
@@ -137,24 +159,18 @@ class Link:
         self._staging = None
 
     def _ask_ring(self, method: str, request: Any, timeout_s: float) -> Any:
-        answer = self._answer(Method[method], request.SerializeToString(), timeout_s)
-        return _ON_RING[method].FromString(answer)
-
-    def _answer(
-        self, method: Method, payload: bytes, timeout_s: float, meanwhile: Callable[[], None] | None = None
-    ) -> bytes:
         assert self._ring is not None
-        with self._awaiting(method.name):
-            answer = self._ring.ask(method, payload, timeout_s, meanwhile)
-            if answer.code == Outcome.refused:
-                refused = attach_pb2.Refused.FromString(answer.payload)
-                raise _AnsweredError(errors.by_name(refused.error)(refused.message))
-        return answer.payload
+        with self._awaiting(method):
+            payload = _payload(self._ring.ask(Method[method], request.SerializeToString(), timeout_s))
+        return _ON_RING[method].FromString(payload)
 
     @contextmanager
-    def _awaiting(self, method: str) -> Iterator[None]:
-        """Note for `staging` whether the call inside ended with an answer, and type its error."""
-        before = self._unfinished
+    def _awaiting(self, method: str, *, finished_before: bool = False) -> Iterator[None]:
+        """Note for `staging` whether the call inside ended with an answer, and type its error.
+
+        finished_before: whatever `staging` says now, it is of this very call.
+        """
+        before = self._unfinished and not finished_before
         # Set first and taken back by an answer, so that an interruption at any point leaves it set.
         self._unfinished = before or method not in _WITHOUT_ARENA
         try:
@@ -183,6 +199,14 @@ class Link:
         waiting = select.poll()
         waiting.register(self._connection, select.POLLIN)
         return bool(waiting.poll(within_s * 1000))
+
+
+def _payload(answer: Entry) -> bytes:
+    """Return what the daemon answered; raises `_AnsweredError` for a refusal."""
+    if answer.code == Outcome.refused:
+        refused = attach_pb2.Refused.FromString(answer.payload)
+        raise _AnsweredError(errors.by_name(refused.error)(refused.message))
+    return answer.payload
 
 
 class _AnsweredError(Exception):

@@ -6,8 +6,8 @@ import itertools
 import select
 import socket
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 from google.protobuf.message import Message
 
@@ -25,10 +25,19 @@ from hillinfer_core.ring import (
 )
 
 
+class Submitted(NamedTuple):
+    """A request on its way. deadline: as `time.monotonic` has it."""
+
+    ticket: int
+    method: Method
+    timeout_s: float
+    deadline: float
+
+
 class RingTransport:
     """Asks through the ring `fds`, which are the transport's from now on, for the session of `connection`.
 
-    Not thread-safe: the session's lock covers `ask`.
+    Not thread-safe: the session's lock covers every call. Between `submit` and `answer` there is no other.
     """
 
     def __init__(self, fds: RingFds, connection: socket.socket) -> None:
@@ -45,39 +54,42 @@ class RingTransport:
         """Whether `request` fits in an entry of the ring."""
         return request.ByteSize() <= PAYLOAD_BYTES
 
-    def ask(
-        self, method: Method, payload: bytes, timeout_s: float, meanwhile: Callable[[], None] | None = None
-    ) -> Entry:
-        """Sends the request in `payload`, does what is to be done `meanwhile`, and waits for the answer.
+    def ask(self, method: Method, payload: bytes, timeout_s: float) -> Entry:
+        """Sends the request in `payload` and waits for the answer; raises as `answer` does."""
+        return self.answer(self.submit(method, payload, timeout_s))
 
-        `timeout_s` seconds at most, and however long `meanwhile` takes, which must not raise.
-        Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
-        when there will be none. An answer that comes after these is dropped by the next `ask`.
-        """
-        ticket = next(self._tickets)
-        deadline = time.monotonic() + timeout_s
+    def submit(self, method: Method, payload: bytes, timeout_s: float) -> Submitted:
+        """Sends the request in `payload`, which may take `timeout_s` seconds; does not block."""
+        submitted = Submitted(next(self._tickets), method, timeout_s, time.monotonic() + timeout_s)
         timeout_ms = max(1, int(timeout_s * 1000))
-        self._submissions.put(Entry(ticket, method, timeout_ms, payload))
-        with suppress(BrokenPipeError):  # The end of the connection says it below.
+        self._submissions.put(Entry(submitted.ticket, method, timeout_ms, payload))
+        with suppress(BrokenPipeError):  # The end of the connection says it in `answer`.
             ring_doorbell(self._fds.submitted)
-        if meanwhile is not None:
-            meanwhile()
+        return submitted
+
+    def answer(self, submitted: Submitted) -> Entry:
+        """Waits for the answer of a request, until its deadline at most.
+
+        Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
+        when there will be none. An answer that comes after these is dropped by the next call.
+        """
+        name = submitted.method.name
         while True:
-            left = deadline - time.monotonic()
+            left = submitted.deadline - time.monotonic()
             ready = self._poll.poll(max(0.0, left) * 1000)
             rung = any(fd == self._fds.completed for fd, _ in ready)
             if rung:
                 rung = clear_doorbell(self._fds.completed)
                 for entry in self._taken():
-                    if entry.ticket == ticket:
+                    if entry.ticket == submitted.ticket:
                         return entry
             if ready and not rung:
                 raise DaemonUnavailable(
-                    f"{method.name}: the daemon ended the session; its contexts are gone, connect a new one"
+                    f"{name}: the daemon ended the session; its contexts are gone, connect a new one"
                 )
             if left <= 0:
                 raise DeadlineExceeded(
-                    f"{method.name}: no answer within {timeout_s:g} s; see the daemon's log"
+                    f"{name}: no answer within {submitted.timeout_s:g} s; see the daemon's log"
                 )
 
     def close(self) -> None:

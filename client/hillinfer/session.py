@@ -15,11 +15,12 @@ from typing import Any, Self
 import numpy as np
 
 from hillinfer import apart, evaluation, wire
+from hillinfer.ahead import Asked
 from hillinfer.apart import Apart, ApartItem
 from hillinfer.context import Context
 from hillinfer.counters import Counters
 from hillinfer.durable import DurableContext
-from hillinfer.evaluation import Brought, EvaluateItem
+from hillinfer.evaluation import Brought, EvaluateItem, Plan
 from hillinfer.link import Link
 from hillinfer.stream import EvaluateStream
 from hillinfer.survival import RESTART_S, again, survives
@@ -81,7 +82,8 @@ class Session:
         self.restarts = 0
         """Restarts of the daemon that the session went through."""
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self._plan: evaluation.Plan | None = None
+        self._plan: Plan | None = None
+        self._ahead: Asked | None = None
         self._away_since = 0.0
         self._ended = ""
 
@@ -218,12 +220,51 @@ class Session:
         for wrong shapes or a query that is not finite, `CorruptData` for a row
         that does not match its checksum.
         """
-        brought = self._evaluate(layer, items, reduction, bring=True)
         with self.lock:
-            for item, answer in zip(items, brought, strict=True):
-                if len(answer.rows) < sum(answer.missing_per_head):
-                    self._complete(layer, item, answer)
-        return brought
+            brought = self._evaluate(layer, items, reduction, bring=True)
+            evaluation.bring_left_behind(layer, items, brought)
+            return brought
+
+    @survives
+    def ask_ahead(self, layer: int, items: Sequence[EvaluateItem]) -> Asked:
+        """Begins what `evaluate_and_bring` does and does not wait for it: `collect` brings what comes of it.
+
+        One such evaluation is under way at a time. Whatever else uses the shared memory before `collect`,
+        another `ask_ahead` too, first waits for its answer and keeps that. Without a ring, or where one
+        request does not do, nothing begins before `collect`.
+        """
+        with self.lock:
+            evaluation.check_kept(items)
+            asked = Asked(layer, list(items), time.monotonic(), None if items else [])
+            if not items:
+                return asked
+            with suppress(wire.ArenaTooSmall):
+                plan = self._filled_plan(items, Reduction.sum, bring=True)
+                if asked.send(self._attached(), plan, self.timeout_s):
+                    self._ahead = asked
+            return asked
+
+    @survives
+    def collect(self, asked: Asked) -> list[Brought]:
+        """Waits for what `ask_ahead` began and returns what `evaluate_and_bring` would; raises as that does.
+
+        What was lost with a daemon is asked again, of the one that the session goes on with.
+        """
+        with self.lock:
+            self.settle(asked)
+            if asked.error is not None:
+                raise asked.error
+            if asked.brought is None:
+                asked.brought = self._evaluate(asked.layer, asked.items, Reduction.sum, bring=True)
+            evaluation.bring_left_behind(asked.layer, asked.items, asked.brought)
+            return asked.brought
+
+    def settle(self, asked: Asked | None) -> None:
+        """Waits until the daemon is done with what `ask_ahead` began, whatever came of it."""
+        with self.lock:
+            if asked is not None and asked is self._ahead:
+                self._ahead = None
+                self._count(asked.settle(self._attached()))
 
     @survives
     def rank(
@@ -254,36 +295,25 @@ class Session:
             return []
         with self.lock:
             evaluation.check_kept(items)
-            staging, shapes = self.staging(), evaluation.shapes_of(items, reduction, bring)
-            plan = self._plan
-            if plan is None or plan.shapes != shapes:
-                try:
-                    plan = evaluation.Plan(staging, items, reduction, shapes, bring)
-                except wire.ArenaTooSmall:
-                    if len(items) == 1:
-                        raise
-                    half = len(items) // 2
-                    return self._evaluate(layer, items[:half], reduction, bring, meanwhile) + self._evaluate(
-                        layer, items[half:], reduction, bring
-                    )
-                self._plan = plan
-            plan.fill(items)
+            try:
+                plan = self._filled_plan(items, reduction, bring)
+            except wire.ArenaTooSmall:
+                if len(items) == 1:
+                    raise
+                half = len(items) // 2
+                return self._evaluate(layer, items[:half], reduction, bring, meanwhile) + self._evaluate(
+                    layer, items[half:], reduction, bring
+                )
             answer = self._attached().evaluate(plan, layer, items, self.timeout_s, meanwhile)
             self._count(answer.results)
-            return [
-                Brought(
-                    buffers.ids.copy(),
-                    result.missing_per_head,
-                    buffers.rows[: result.rows_brought].copy(),
-                    result.generation,
-                    result.evaluated_bytes,
-                    result.read_bytes,
-                    None if bring else buffers.scores.copy(),
-                    result.scan_s,
-                    answer.answered_at,
-                )
-                for buffers, result in zip(plan.buffers, answer.results, strict=True)
-            ]
+            return plan.taken(answer)
+
+    def _filled_plan(self, items: Sequence[EvaluateItem], reduction: Reduction, bring: bool) -> Plan:
+        staging, shapes = self.staging(), evaluation.shapes_of(items, reduction, bring)
+        if self._plan is None or self._plan.shapes != shapes:
+            self._plan = Plan(staging, items, reduction, shapes, bring)
+        self._plan.fill(items)
+        return self._plan
 
     @survives
     def rank_apart(self, layer: int, items: Sequence[ApartItem]) -> list[Apart]:
@@ -307,12 +337,6 @@ class Session:
                 return self.rank_apart(layer, items[:half]) + self.rank_apart(layer, items[half:])
             self.ask(request)
             return [apart.taken(answer) for answer in answers]
-
-    def _complete(self, layer: int, item: EvaluateItem, answer: Brought) -> None:
-        before = self.counters.read_bytes
-        left = evaluation.rows_left_behind(item, answer.ids, len(answer.rows))
-        answer.rows = np.concatenate([answer.rows, item.context.fetch_rows(layer, left)])
-        answer.read_bytes += self.counters.read_bytes - before
 
     @survives
     def status(self) -> cold_pool_pb2.StatusResponse:
@@ -340,6 +364,7 @@ class Session:
         Whoever is about to touch the arena asks for it anew: it raises
         `DaemonUnavailable` when the daemon may still use the arena.
         """
+        self.settle(self._ahead)
         return self._attached().staging()
 
     def call(self, method: str, request: Any) -> Any:
@@ -408,6 +433,9 @@ class Session:
 
     def _drop_link(self) -> None:
         self._plan = None
+        if self._ahead is not None:
+            self._ahead.lose()
+            self._ahead = None
         if self._link is not None:
             link, self._link = self._link, None
             link.close()

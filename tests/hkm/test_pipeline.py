@@ -153,22 +153,38 @@ def test_an_answer_for_another_step_is_not_used(model, session, predictor):
         layer.slots.lengths -= 1
 
 
+class InItsThread:
+    """Selects as `ColdPoolRanking`; a policy that the pipeline knows nothing of asks in the worker."""
+
+    def select(self, session, layer, items):
+        return session.evaluate_and_bring(layer, items)
+
+
 @torch.inference_mode()
-def test_a_daemon_that_dies_is_an_error_at_the_next_attention(model):
+@pytest.mark.parametrize("policy", [None, InItsThread()])
+def test_a_daemon_that_dies_is_an_error_at_the_next_attention(model, policy):
     ids, _ = prompt(1, 500, False)
     with hillinfer.PrivateDaemon(pool_capacity=64 << 20) as daemon:
-        session = hillinfer.Session.connect(daemon.socket, arena_bytes=ARENA, timeout_s=20)
-        attachment = hillinfer.attach(model, session=session, budget=100, predictor="next_layer")
+        session = hillinfer.Session.connect(daemon.socket, arena_bytes=ARENA, timeout_s=20, restart_s=1)
+        attachment = hillinfer.attach(
+            model, session=session, budget=100, predictor="next_layer", policy=policy
+        )
         cache = attachment.new_cache()
         decode(model, cache, ids, 3)
-        select = cache.pipeline.select
+        select, ask_ahead = cache.pipeline.select, session.ask_ahead
 
         def stop_then_select(layer, items):
             if threading.current_thread() in workers():
                 daemon.__exit__(None, None, None)
             return select(layer, items)
 
-        cache.pipeline.select = stop_then_select
+        def ask_then_stop(layer, items):
+            assert policy is None
+            asked = ask_ahead(layer, items)
+            daemon.__exit__(None, None, None)
+            return asked
+
+        cache.pipeline.select, session.ask_ahead = stop_then_select, ask_then_stop
         with pytest.raises(DaemonUnavailable):
             decode(model, cache, ids[:, :1], 1)
         with pytest.raises(InvalidInput, match="new_cache"):
@@ -176,6 +192,28 @@ def test_a_daemon_that_dies_is_an_error_at_the_next_attention(model):
         attachment.detach()
         session.close()
     assert not workers()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("predictor", ["next_layer", "previous_step"])
+def test_requests_ahead_bring_what_the_thread_does(model, session, predictor):
+    """Logits of two sequences over several append units, with another cache that uses the session between."""
+    ids, _ = prompt(2, 500, False)
+    seen = []
+    for policy in (None, InItsThread()):
+        options = {"budget": 100, "predictor": predictor, "policy": policy}
+        with hillinfer.attach(model, session=session, **options) as attachment:
+            cache, other, logits = attachment.new_cache(), attachment.new_cache(), []
+            model(ids, past_key_values=cache)
+            model(ids[:1, :300], past_key_values=other)
+            for step in range(40):
+                logits.append(model(ids[:, step : step + 1], past_key_values=cache).logits)
+                if step % 3 == 0:
+                    logits.append(model(ids[:1, step : step + 1], past_key_values=other).logits)
+            seen.append(logits)
+            assert cache.pipeline.timeline.sums[WORKER, EVALUATE] > 0
+    for one, two in zip(*seen, strict=True):
+        torch.testing.assert_close(one, two, atol=0, rtol=0)
 
 
 @torch.inference_mode()

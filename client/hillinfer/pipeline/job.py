@@ -1,11 +1,10 @@
-"""What is asked for a decode step of a layer, by the thread of the model or ahead of it by the worker."""
+"""What is asked for a decode step of a layer, in the step or ahead of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +23,33 @@ Ids = npt.NDArray[np.uint32]
 class Prefetched:
     """What a job brought: for each of `rows` of the batch a selection, and its KV rows on the device.
 
-    brought: None where the policy attends to nothing more. seconds: it took, appending included.
+    brought: None where the policy attends to nothing more. began, asked, ended: seconds of `perf_counter`;
+    what was appended first was until `asked`.
     """
 
     rows: list[int]
     brought: list[Brought] | None
     uploaded: list[Uploaded]
-    seconds: float
+    began: float
+    asked: float
+    ended: float
+
+
+class Answer(Protocol):
+    """Of a job that is under way. Used by the thread of the model."""
+
+    def result(self) -> Prefetched:
+        """Wait for it. Raises what there was to be raised."""
+        ...
+
+    def drop(self) -> None:
+        """Wait until nothing of it is under way. Raises what there was to be raised."""
+        ...
 
 
 @dataclass
 class Job:
-    """What the worker is to bring for the next decode step of a layer.
+    """What is to be brought for the next decode step of a layer.
 
     lengths: tokens of each sequence before that step; the answer is good for no other. held: uint32
     [B, Hkv, S], of slots and hot pool, which stay as they are until then.
@@ -50,14 +64,20 @@ class Job:
     ends: list[int]
     append: list[int]
     sampled: bool
-    asked: float = 0.0
-    future: Future[Prefetched] | None = None
+    began: float = 0.0
+    answer: Answer | None = None
 
-    def append_ahead(self) -> bool:
-        """Append what the step would append itself; say whether there was any. Blocks."""
+    @property
+    def appends(self) -> bool:
+        """Whether there is anything to append first."""
         layer, contexts = self.layer, self.layer.cache.contexts
-        appended = [layer.append_pinned(row, contexts[row], end) for row, end in enumerate(self.append)]
-        return any(appended)
+        return any(end > contexts[row].length(layer.index) for row, end in enumerate(self.append))
+
+    def append_ahead(self) -> None:
+        """Append what the step would append itself. Blocks."""
+        layer, contexts = self.layer, self.layer.cache.contexts
+        for row, end in enumerate(self.append):
+            layer.append_pinned(row, contexts[row], end)
 
     def items(self, query: F32) -> tuple[list[int], list[EvaluateItem]]:
         """See `items`."""

@@ -1,16 +1,15 @@
-"""The pipeline of one cache: a worker asks for a layer's tokens while the layer before computes."""
+"""The pipeline of one cache: a layer's tokens are asked for while the layer before computes."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from hillinfer.hkm.background import Background
@@ -18,15 +17,13 @@ from hillinfer.pipeline import choice, device
 from hillinfer.pipeline.choice import Measured, Predictor
 from hillinfer.pipeline.job import Job, Prefetched, make_job
 from hillinfer.pipeline.timeline import APPEND, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
+from hillinfer.pipeline.under_way import InThread, Request, suffices
 from hillinfer.session import Brought, EvaluateItem, Session
-from hillinfer_core.errors import UnsupportedModel
+from hillinfer_core.errors import HillInferError, UnsupportedModel
 
 if TYPE_CHECKING:
     from hillinfer.hkm.layer import HierarchicalLayer
     from hillinfer.hkm.policy import SelectionPolicy
-
-Query = Callable[[], npt.NDArray[np.float32]]
-"""Waits for a query float32 [B, H, D], in any thread."""
 
 
 @dataclass
@@ -42,7 +39,7 @@ class LayerState:
 class Pipeline:
     """Prefetch for the layers of one cache.
 
-    Called by the thread of the model; one worker thread, from the first prefetch to `close`.
+    Called by the thread of the model; one worker thread to `close`, for what a `Request` cannot do.
     """
 
     def __init__(self, session: Session, policy: SelectionPolicy, predictor: Predictor, layers: int) -> None:
@@ -91,19 +88,22 @@ class Pipeline:
     def take(self, layer: HierarchicalLayer) -> tuple[Job, Prefetched] | None:
         """Return what was brought for the decode step that `layer` begins; None if nothing fits it.
 
-        Blocks until the worker is done with it. Raises what the worker ran into.
+        Blocks until it is there. Raises what there was to be raised.
         """
         job = self._jobs.pop(layer.index, None)
-        if job is None or job.future is None:
+        if job is None or job.answer is None:
             return None
-        start = perf_counter()
-        prefetched = job.future.result()
-        self.timeline.note(MODEL, WAIT, job.step, layer.index, start)
-        self.layers[layer.index].measured.timed(prefetched.seconds, start - job.asked)
+        start, note = perf_counter(), self.timeline.note
+        found = job.answer.result()
+        note(MODEL, WAIT, job.step, layer.index, start)
+        if found.asked > found.began:
+            note(WORKER, APPEND, job.step, layer.index, found.began, found.asked)
+        note(WORKER, EVALUATE, job.step, layer.index, found.asked, found.ended)
+        self.layers[layer.index].measured.timed(found.ended - found.began, start - job.began)
         if job.lengths != layer.slots.lengths.tolist():
             return None  # made for another step
-        self.nbytes = max(self.nbytes, sum(each.rows.nbytes for each in prefetched.brought or ()))
-        return job, prefetched
+        self.nbytes = max(self.nbytes, sum(each.rows.nbytes for each in found.brought or ()))
+        return job, found
 
     def attended(
         self, layer: HierarchicalLayer, query: torch.Tensor, losses: dict[Predictor, float] | None
@@ -130,19 +130,19 @@ class Pipeline:
         return self._is_sampled(self.layers[layer], layer)
 
     def drop(self, layer: int | None = None) -> None:
-        """Forget what was asked for `layer` (None: all), once the worker is done with it.
+        """Forget what was asked for `layer` (None: all), once nothing of it is under way.
 
-        Blocks. Raises what the worker ran into.
+        Blocks. Raises what there was to be raised.
         """
         for index in [layer] if layer is not None else list(self._jobs):
             job = self._jobs.pop(index, None)
-            if job is not None and job.future is not None and not job.future.cancel():
-                wait([job.future])
-                if (error := job.future.exception()) is not None:
-                    raise error
+            if job is not None and job.answer is not None:
+                job.answer.drop()
 
     def close(self) -> None:
-        """End the worker once it is done with what it began; idempotent, harmless after errors. Blocks."""
+        """End what is under way, and the worker; idempotent, harmless after errors. Blocks."""
+        with suppress(HillInferError):
+            self.drop()
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._jobs.clear()
 
@@ -150,21 +150,11 @@ class Pipeline:
         return self.predictor is Predictor.auto and choice.is_sampled(state.measured, state.step, layer)
 
     def _begin(self, job: Job, query: torch.Tensor) -> None:
+        job.began = perf_counter()
         host = device.to_host(query[:, :, 0])
-        mark = device.mark(query.device)
-        job.asked = perf_counter()
-        job.future = self._executor.submit(self._run, job, host, mark)
+        if suffices(job, self.policy, query):
+            job.answer = Request(self._session, job, host())
+        else:
+            mark = device.mark(query.device)
+            job.answer = InThread(self._executor, job, host, mark, self._side, self.select)
         self._jobs[job.layer.index] = job
-
-    def _run(self, job: Job, query: Query, mark: device.Mark) -> Prefetched:
-        layer, note = job.layer, self.timeline.note
-        like: torch.Tensor = layer.slots.keys
-        with self._side.following(mark, like.device):
-            start = began = perf_counter()
-            if job.append_ahead():
-                start = note(WORKER, APPEND, job.step, layer.index, start)
-            rows, items = job.items(query())
-            brought = self.select(layer.index, items)
-            uploaded: list[Any] = [self._side.upload(each.rows, like) for each in brought or ()]
-            end = note(WORKER, EVALUATE, job.step, layer.index, start)
-        return Prefetched(rows, brought, uploaded, end - began)

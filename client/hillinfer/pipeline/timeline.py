@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 MODEL, WORKER = "model", "worker"
-"""Lanes: the thread that runs the model, whose time is the critical path, and the pipeline's thread."""
+"""Lanes: the thread that runs the model, whose time is the critical path, and what is done ahead of it."""
 
 COMPUTE, PREDICT, WAIT, PLACE, APPEND = "compute", "predict", "wait", "place", "append"
 EVALUATE = "evaluate+fetch"
@@ -31,7 +31,7 @@ class Span(NamedTuple):
 class Timeline:
     """Sums of all spans of one cache, and the spans themselves while `spans` is a list.
 
-    Each lane is written by its own thread only; read it when the worker rests.
+    Written by the thread of the model only.
     """
 
     def __init__(self) -> None:
@@ -42,9 +42,11 @@ class Timeline:
         self.mark = 0.0
         """When the model's thread went on computing; 0 outside of a decode step."""
 
-    def note(self, lane: str, name: str, step: int, layer: int, start: float) -> float:
-        """Record a span that began at `start` and ends now; returns its end."""
-        end = perf_counter()
+    def note(
+        self, lane: str, name: str, step: int, layer: int, start: float, end: float | None = None
+    ) -> float:
+        """Record a span that began at `start` and ends now, or at `end`; returns its end."""
+        end = perf_counter() if end is None else end
         self.sums[lane, name] += end - start
         if self.spans is not None:
             self.spans.append(Span(lane, name, step, layer, start, end))

@@ -1,0 +1,88 @@
+"""Jobs under way: by a request that the daemon works on, or where that is not enough in a worker thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
+from hillinfer.hkm.tensors import to_rows
+from hillinfer.pipeline import device
+from hillinfer.pipeline.job import Job, Prefetched
+from hillinfer.session import Brought, EvaluateItem, Session
+
+Query = Callable[[], npt.NDArray[np.float32]]
+"""Waits for a query float32 [B, H, D], in any thread."""
+
+
+def suffices(job: Job, policy: SelectionPolicy, query: torch.Tensor) -> bool:
+    """Whether `Request` does for the job: else the thread of the model would wait for something first."""
+    return isinstance(policy, ColdPoolRanking) and query.device.type == "cpu" and not job.appends
+
+
+class Request:
+    """The daemon ranks and fetches; no thread of this process takes part. Begins on construction."""
+
+    def __init__(self, session: Session, job: Job, query: npt.NDArray[np.float32]) -> None:
+        self._session, self._job = session, job
+        self._rows, items = job.items(query)
+        self._began = perf_counter()
+        self._asked = session.ask_ahead(job.layer.index, items)
+
+    def result(self) -> Prefetched:
+        """See `Answer`."""
+        brought = self._session.collect(self._asked)
+        answered_at = max(each.answered_at for each in brought)
+        took = answered_at - self._asked.asked_at if answered_at else perf_counter() - self._began
+        like = self._job.layer.slots.keys
+        uploaded = [device.Uploaded(to_rows(each.rows, like), None) for each in brought]
+        return Prefetched(self._rows, brought, uploaded, self._began, self._began, self._began + took)
+
+    def drop(self) -> None:
+        """See `Answer`."""
+        self._session.settle(self._asked)
+        if self._asked.error is not None:
+            raise self._asked.error
+
+
+class InThread:
+    """The one thread of `executor` appends, asks the policy by `select`, and starts uploads."""
+
+    def __init__(
+        self,
+        executor: ThreadPoolExecutor,
+        job: Job,
+        query: Query,
+        mark: device.Mark,
+        side: device.SideStream,
+        select: Callable[[int, list[EvaluateItem]], list[Brought] | None],
+    ) -> None:
+        self._job, self._query, self._mark, self._side, self._select = job, query, mark, side, select
+        self._future: Future[Prefetched] = executor.submit(self._run)
+
+    def result(self) -> Prefetched:
+        """See `Answer`."""
+        return self._future.result()
+
+    def drop(self) -> None:
+        """See `Answer`."""
+        if not self._future.cancel():
+            wait([self._future])
+            if (error := self._future.exception()) is not None:
+                raise error
+
+    def _run(self) -> Prefetched:
+        job, like = self._job, self._job.layer.slots.keys
+        with self._side.following(self._mark, like.device):
+            began = perf_counter()
+            job.append_ahead()
+            asked = perf_counter()
+            rows, items = job.items(self._query())
+            brought = self._select(job.layer.index, items)
+            uploaded = [self._side.upload(each.rows, like) for each in brought or ()]
+            return Prefetched(rows, brought, uploaded, began, asked, perf_counter())
