@@ -35,6 +35,7 @@ def decode(
     timeline.note(MODEL, APPEND, step, layer.index, start)
     layer.attended_all = False
     keep = _use(layer, query, scaling, *ready) if ready else bring(layer, query, scaling)
+    pipeline.begin_postponed()
     timeline.mark = perf_counter()
     if keep is None:
         candidates = sum(max(int(n) - slots.pinned, 0) for n in slots.lengths)

@@ -47,8 +47,12 @@ class PredictionHooks:
             if number == 0:
                 pipeline.timeline.mark = perf_counter()
             if following < len(self._layers) and self._known[following]:
-                target = cache.layers[following]
+                computing, target = cache.layers[number], cache.layers[following]
                 if not target.is_sliding:  # the others have nothing to rank
-                    pipeline.before(target, lambda: self._queries[following](args, kwargs))
+                    pipeline.before(
+                        target,
+                        lambda: self._queries[following](args, kwargs),
+                        None if computing.is_sliding else computing,
+                    )
 
         return before

@@ -53,6 +53,7 @@ class Pipeline:
         self.policy = policy
         self._policy_lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
+        self._postponed: tuple[Job, torch.Tensor] | None = None
         self._side = device.SideStream()
         self._executor = ThreadPoolExecutor(1, "hillinfer-prefetch")
         self.background = Background(self._executor)
@@ -63,8 +64,16 @@ class Pipeline:
         with self._policy_lock:
             return self.policy.select(self._session, layer, items)
 
-    def before(self, layer: HierarchicalLayer, query: Callable[[], torch.Tensor]) -> None:
-        """Begin on `layer` with a query that `query` predicts, [B, H, 1, D], if it is to be ranked by one."""
+    def before(
+        self,
+        layer: HierarchicalLayer,
+        query: Callable[[], torch.Tensor],
+        computing: HierarchicalLayer | None = None,
+    ) -> None:
+        """Begin on `layer` with a query that `query` predicts, [B, H, 1, D], if it is to be ranked by one.
+
+        If the layer that is `computing` meanwhile ranks itself, that goes first: begins at `begin_postponed`.
+        """
         state = self.layers[layer.index]
         sampled = self._is_sampled(state, layer.index)
         if not layer.is_initialized or not (state.predictor is Predictor.next_layer or sampled):
@@ -82,8 +91,17 @@ class Pipeline:
                 raise
             state.known = False
             return
-        self._begin(job, predicted)
+        if computing is not None and computing.index not in self._jobs:
+            self._postponed = job, predicted
+        else:
+            self._begin(job, predicted)
         self.timeline.note(MODEL, PREDICT, state.step, layer.index, start)
+
+    def begin_postponed(self) -> None:
+        """Begin on what waited for the layer that has its own selection now."""
+        if self._postponed is not None:
+            (job, query), self._postponed = self._postponed, None
+            self._begin(job, query)
 
     def take(self, layer: HierarchicalLayer) -> tuple[Job, Prefetched] | None:
         """Return what was brought for the decode step that `layer` begins; None if nothing fits it.
@@ -134,6 +152,7 @@ class Pipeline:
 
         Blocks. Raises what there was to be raised.
         """
+        self._postponed = None
         for index in [layer] if layer is not None else list(self._jobs):
             job = self._jobs.pop(index, None)
             if job is not None and job.answer is not None:
