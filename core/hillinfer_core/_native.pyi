@@ -153,6 +153,14 @@ def exchange(
     of_heads: npt.NDArray[np.int64],
     /,
 ) -> list[int] | None: ...
+def count_hits(
+    hits: npt.NDArray[np.uint16],
+    ids: npt.NDArray[np.uint32],
+    counts: npt.NDArray[np.int64],
+    hit: int,
+    most: int,
+    /,
+) -> bool: ...
 def keep(
     hot: npt.NDArray[np.uint32],
     hits: npt.NDArray[np.uint16],
@@ -161,7 +169,7 @@ def keep(
     which: npt.NDArray[np.int64],
     places: npt.NDArray[np.int64],
     /,
-) -> int: ...
+) -> int | None: ...
 def join_rows(
     keys: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],

@@ -45,14 +45,13 @@ def exchange(slots: U32, hot: U32, wanted: U32, counts: I64, tokens: int) -> Exc
     head than there are slots, after which slots and hot pool are of no further use.
     """
     heads, room = len(slots), max(len(wanted), slots.size)
-    if len(hot) != heads or len(counts) != heads or counts.sum() != len(wanted) or (counts < 0).any():
-        raise InvalidInput(f"ids of {len(counts)} KV heads for slots of {heads} and a hot pool of {len(hot)}")
-    if len(wanted) and int(wanted.max()) >= tokens:
-        raise InvalidInput(f"token {wanted.max()} is wanted of a context of {tokens}")
     ids, places = np.empty((2, room), np.uint32), np.empty((4, room), np.int64)
     of_heads = np.empty((2, heads), np.int64)
     found = _native.exchange(slots, hot, wanted, counts, tokens, ids, places, of_heads)
     if found is None:
+        _check(wanted, counts, heads, len(hot))
+        if len(wanted) and int(wanted.max()) >= tokens:
+            raise InvalidInput(f"token {wanted.max()} is wanted of a context of {tokens}")
         raise InvalidInput(f"more tokens are wanted of a KV head than its {slots.shape[1]} slots")
     missing, in_hot, left = found
     return Exchanged(
@@ -75,8 +74,23 @@ def keep(hot: U32, hits: U16, ids: U32, counts: I64) -> tuple[I64, I64]:
     compared with the one with fewest, the next with the next; equals stay in their order, and a free place
     has fewer than any. Returns which of ``ids``, int64 [m], and their places, counted through all heads.
     """
-    if len(hits) != len(hot) or len(counts) != len(hot) or counts.sum() != len(ids) or (counts < 0).any():
-        raise InvalidInput(f"ids of {len(counts)} KV heads for a hot pool of {len(hot)}")
     found = np.empty((2, len(ids)), np.int64)
     kept = _native.keep(hot, hits, ids, counts, found[0], found[1])
+    if kept is None:
+        _check(ids, counts, len(hits), len(hot))
     return found[0, :kept], found[1, :kept]
+
+
+def count_hits(hits: U16, ids: U32, counts: I64, hit: int, most: int) -> None:
+    """Add ``hit`` to what ``hits`` uint16 [H, T] has for ``ids`` uint32 [n], up to ``most``.
+
+    ``counts`` int64 [H] are of each head. Raises :class:`InvalidInput` for others, and ids of T or more.
+    """
+    if not _native.count_hits(hits, ids, counts, hit, most):
+        _check(ids, counts, len(hits), len(hits))
+        raise InvalidInput(f"token {ids.max()} was selected of a context of {hits.shape[1]}")
+
+
+def _check(ids: U32, counts: I64, heads: int, others: int) -> None:
+    if others != heads or len(counts) != heads or counts.sum() != len(ids) or (counts < 0).any():
+        raise InvalidInput(f"{len(ids)} ids of {len(counts)} KV heads for places of {heads} and of {others}")

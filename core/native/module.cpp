@@ -170,12 +170,16 @@ void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint3
     }
 }
 
-// Returns how many are missing, found in the hot pool, and left; nothing where a head wants too many.
+// Returns how many are missing, found in the hot pool, and left; nothing where ids or counts do not fit, and where a
+// head wants more than it has slots: these are changed then.
 std::optional<std::vector<size_t>> py_exchange(Array<uint32_t, 2> slots, Array<uint32_t, 2> hot,
                                                Array<const uint32_t, 1> wanted, Array<const int64_t, 1> counts,
                                                uint32_t tokens, Array<uint32_t, 2> ids, Array<int64_t, 2> places,
                                                Array<int64_t, 2> of_heads) {
-    const size_t room = places.shape(1);
+    const size_t room = places.shape(1), heads = slots.shape(0);
+    if (hot.shape(0) != heads || counts.shape(0) != heads || wanted.shape(0) > room ||
+        !fits(wanted.data(), wanted.shape(0), counts.data(), heads, tokens))
+        return std::nullopt;
     Exchanged out{ids.data(), places.data(), of_heads.data(), places.data() + room, places.data() + 2 * room,
                   ids.data() + ids.shape(1), places.data() + 3 * room, of_heads.data() + of_heads.shape(1)};
     if (!exchange(slots.data(), slots.shape(1), hot.data(), hot.shape(1), slots.shape(0), wanted.data(),
@@ -184,8 +188,22 @@ std::optional<std::vector<size_t>> py_exchange(Array<uint32_t, 2> slots, Array<u
     return std::vector<size_t>{out.missing, out.found, out.left};
 }
 
-size_t py_keep(Array<uint32_t, 2> hot, Array<const uint16_t, 2> hits, Array<const uint32_t, 1> ids,
-               Array<const int64_t, 1> counts, Array<int64_t, 1> which, Array<int64_t, 1> places) {
+bool py_count_hits(Array<uint16_t, 2> hits, Array<const uint32_t, 1> ids, Array<const int64_t, 1> counts,
+                   uint16_t hit, uint16_t most) {
+    const size_t heads = hits.shape(0);
+    if (counts.shape(0) != heads || !fits(ids.data(), ids.shape(0), counts.data(), heads, hits.shape(1))) return false;
+    count_hits(hits.data(), hits.shape(1), heads, ids.data(), counts.data(), hit, most);
+    return true;
+}
+
+// Returns how many are kept; nothing where counts do not fit.
+std::optional<size_t> py_keep(Array<uint32_t, 2> hot, Array<const uint16_t, 2> hits, Array<const uint32_t, 1> ids,
+                              Array<const int64_t, 1> counts, Array<int64_t, 1> which, Array<int64_t, 1> places) {
+    const size_t heads = hot.shape(0);
+    if (hits.shape(0) != heads || counts.shape(0) != heads || which.shape(0) < ids.shape(0) ||
+        places.shape(0) < ids.shape(0) ||
+        !fits(ids.data(), ids.shape(0), counts.data(), heads, uint64_t(UINT32_MAX) + 1))
+        return std::nullopt;
     return keep(hot.data(), hot.shape(1), hits.data(), hits.shape(1), hot.shape(0), ids.data(), counts.data(),
                 which.data(), places.data());
 }
@@ -302,6 +320,8 @@ NB_MODULE(_native, module) {
     module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("exchange", &py_exchange, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("count_hits", &py_count_hits, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg(), nb::arg());
     module.def("keep", &py_keep, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("locate", &py_locate, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg().noconvert(),

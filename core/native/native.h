@@ -75,6 +75,13 @@ size_t filter(Variant variant, size_t n, int32_t threshold, uint32_t *ids, int32
 size_t missing(const uint32_t *ids, size_t heads, size_t k, const uint32_t *held, size_t held_count, uint32_t end,
                uint32_t *counts, int64_t *missing_heads, int64_t *missing_ids);
 
+// Whether n ids are as many as `counts` [heads] say, and all of them below `end`.
+bool fits(const uint32_t *ids, size_t n, const int64_t *counts, size_t heads, uint64_t end);
+
+// Adds `hit` to hits [heads][tokens] of ids (counts[head] of each head, which `fits`), up to `most`.
+void count_hits(uint16_t *hits, size_t tokens, size_t heads, const uint32_t *ids, const int64_t *counts, uint16_t hit,
+                uint16_t most);
+
 // What `exchange` finds; each array has room for all ids or slots. Places count through all heads.
 struct Exchanged {
     uint32_t *missing_ids;  // wanted and nowhere, with the slots given to them; missing_counts [heads]

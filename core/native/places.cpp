@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "native.h"
@@ -24,6 +23,15 @@ void sort_first(std::vector<T> &values, size_t count) {
 }
 
 }  // namespace
+
+bool fits(const uint32_t *ids, size_t n, const int64_t *counts, size_t heads, uint64_t end) {
+    size_t left = n;
+    for (size_t head = 0; head < heads; ++head) {
+        if (uint64_t(counts[head]) > left) return false;
+        left -= size_t(counts[head]);
+    }
+    return left == 0 && (n == 0 || *std::max_element(ids, ids + n) < end);
+}
 
 bool exchange(uint32_t *slots, size_t slot_count, uint32_t *hot, size_t hot_count, size_t heads,
               const uint32_t *wanted, const int64_t *counts, uint32_t tokens, Exchanged &out) {
@@ -81,27 +89,46 @@ bool exchange(uint32_t *slots, size_t slot_count, uint32_t *hot, size_t hot_coun
     return true;
 }
 
+void count_hits(uint16_t *hits, size_t tokens, size_t heads, const uint32_t *ids, const int64_t *counts, uint16_t hit,
+                uint16_t most) {
+    for (size_t head = 0; head < heads; ++head, hits += tokens)
+        for (const uint32_t *end = ids + counts[head]; ids < end; ++ids)
+            hits[*ids] = uint16_t(hits[*ids] + std::min(hit, uint16_t(most - std::min(most, hits[*ids]))));
+}
+
 size_t keep(uint32_t *hot, size_t hot_count, const uint16_t *hits, size_t tokens, size_t heads, const uint32_t *ids,
             const int64_t *counts, int64_t *which, int64_t *places) {
-    using Worth = std::pair<int32_t, uint32_t>;  // and place or index, so that equals keep their order
-    thread_local std::vector<Worth> victims, offered;
+    // Hits above, and place or index below, so that equals keep their order; in one number, which sorts faster. A free
+    // place has fewer hits than any, and of what is offered the most hit comes first.
+    thread_local std::vector<uint64_t> victims, offered;
+    constexpr uint64_t kMost = UINT16_MAX + 1;
     size_t kept = 0, first = 0;
     for (size_t head = 0; head < heads; ++head, hot += hot_count, hits += tokens) {
         const size_t count = size_t(counts[head]), most = std::min(count, hot_count);
-        const auto worth = [&](uint32_t id) { return id < tokens ? int32_t(hits[id]) : 0; };
+        const auto worth = [&](uint32_t id) { return 1 + uint64_t(id < tokens ? hits[id] : 0); };
         victims.clear();
         offered.clear();
-        for (size_t place = 0; most && place < hot_count; ++place)
-            victims.emplace_back(hot[place] == kEmpty ? -1 : worth(hot[place]), uint32_t(place));
-        for (size_t i = 0; most && i < count; ++i) offered.emplace_back(-worth(ids[first + i]), uint32_t(i));
-        sort_first(victims, most);
-        sort_first(offered, most);
-        for (size_t i = 0; i < most; ++i) {
+        uint64_t best = 0;
+        for (size_t i = 0; most && i < count; ++i) {
+            const uint64_t each = worth(ids[first + i]);
+            offered.push_back((kMost - each) << 32 | i);
+            best = std::max(best, each);
+        }
+        // Most of a pool is hit more than anything offered, and need not be sorted.
+        for (size_t place = 0; most && place < hot_count; ++place) {
+            const uint64_t held = hot[place] == kEmpty ? 0 : worth(hot[place]);
+            if (held < best) victims.push_back(held << 32 | place);
+        }
+        const size_t pairs = std::min(most, victims.size());
+        sort_first(victims, pairs);
+        sort_first(offered, pairs);
+        for (size_t i = 0; i < pairs; ++i) {
             // Strictly more hits: equals would take turns and throw each other out.
-            if (-offered[i].first <= victims[i].first) break;
-            hot[victims[i].second] = ids[first + offered[i].second];
-            which[kept] = int64_t(first + offered[i].second);
-            places[kept++] = int64_t(head * hot_count + victims[i].second);
+            if (kMost - (offered[i] >> 32) <= victims[i] >> 32) break;
+            const uint32_t place = uint32_t(victims[i]), index = uint32_t(offered[i]);
+            hot[place] = ids[first + index];
+            which[kept] = int64_t(first + index);
+            places[kept++] = int64_t(head * hot_count + place);
         }
         first += count;
     }

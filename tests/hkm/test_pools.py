@@ -12,7 +12,7 @@ from hillinfer.hkm.resident import divide
 from hillinfer.hkm.slots import EMPTY, Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
 from hillinfer_core.errors import InvalidInput, ResidentTooSmall
-from hillinfer_core.places import exchange
+from hillinfer_core.places import count_hits, exchange, keep
 
 SINKS, RECENT = 2, 5
 
@@ -156,6 +156,18 @@ def test_division_of_the_resident_budget():
     assert not divide(1000, 900, 200, 10, 4).keep_slots
     with pytest.raises(ResidentTooSmall, match="raise resident"):
         divide(1000, 1001, 0, 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "counts"), [([1, 40], [2]), ([1, 2], [3]), ([1, 2], [1]), ([1, 2], [3, -1]), ([1, 2], [2, 0])]
+)
+def test_hits_of_tokens_or_heads_that_there_are_not_are_refused(ids, counts):
+    hits = np.zeros((1, 40), np.uint16)
+    with pytest.raises(InvalidInput):
+        count_hits(hits, np.array(ids, np.uint32), np.array(counts), 1, 9)
+    with pytest.raises(InvalidInput):
+        keep(np.zeros((1, 3), np.uint32), hits, np.array([1, 2], np.uint32), np.array([3]))
+    assert not hits.any()
 
 
 @settings(max_examples=40, deadline=None)

@@ -119,7 +119,7 @@ def _place(
 ) -> None:
     """Put a selection into slots. uploaded: its rows on the device; final: the step attends to it."""
     rows = to_rows(brought.rows, layer.slots.keys) if uploaded is None else uploaded.ready()
-    missing = layer.pools.admit(row, list(brought.ids))
+    missing = layer.pools.admit(row, brought.ids)
     if missing.counts.tolist() != list(brought.missing_per_head):
         raise CorruptData("the daemon's view of the held tokens differs from the client's")
     layer.pools.fill(row, missing.places, rows)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hillinfer.hkm.slots import EMPTY
 from hillinfer_core.moves import put_rows
-from hillinfer_core.places import keep
+from hillinfer_core.places import count_hits, keep
 
 Ids = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.int64]
@@ -21,7 +21,7 @@ _AGE_EVERY = 16
 """Selections of a KV head after which its hit counts are halved. Measured: docs/placement.md."""
 _HIT = 256
 """What a selection adds to a count, so that halves of it still tell tokens apart."""
-_MAX_HITS = np.iinfo(np.uint16).max
+_MAX_HITS = int(np.iinfo(np.uint16).max)
 
 
 class HotPool:
@@ -34,7 +34,7 @@ class HotPool:
         self.rows: npt.NDArray[np.generic] = np.zeros((batch, kv_heads, 0, 2, head_dim), dtype)
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
         self._hits = np.zeros((batch, kv_heads, 0), np.uint16)
-        self._selections = np.zeros((batch, kv_heads), np.int64)
+        self._selections = [0] * batch
         self.nbytes = self._count_bytes()
         """Bytes held: rows, ids and hit counters. Every step asks every layer."""
 
@@ -68,12 +68,11 @@ class HotPool:
             self._hits = grown
             self.nbytes = self._count_bytes()
         hits = self._hits[row]
-        at = np.repeat(np.arange(len(counts)) * hits.shape[1], counts) + selected
-        flat = hits.reshape(-1)
-        flat[at] += np.minimum(_MAX_HITS - flat[at], _HIT).astype(np.uint16)
+        count_hits(hits, selected, counts, _HIT, _MAX_HITS)
+        # All heads select in every step.
         self._selections[row] += 1
-        for head in np.flatnonzero(self._selections[row] % _AGE_EVERY == 0):
-            hits[head] >>= 1
+        if self._selections[row] % _AGE_EVERY == 0:
+            hits >>= 1
 
     def crop(self, row: int, tokens: int) -> None:
         """Forget all but the first `tokens` tokens of sequence `row`: others may take their ids."""

@@ -50,14 +50,17 @@ class Pools:
         self._left: list[tuple[int, _Left]] = []
         self._again: set[int] = set()  # sequences with more than one round of admitting in the step
 
-    def admit(self, row: int, selected: Sequence[Ids]) -> Missing:
+    def admit(self, row: int, selected: Sequence[Ids] | Ids) -> Missing:
         """Give the `selected` ids of each head of sequence `row`, ascending, a slot each; at most all slots.
 
-        Rows that the hot pool has are moved. Returns what is in neither. Raises InvalidInput for ids
-        beyond the sequence and for more of them than slots.
+        They are [Hkv, k], or for each head as many as there are. Rows that the hot pool has are moved.
+        Returns what is in neither. Raises InvalidInput for ids beyond the sequence and for more of
+        them than slots.
         """
-        wanted = np.concatenate(selected) if len(selected) else np.zeros(0, np.uint32)
-        counts = np.array([len(ids) for ids in selected], np.int64)
+        if isinstance(selected, np.ndarray):
+            wanted, counts = selected.reshape(-1), np.full(len(selected), selected.shape[1], np.int64)
+        else:
+            wanted, counts = np.concatenate(selected), np.array([len(ids) for ids in selected], np.int64)
         slots, hot = self.slots, self.hot
         done = exchange(slots.ids[row], hot.ids[row], wanted, counts, int(slots.lengths[row]))
         if hot.capacity and len(done.left_ids):

@@ -63,9 +63,14 @@ def _weights(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> n
 def _lost(weights: npt.NDArray[Any], ids: Ids, other: Ids) -> float:
     shares = [
         [
-            weights[row, head][(mine != EMPTY) & ~np.isin(mine, other[row, head])].sum()
+            weights[row, head][(mine != EMPTY) & ~_among(mine, other[row, head])].sum()
             for head, mine in enumerate(heads)
         ]
         for row, heads in enumerate(ids)
     ]
     return float(np.mean(shares, axis=1).max())
+
+
+def _among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
+    # A table of all ids up to the greatest: EMPTY must not be one of them.
+    return np.isin(ids, others[others != EMPTY], kind="table")
