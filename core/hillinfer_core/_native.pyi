@@ -170,6 +170,16 @@ def keep(
     places: npt.NDArray[np.int64],
     /,
 ) -> int | None: ...
+def attend(
+    variant: int,
+    format: int,
+    query: npt.NDArray[np.float32],
+    keys: npt.NDArray[np.uint8],
+    values: npt.NDArray[np.uint8],
+    scaling: float,
+    out: npt.NDArray[np.float32],
+    /,
+) -> bool: ...
 def join_rows(
     keys: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],

@@ -58,7 +58,7 @@ __all__ = [
 
 # The number of each is that of `Variant` in native.h; the widest last.
 _VARIANTS = {"portable": 0, "avx2": 1, "avx512vnni": 2}
-_FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2}
+FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2}
 
 _BEAT = 64  # bytes; layout.py
 _MAX_THREADS = 1024
@@ -74,7 +74,8 @@ def variants() -> list[str]:
 _BEST = _VARIANTS[variants()[-1]]
 
 
-def _variant() -> int:
+def variant() -> int:
+    """Return the number of the kind of code to run."""
     forced = _native.environment("HILLINFER_KERNEL")
     if not forced:
         return _BEST
@@ -95,7 +96,7 @@ def code_and_threads(parts: Sequence[U8]) -> tuple[int, int]:
     asked = _threads_asked()
     if not asked:
         asked = threads() if sum(part.nbytes for part in parts) >= _SEVERAL_THREADS_BYTES else 1
-    return _variant(), asked
+    return variant(), asked
 
 
 def _threads_asked() -> int:
@@ -111,7 +112,7 @@ def widen_keys(rows: npt.NDArray[Any]) -> F32:
     """Widen keys as :func:`hillinfer_core.reference.widen_keys` defines; ``rows`` are C-contiguous."""
     heads, tokens, dim = _rows_shape(rows)
     keys = np.empty((heads, tokens, dim), np.float32)
-    _native.widen_keys(_flat_bytes(rows), _FORMATS[rows.dtype], heads * tokens, dim, keys.reshape(-1))
+    _native.widen_keys(_flat_bytes(rows), FORMATS[rows.dtype], heads * tokens, dim, keys.reshape(-1))
     return keys
 
 
@@ -123,7 +124,7 @@ def quantise_keys(rows: npt.NDArray[Any], ranges: Ranges, precision: Precision) 
     inverse_scale = np.float32(1) / np.ascontiguousarray(ranges.scale, np.float32)
     zero = np.ascontiguousarray(ranges.zero, np.float32)
     clipped, nonfinite = _native.quantise_keys(
-        _flat_bytes(rows), _FORMATS[rows.dtype], tokens, zero, inverse_scale, precision.bits, tiles
+        _flat_bytes(rows), FORMATS[rows.dtype], tokens, zero, inverse_scale, precision.bits, tiles
     )
     return tiles, clipped, nonfinite
 
@@ -164,7 +165,7 @@ def scores(tiles: U8, q: Q, precision: Precision, out: I32, *, offsets: I32 | No
         return
     _require(tiles[0].flags.c_contiguous and out[0].flags.c_contiguous, "only the first axis may be strided")
     _native.scores(
-        _variant(),
+        variant(),
         tiles,
         q if q.flags.c_contiguous else q.copy(),
         _checked_offsets(q, offsets),
@@ -310,7 +311,7 @@ def stream_read(data: U8) -> int:
     """
     _require(data.dtype == np.uint8 and data.ndim == 1 and data.size % 64 == 0, "data must be uint8 [n * 64]")
     _require(data.flags.c_contiguous, "data must be C-contiguous")
-    return _native.stream_read(_variant(), threads(), data)
+    return _native.stream_read(variant(), threads(), data)
 
 
 def row_checksums(rows: npt.NDArray[Any]) -> U32:
@@ -319,7 +320,7 @@ def row_checksums(rows: npt.NDArray[Any]) -> U32:
     out = np.empty(rows.shape[0], np.uint32)
     if out.size:
         data = _flat_bytes(rows).reshape(out.size, -1)
-        _native.row_checksums(_variant() != _VARIANTS["portable"], data, out)
+        _native.row_checksums(variant() != _VARIANTS["portable"], data, out)
     return out
 
 
@@ -329,7 +330,7 @@ def damaged_row(rows: U8, checksums: U32) -> int | None:
     ``checksums`` are uint32 [n]; both are C-contiguous.
     """
     _require(rows.ndim == 2 and rows.shape[:1] == checksums.shape, "each row needs one checksum")
-    at = _native.first_difference(rows, checksums, _variant() != _VARIANTS["portable"])
+    at = _native.first_difference(rows, checksums, variant() != _VARIANTS["portable"])
     return None if at < 0 else at
 
 
@@ -345,12 +346,12 @@ def data_checksums(tiles: U8) -> U32:
     out = np.empty(tiles.shape[0], np.uint32)
     if out.size:
         _require(tiles[0].flags.c_contiguous, "only the first axis of tiles may be strided")
-        _native.data_checksums(_variant(), tiles, out)
+        _native.data_checksums(variant(), tiles, out)
     return out
 
 
 def _rows_shape(rows: npt.NDArray[Any]) -> tuple[int, int, int]:
-    _require(rows.dtype in _FORMATS, f"rows must be float16, uint16 (bfloat16) or float32, not {rows.dtype}")
+    _require(rows.dtype in FORMATS, f"rows must be float16, uint16 (bfloat16) or float32, not {rows.dtype}")
     _require(rows.ndim == 4 and rows.shape[2] == 2, f"rows must be [H, n, 2, D], not {list(rows.shape)}")
     _require(rows.flags.c_contiguous, "rows must be C-contiguous")
     heads, tokens, _, dim = rows.shape

@@ -219,6 +219,20 @@ bool py_locate(Array<const int64_t, 2> extents, int64_t row_bytes, int64_t token
     return locate(places, heads.data(), ids.data(), ids.shape(0), offsets.data(), checksums.data());
 }
 
+// Whether shapes fit; keys and values are bytes [heads][tokens][dim].
+bool py_attend(int variant, int format, Array<const float, 3> query, Array<const uint8_t, 3> keys,
+               Array<const uint8_t, 3> values, float scaling, Array<float, 3> out) {
+    const size_t heads = query.shape(0), group = query.shape(1), dim = query.shape(2), tokens = keys.shape(1);
+    const size_t row_bytes = dim * (Format(format) == Format::float32 ? 4 : 2);
+    for (size_t axis = 0; axis < 3; ++axis)
+        if (keys.shape(axis) != values.shape(axis) || query.shape(axis) != out.shape(axis)) return false;
+    if (keys.shape(0) != heads || keys.shape(2) != row_bytes || !heads || !group || !dim || !tokens) return false;
+    nb::gil_scoped_release released;
+    attend({Variant(variant), Format(format), query.data(), keys.data(), values.data(), heads, group, tokens, dim,
+            scaling, out.data()});
+    return true;
+}
+
 bool py_is_memory(int fd) {
     struct statfs info;
     return fstatfs(fd, &info) == 0 && (info.f_type == TMPFS_MAGIC || info.f_type == RAMFS_MAGIC);
@@ -326,6 +340,8 @@ NB_MODULE(_native, module) {
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("locate", &py_locate, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
+    module.def("attend", &py_attend, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
     module.def("is_memory", &py_is_memory);
     module.def("copy_rows", &py_copy_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("gather", &py_gather, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),

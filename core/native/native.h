@@ -103,6 +103,19 @@ bool exchange(uint32_t *slots, size_t slot_count, uint32_t *hot, size_t hot_coun
 size_t keep(uint32_t *hot, size_t hot_count, const uint16_t *hits, size_t tokens, size_t heads, const uint32_t *ids,
             const int64_t *counts, int64_t *which, int64_t *places);
 
+// Attention of queries [heads][group][dim], float, on keys and values [heads][tokens][dim] of `format`; to out
+// [heads][group][dim]. Sums are of floats. tokens and dim are at least 1.
+struct AttendRequest {
+    Variant variant;
+    Format format;
+    const float *query;
+    const void *keys, *values;
+    size_t heads, group, tokens, dim;
+    float scaling;
+    float *out;
+};
+void attend(const AttendRequest &request);
+
 // Where a layer's rows lie, by extents [extents] that ascend by first token, and the rows' checksums
 // [heads][checksum_stride].
 struct RowPlaces {

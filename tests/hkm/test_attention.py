@@ -2,13 +2,18 @@
 
 from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hillinfer.hkm import attention
-from hillinfer.hkm.attention import attend_part, attend_slots, merge
+from hillinfer.hkm.attention import attend_part, attend_slots, attend_stored, merge
+from hillinfer.hkm.tensors import to_storage
+from hillinfer_core.attend import attend
+from hillinfer_core.errors import InvalidInput
+from hillinfer_core.kernel import variants
 
 
 def whole(query, key, value, scaling, mask=None):
@@ -73,3 +78,51 @@ def test_slots_that_are_not_visible_weigh_nothing():
     output = attend_slots(query, key, value, 0.25, visible)
     torch.testing.assert_close(output[0], whole(query[0], key[0, :, :7], value[0, :, :7], 0.25))
     torch.testing.assert_close(output[1], whole(query[1], key[1], value[1], 0.25))
+
+
+@pytest.mark.parametrize("kind", variants())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [8, 64, 72, 256])
+@pytest.mark.parametrize(("group", "tokens"), [(1, 1), (3, 17), (4, 64), (7, 330)])
+def test_attention_in_one_thread(monkeypatch, kind, dtype, dim, group, tokens):
+    monkeypatch.setenv("HILLINFER_KERNEL", kind)
+    torch.manual_seed(tokens)
+    query = torch.randn(2, 2 * group, 1, dim).to(dtype)
+    key, value = (torch.randn(2, 2, tokens, dim).to(dtype) for _ in range(2))
+    output = attend_stored(query, to_storage(key), to_storage(value), dim**-0.5)
+    assert output.shape == query.shape
+    assert output.dtype == dtype
+    folded, keys, values = (each.double().reshape(4, -1, dim) for each in (query, key, value))
+    expected = torch.softmax(folded @ keys.transpose(-1, -2) * dim**-0.5, -1) @ values
+    # Rounded once, from float32.
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        output.double(), expected.reshape(query.shape), atol=max(3e-6, rounding), rtol=rounding
+    )
+
+
+def test_attention_in_one_thread_is_as_sharp_as_its_scores():
+    """Scores far apart, as softmax without an overflow has them, and numbers that are not finite."""
+    query = torch.ones(1, 2, 1, 16)
+    key = torch.linspace(-40, 40, 50)[None, None, :, None].expand(1, 1, 50, 16).contiguous()
+    value = torch.randn(1, 1, 50, 16)
+    for scaling in (1e-3, 1.0, 1e3):
+        output = attend_stored(query, key.numpy(), value.numpy(), scaling)
+        expected = attend_slots(query, key, value, scaling, None)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    key[0, 0, 3] = torch.nan
+    assert attend_stored(query, key.numpy(), value.numpy(), 1.0).isnan().all()
+
+
+def test_arrays_that_do_not_fit_are_not_attended_to():
+    query, keys = np.zeros((2, 3, 8), np.float32), np.zeros((2, 5, 8), np.float32)
+    for wrong in (
+        (query[:1], keys, keys),
+        (query, keys, keys[:, :4].copy()),
+        (query, keys.astype(np.float16), keys),
+        (query, keys[:, ::2], keys[:, ::2]),
+        (query, keys.astype(np.float64), keys.astype(np.float64)),
+        (query, keys[:, :0], keys[:, :0]),
+    ):
+        with pytest.raises(InvalidInput, match="cannot attend"):
+            attend(*wrong, 1.0)

@@ -8,8 +8,16 @@ context is attended block by block in bounded memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
+
+from hillinfer_core.attend import attend
+
+ALONE_BYTES = 1 << 20
+"""Keys and values that one thread attends to as soon as several that have to be woken: of 2.6 MB on two
+cores, with AVX2 (docs/decode.md). Less, as others have more cores: our choice."""
 
 _KEY_BLOCK = 512  # keys per score matrix where no fused kernel returns the log-sum-exp
 _QUERY_BLOCK = 256  # queries per score matrix where scores are capped and masked
@@ -101,6 +109,20 @@ def join(one: Part, other: Part) -> Part:
     weight = torch.sigmoid(one.lse - other.lse)
     output = torch.lerp(other.output, one.output, weight[..., None])
     return Part(output, torch.logaddexp(one.lse, other.lse))
+
+
+def attend_stored(
+    query: torch.Tensor, keys: npt.NDArray[Any], values: npt.NDArray[Any], scaling: float
+) -> torch.Tensor:
+    """As `attend_slots`, on the CPU and in the thread that calls, which is faster up to `ALONE_BYTES`.
+
+    keys, values: storage dtype [B, Hkv, n, D].
+    """
+    batch, kv_heads, tokens, dim = keys.shape
+    folded = query.float().reshape(batch * kv_heads, -1, dim).numpy()
+    flat = batch * kv_heads, tokens, dim
+    output = torch.from_numpy(attend(folded, keys.reshape(flat), values.reshape(flat), scaling))
+    return output.reshape(query.shape).to(query.dtype)
 
 
 def attend_slots(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hillinfer.hkm.attention import attend_slots
+from hillinfer.hkm.attention import ALONE_BYTES, attend_slots, attend_stored
 from hillinfer.hkm.tensors import to_rows
 from hillinfer.pipeline.device import Uploaded
 from hillinfer.pipeline.job import Job, Prefetched, held, items
@@ -40,12 +40,21 @@ def decode(
     if keep is None:
         candidates = sum(max(int(n) - slots.pinned, 0) for n in slots.lengths)
         return layer.everything(query, scaling, candidates)
-    output = attend_slots(query, slots.keys, slots.values, scaling, slots.visible(), layer.softcap)
+    output = _attend(layer, query, scaling)
     layer.pools.settle()
     if not keep:
         layer.cache.account()
         slots.resize(0)
     return output
+
+
+def _attend(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    slots = layer.slots
+    visible = slots.visible()
+    plain = visible is None and layer.softcap is None
+    if plain and slots.stored is not None and slots.nbytes <= ALONE_BYTES and not query.requires_grad:
+        return attend_stored(query, *slots.stored, scaling)
+    return attend_slots(query, slots.keys, slots.values, scaling, visible, layer.softcap)
 
 
 def _use(

@@ -29,7 +29,8 @@ class Slots:
         self.values = torch.zeros_like(self.keys)
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
         self.lengths = np.zeros(batch, np.int64)  # tokens of each sequence, pinned or not
-        self._stored = self._on_host()
+        self.stored = self._on_host()
+        """Keys and values in the storage dtype, not copied; None on an accelerator."""
         self.nbytes = self._count_bytes()
         """Bytes held, the token ids included. Every step asks every layer."""
 
@@ -122,7 +123,7 @@ class Slots:
         self.ids = np.concatenate([grown, pad], axis=-1)
         self.keys = _resized(self.keys, self.pinned + kept, self.pinned + selected)
         self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
-        self._stored = self._on_host()
+        self.stored = self._on_host()
         self.nbytes = self._count_bytes()
 
     def take(self, row: int, places: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -130,8 +131,8 @@ class Slots:
 
         Places are those of `ids`, counted through all heads.
         """
-        if self._stored is not None:
-            keys, values = self._stored
+        if self.stored is not None:
+            keys, values = self.stored
             return to_rows(join_rows(keys[row], values[row], self.pinned, places), self.keys)
         on_device = self._on_device(places)
         return torch.stack([flat.index_select(0, on_device) for flat in self._flat(row)], 1)
@@ -147,8 +148,8 @@ class Slots:
 
         Those that `which` [n] counts, if it is given. Places are as for `take`.
         """
-        if self._stored is not None:
-            keys, values = self._stored
+        if self.stored is not None:
+            keys, values = self.stored
             stored = np.ascontiguousarray(to_storage(rows) if isinstance(rows, torch.Tensor) else rows)
             split_rows(stored, which, keys[row], values[row], self.pinned, places)
             return
@@ -159,7 +160,6 @@ class Slots:
             flat.index_copy_(0, on_device, kv[:, number])
 
     def _on_host(self) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]] | None:
-        """Keys and values as arrays of the storage dtype, not copied; None on an accelerator."""
         if self.keys.device.type != "cpu":
             return None
         return to_storage(self.keys), to_storage(self.values)
