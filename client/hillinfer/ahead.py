@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from hillinfer.evaluation import Brought, EvaluateItem, Plan
 from hillinfer.link import Link
@@ -23,20 +25,23 @@ class Asked:
     layer: int
     items: list[EvaluateItem]
     asked_at: float
+    _under_way: tuple[Plan, Submitted] | None
     brought: list[Brought] | None = None
-    """None while it is under way, and where it was not sent or is to be sent again."""
+    """None while it is under way, and where it is to be sent again."""
     error: HillInferError | None = None
     """With which it ended instead."""
-    _under_way: tuple[Plan, Submitted] | None = None
 
-    def send(self, link: Link, plan: Plan, timeout_s: float) -> bool:
-        """Send it as `plan`, which is filled, and do not wait; say whether it was sent.
+    @classmethod
+    def send(
+        cls, link: Link, plan: Plan, layer: int, items: Sequence[EvaluateItem], timeout_s: float
+    ) -> Self | None:
+        """Send it as `plan`, which is filled, and do not wait; None where the ring does not take it.
 
         Until `settle` the daemon may use the arena.
         """
-        submitted = link.submit(plan, self.layer, self.items, timeout_s)
-        self._under_way = None if submitted is None else (plan, submitted)
-        return submitted is not None
+        asked_at = time.monotonic()
+        submitted = link.submit(plan, layer, items, timeout_s)
+        return None if submitted is None else cls(layer, list(items), asked_at, (plan, submitted))
 
     def settle(self, link: Link) -> Sequence[Evaluated]:
         """Wait until the daemon is done with it, and keep what came; return the results. Raises nothing."""

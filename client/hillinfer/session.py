@@ -226,23 +226,21 @@ class Session:
             return brought
 
     @survives
-    def ask_ahead(self, layer: int, items: Sequence[EvaluateItem]) -> Asked:
+    def ask_ahead(self, layer: int, items: Sequence[EvaluateItem]) -> Asked | None:
         """Begins what `evaluate_and_bring` does and does not wait for it: `collect` brings what comes of it.
 
         One such evaluation is under way at a time. Whatever else uses the shared memory before `collect`,
-        another `ask_ahead` too, first waits for its answer and keeps that. Without a ring, or where one
-        request does not do, nothing begins before `collect`.
+        another `ask_ahead` too, first waits for its answer and keeps that. None, and nothing begun, without
+        a ring and where one request does not do.
         """
         with self.lock:
             evaluation.check_kept(items)
-            asked = Asked(layer, list(items), time.monotonic(), None if items else [])
-            if not items:
-                return asked
-            with suppress(wire.ArenaTooSmall):
+            try:
                 plan = self._filled_plan(items, Reduction.sum, bring=True)
-                if asked.send(self._attached(), plan, self.timeout_s):
-                    self._ahead = asked
-            return asked
+            except wire.ArenaTooSmall:
+                return None
+            self._ahead = Asked.send(self._attached(), plan, layer, items, self.timeout_s)
+            return self._ahead
 
     @survives
     def collect(self, asked: Asked) -> list[Brought]:

@@ -16,6 +16,7 @@ from restart_reader import LABELS, SHAPE, read
 from restartable import Restartable, restartable
 
 from hillinfer import Context, EvaluateItem, PrivateDaemon, Session, errors
+from hillinfer.ahead import Asked
 from hillinfer.session import Brought
 
 TOKENS = 40 * SHAPE.append_unit
@@ -53,17 +54,22 @@ def assert_same(one: list[Brought], two: list[Brought]) -> None:
         assert len(mine.rows) == sum(mine.missing_per_head)
 
 
-@pytest.mark.parametrize("ring", [True, False])
-def test_whatever_is_asked_between(daemon: PrivateDaemon, ring: bool) -> None:
-    with Session.connect(daemon.socket, ring=ring) as session, session.open_context(SHAPE) as context:
+def ask(session: Session, layer: int, items: list[EvaluateItem]) -> Asked:
+    asked = session.ask_ahead(layer, items)
+    assert asked is not None
+    return asked
+
+
+def test_whatever_is_asked_between(session: Session) -> None:
+    with session.open_context(SHAPE) as context:
         fill(context)
         items = [[item(context, seed, held=seed) for seed in (n, n + 1)] for n in range(4)]
         expected = [session.evaluate_and_bring(1, each) for each in items]
         read_bytes = session.counters.read_bytes
-        first = session.ask_ahead(1, items[0])
-        second = session.ask_ahead(1, items[1])
+        first = ask(session, 1, items[0])
+        second = ask(session, 1, items[1])
         assert_same(session.evaluate_and_bring(1, items[2]), expected[2])
-        third, fourth = session.ask_ahead(1, items[3]), session.ask_ahead(1, items[2])
+        third, fourth = ask(session, 1, items[3]), ask(session, 1, items[2])
         rows = context.fetch_range(1, 0, TOKENS)
         np.testing.assert_array_equal(rows[:, :, 0], KEYS)
         session.settle(fourth)
@@ -72,18 +78,25 @@ def test_whatever_is_asked_between(daemon: PrivateDaemon, ring: bool) -> None:
             assert_same(session.collect(first), expected[0])
             assert_same(session.collect(second), expected[1])
         assert_same(session.collect(fourth), expected[2])
-        assert session.collect(session.ask_ahead(0, [])) == []
         assert session.counters.read_bytes > 2 * read_bytes
 
 
-@pytest.mark.parametrize("arena", [20 << 10, 40 << 10])
-def test_rows_and_requests_that_the_arena_has_no_room_for(daemon: PrivateDaemon, arena: int) -> None:
-    with Session.connect(daemon.socket, arena) as session, session.open_context(SHAPE) as context:
+def test_rows_that_the_arena_has_no_room_for(daemon: PrivateDaemon) -> None:
+    with Session.connect(daemon.socket, 20 << 10) as session, session.open_context(SHAPE) as context:
         fill(context)
         items = [item(context, seed) for seed in range(8)]
-        expected = session.evaluate_and_bring(0, items)
-        for asked in (session.ask_ahead(0, items), session.ask_ahead(0, items[:2])):
-            assert_same(session.collect(asked), expected[: len(asked.items)])
+        [expected, *_] = session.evaluate_and_bring(0, items)
+        assert_same(session.collect(ask(session, 0, items[:1])), [expected])
+
+
+def test_where_one_request_does_not_do_nothing_begins(daemon: PrivateDaemon) -> None:
+    for arena, ring, count in ((8 << 20, False, 1), (20 << 10, True, 64), (8 << 20, True, 64)):
+        with Session.connect(daemon.socket, arena, ring=ring) as session:
+            context = session.open_context(SHAPE)
+            fill(context)
+            items = [item(context, seed) for seed in range(count)]
+            assert session.ask_ahead(0, items) is None
+            assert len(session.evaluate_and_bring(0, items)) == count
 
 
 def test_a_refusal_is_raised_when_it_is_collected(session: Session) -> None:
@@ -91,12 +104,12 @@ def test_a_refusal_is_raised_when_it_is_collected(session: Session) -> None:
         fill(context)
         right = item(context)
         expected = session.evaluate_and_bring(0, [right])
-        wrong = session.ask_ahead(0, [right._replace(query=right.query * np.nan)])
+        wrong = ask(session, 0, [right._replace(query=right.query * np.nan)])
         assert_same(session.evaluate_and_bring(0, [right]), expected)
         for _ in range(2):
             with pytest.raises(errors.InvalidInput, match="NaN"):
                 session.collect(wrong)
-        asked = session.ask_ahead(0, [right])
+        asked = ask(session, 0, [right])
     assert_same(session.collect(asked), expected)
 
 
@@ -105,7 +118,7 @@ def test_no_answer_in_time_ends_the_use_of_the_arena(daemon: PrivateDaemon) -> N
         fill(context)
         os.kill(daemon.pid, signal.SIGSTOP)
         try:
-            asked = session.ask_ahead(0, [item(context)])
+            asked = ask(session, 0, [item(context)])
             with pytest.raises(errors.DaemonUnavailable, match="may still be in use"):
                 session.evaluate_and_bring(0, [item(context)])
             with pytest.raises(errors.DeadlineExceeded):
@@ -113,13 +126,13 @@ def test_no_answer_in_time_ends_the_use_of_the_arena(daemon: PrivateDaemon) -> N
         finally:
             os.kill(daemon.pid, signal.SIGCONT)
         with pytest.raises(errors.DaemonUnavailable, match="may still be in use"):
-            session.collect(session.ask_ahead(0, [item(context)]))
+            session.collect(ask(session, 0, [item(context)]))
 
 
 def test_an_interrupted_wait_ends_the_use_of_the_arena(session: Session, monkeypatch: Any) -> None:
     context = session.open_context(SHAPE)
     fill(context)
-    asked = session.ask_ahead(0, [item(context)])
+    asked = ask(session, 0, [item(context)])
     assert session._link is not None
 
     def interrupted(*args: object) -> None:
@@ -139,7 +152,7 @@ def test_a_daemon_that_dies_meanwhile_is_asked_again(restarted: Restartable, not
         context, volatile = read(session), session.open_context(SHAPE)
         fill(volatile)
         expected = session.evaluate_and_bring(0, [item(context)])
-        asked = session.ask_ahead(0, [item(context)])
+        asked = ask(session, 0, [item(context)])
         if noticed == "before the restart":
             session.settle(asked)
         restarted.restart(signal.SIGKILL)
@@ -148,13 +161,13 @@ def test_a_daemon_that_dies_meanwhile_is_asked_again(restarted: Restartable, not
         assert_same(session.collect(asked), expected)
         assert_same(session.evaluate_and_bring(0, [item(context)]), expected)
         assert session.restarts == 1
-        lost = session.ask_ahead(0, [item(context)])
+        lost = ask(session, 0, [item(context)])
         restarted.restart(signal.SIGKILL)
-        assert_same(session.collect(session.ask_ahead(0, [item(context)])), expected)
+        assert_same(session.collect(ask(session, 0, [item(context)])), expected)
         assert_same(session.collect(lost), expected)
         assert session.restarts == 2
         with pytest.raises(errors.ContextLost):
-            session.ask_ahead(0, [item(volatile)])
+            ask(session, 0, [item(volatile)])
 
 
 def test_what_was_asked_of_a_context_that_is_lost_is_lost(restarted: Restartable) -> None:
@@ -163,7 +176,7 @@ def test_what_was_asked_of_a_context_that_is_lost_is_lost(restarted: Restartable
         fill(volatile)
         assert restarted.process is not None
         restarted.process.send_signal(signal.SIGSTOP)
-        asked = session.ask_ahead(0, [item(volatile)])
+        asked = ask(session, 0, [item(volatile)])
         restarted.restart(signal.SIGKILL)
         with pytest.raises(errors.ContextLost):
             session.collect(asked)

@@ -17,7 +17,7 @@ from hillinfer.pipeline import choice, device
 from hillinfer.pipeline.choice import Measured, Predictor
 from hillinfer.pipeline.job import Job, Prefetched, make_job
 from hillinfer.pipeline.timeline import APPEND, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
-from hillinfer.pipeline.under_way import InThread, Request, suffices
+from hillinfer.pipeline.under_way import InThread, Request
 from hillinfer.session import Brought, EvaluateItem, Session
 from hillinfer_core.errors import HillInferError, UnsupportedModel
 
@@ -171,9 +171,8 @@ class Pipeline:
     def _begin(self, job: Job, query: torch.Tensor) -> None:
         job.began = perf_counter()
         host = device.to_host(query[:, :, 0])
-        if suffices(job, self.policy, query):
-            job.answer = Request(self._session, job, host())
-        else:
+        job.answer = Request.send(self._session, self.policy, job, query, host)
+        if job.answer is None:
             mark = device.mark(query.device)
             job.answer = InThread(self._executor, job, host, mark, self._side, self.select)
         self._jobs[job.layer.index] = job

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hillinfer.ahead import Asked
 from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
 from hillinfer.hkm.tensors import to_rows
 from hillinfer.pipeline import device
@@ -20,28 +23,33 @@ Query = Callable[[], npt.NDArray[np.float32]]
 """Waits for a query float32 [B, H, D], in any thread."""
 
 
-def suffices(job: Job, policy: SelectionPolicy, query: torch.Tensor) -> bool:
-    """Whether `Request` does for the job: else the thread of the model would wait for something first."""
-    return isinstance(policy, ColdPoolRanking) and query.device.type == "cpu" and not job.appends
-
-
 class Request:
-    """The daemon ranks and fetches; no thread of this process takes part. Begins on construction."""
+    """The daemon ranks and fetches; no thread of this process takes part."""
 
-    def __init__(self, session: Session, job: Job, query: npt.NDArray[np.float32]) -> None:
-        self._session, self._job = session, job
-        self._rows, items = job.items(query)
-        self._began = perf_counter()
-        self._asked = session.ask_ahead(job.layer.index, items)
+    def __init__(self, session: Session, job: Job, rows: list[int], asked: Asked) -> None:
+        self._session, self._job, self._rows, self._asked = session, job, rows, asked
+
+    @classmethod
+    def send(
+        cls, session: Session, policy: SelectionPolicy, job: Job, query: torch.Tensor, host: Query
+    ) -> Self | None:
+        """Begin on a job; None where more is to be done for it than that, and nothing has begun."""
+        if not isinstance(policy, ColdPoolRanking) or query.device.type != "cpu" or job.appends:
+            return None
+        rows, items = job.items(host())
+        asked = session.ask_ahead(job.layer.index, items)
+        return None if asked is None else cls(session, job, rows, asked)
 
     def result(self) -> Prefetched:
         """See `Answer`."""
         brought = self._session.collect(self._asked)
-        answered_at = max(each.answered_at for each in brought)
-        took = answered_at - self._asked.asked_at if answered_at else perf_counter() - self._began
+        ended = max(each.answered_at for each in brought)
+        # Where nothing says when the answer came, it was asked for again, and is there now.
+        since = perf_counter() - time.monotonic()
+        asked, ended = self._asked.asked_at + since, (ended or time.monotonic()) + since
         like = self._job.layer.slots.keys
         uploaded = [device.Uploaded(to_rows(each.rows, like), None) for each in brought]
-        return Prefetched(self._rows, brought, uploaded, self._began, self._began, self._began + took)
+        return Prefetched(self._rows, brought, uploaded, asked, asked, ended)
 
     def drop(self) -> None:
         """See `Answer`."""
