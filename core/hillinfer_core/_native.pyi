@@ -170,6 +170,22 @@ def keep(
     places: npt.NDArray[np.int64],
     /,
 ) -> int | None: ...
+def exchange_rows(
+    slots: npt.NDArray[np.uint32],
+    hot: npt.NDArray[np.uint32],
+    wanted: npt.NDArray[np.uint32],
+    counts: npt.NDArray[np.int64],
+    tokens: int,
+    ids: npt.NDArray[np.uint32],
+    places: npt.NDArray[np.int64],
+    of_heads: npt.NDArray[np.int64],
+    keys: npt.NDArray[np.uint8],
+    values: npt.NDArray[np.uint8],
+    pinned: int,
+    hot_rows: npt.NDArray[np.uint8],
+    keep: bool,
+    /,
+) -> tuple[int, int, npt.NDArray[np.uint8]] | None: ...
 def attend(
     variant: int,
     format: int,

@@ -101,6 +101,7 @@ def test_a_selected_row_is_in_slots_or_in_the_hot_pool_and_never_in_both(capacit
         pools.fill(0, places, to_storage(rows.contiguous()))
         pools.settle()
         assert in_slots(slots) == set(wanted)
+        assert_visible(slots)
         hot = hot_tokens(pools.hot)
         assert len(hot) == len(set(hot)) <= capacity
         assert not set(hot) & set(wanted)
@@ -113,6 +114,36 @@ def test_a_selected_row_is_in_slots_or_in_the_hot_pool_and_never_in_both(capacit
             if token != EMPTY:
                 row = to_rows(pools.hot.rows[0, 0, at], torch.zeros(1, dtype=dtype))
                 assert (row == float(token)).all()
+
+
+def assert_visible(slots):
+    """What is visible is what has an id, whatever was noted of it."""
+    visible = slots.visible()
+    if visible is None:
+        assert not (slots.ids == EMPTY).any()
+        assert slots.lengths.min() >= slots.pinned
+    else:
+        assert np.array_equal(visible[..., slots.pinned :].numpy(), slots.ids != EMPTY)
+
+
+def test_slots_without_a_token_are_not_visible():
+    slots = Slots(2, 1, 4, SINKS, RECENT, torch.zeros(1))
+    pools = Pools(slots, HotPool(2, 1, 4, np.float32))
+    assert_visible(slots)
+    slots.lengths[:] = 40
+    assert_visible(slots)
+    for size, wanted in ((2, [[3, 4], [5, 6]]), (3, [[3, 4, 5], [5, 6, 7]]), (2, [[3], [5, 6]])):
+        slots.resize(size)
+        assert_visible(slots)
+        for row, ids in enumerate(wanted):
+            pools.admit(row, [np.array(ids, np.uint32)])
+            assert_visible(slots)
+    pools.admit(0, np.array([[3, 30]], np.uint32))
+    assert slots.visible() is None
+    slots.crop(0, 32)
+    assert_visible(slots)
+    slots.resize(0)
+    assert_visible(slots)
 
 
 def in_slots(slots):

@@ -330,7 +330,7 @@ class HierarchicalCache(Cache):
         contexts, shape = self.contexts, self.contexts[0].shape
         streams = len(self.full_layers) * len(contexts) * shape.kv_heads
         fixed = slots.pinned * shape.row_bytes * streams + self._apart_from_layers(contexts)
-        tokens = int(slots.lengths.max())
+        tokens = max(slots.lengths.tolist())
         hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
         a_layers_rows = selected * row * streams // len(self.full_layers) ** 2

@@ -12,6 +12,7 @@ import torch
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_storage
+from hillinfer_core.moves import Moved, exchange_rows
 from hillinfer_core.places import exchange
 
 Ids = npt.NDArray[np.uint32]
@@ -32,7 +33,7 @@ class Missing(NamedTuple):
 class _Left(NamedTuple):
     ids: Ids
     counts: Counts
-    rows: torch.Tensor
+    rows: npt.NDArray[np.generic] | torch.Tensor
 
 
 class Pools:
@@ -61,17 +62,30 @@ class Pools:
             wanted, counts = selected.reshape(-1), np.full(len(selected), selected.shape[1], np.int64)
         else:
             wanted, counts = np.concatenate(selected), np.array([len(ids) for ids in selected], np.int64)
-        slots, hot = self.slots, self.hot
-        done = exchange(slots.ids[row], hot.ids[row], wanted, counts, int(slots.lengths[row]))
-        if hot.capacity and len(done.left_ids):
-            rows = slots.take(row, done.left_places)
-            self._left.append((row, _Left(done.left_ids, done.left_counts, rows)))
-        if len(done.hot_places):
-            slots.put(row, done.hot_slots, hot.flat_rows(row), done.hot_places)
+        done = self._exchange(row, wanted, counts)
+        self.slots.full[row] = len(wanted) == self.slots.ids[row].size
+        if len(done.left_ids):
+            self._left.append((row, _Left(done.left_ids, done.left_counts, done.left_rows)))
         if row in self._chosen:
             self._again.add(row)
         self._chosen[row] = wanted, counts
         return Missing(done.missing_ids, done.missing_counts, done.missing_places)
+
+    def _exchange(self, row: int, wanted: Ids, counts: Counts) -> Moved:
+        slots, hot = self.slots, self.hot
+        ids, hot_ids, tokens = slots.ids[row], hot.ids[row], int(slots.lengths[row])
+        if slots.stored is not None:
+            keys, values = (each[row] for each in slots.stored)
+            pinned, rows = slots.pinned, hot.flat_rows(row)
+            return exchange_rows(ids, hot_ids, wanted, counts, tokens, keys, values, pinned, rows)
+        done = exchange(ids, hot_ids, wanted, counts, tokens)
+        # On an accelerator; the copy to the host is waited for by `settle`, if at all.
+        kept = len(done.left_ids) if hot.capacity else 0
+        left = slots.take(row, done.left_places[:kept])
+        if len(done.hot_places):
+            slots.put(row, done.hot_slots, hot.flat_rows(row), done.hot_places)
+        missing = done.missing_ids, done.missing_places, done.missing_counts
+        return Moved(*missing, done.left_ids[:kept], done.left_counts, left)
 
     def fill(self, row: int, places: Counts, rows: npt.NDArray[np.generic] | torch.Tensor) -> None:
         """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n]."""
@@ -83,7 +97,8 @@ class Pools:
         for row, (ids, counts) in self._chosen.items():
             self.hot.count(row, ids, counts, int(self.slots.lengths[row]))
         for row, left in self._left:
-            ids, counts, rows = left.ids, left.counts, to_storage(left.rows)
+            ids, counts, rows = left.ids, left.counts, left.rows
+            rows = to_storage(rows) if isinstance(rows, torch.Tensor) else rows
             if row in self._again:
                 # A later round of the same step may have brought some back, and let them go once more.
                 heads = np.repeat(np.arange(len(counts)), counts)

@@ -28,6 +28,8 @@ class Slots:
         self.keys = like.new_zeros((batch, kv_heads, sinks + recent, head_dim))
         self.values = torch.zeros_like(self.keys)
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
+        self.full = [True] * batch
+        """Of which sequences each slot for a selected token is known to have one."""
         self.lengths = np.zeros(batch, np.int64)  # tokens of each sequence, pinned or not
         self.stored = self._on_host()
         """Keys and values in the storage dtype, not copied; None on an accelerator."""
@@ -50,7 +52,7 @@ class Slots:
     @property
     def attended(self) -> int:
         """Tokens that a decode step of the shortest sequence attends to, when all slots are in use."""
-        return min(self.pinned + self.selected, int(self.lengths.min()))
+        return min(self.pinned + self.selected, *self.lengths.tolist())
 
     def append(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens [Hkv, n, D] at the end of sequence `row`; older ones leave the window."""
@@ -79,6 +81,7 @@ class Slots:
         # What is in the window again must not be attended twice.
         ids = self.ids[row]
         ids[ids >= max(tokens - self.recent, 0)] = EMPTY
+        self.full[row] = not self.selected
         return first, max(min(tokens, window) - first, 0)
 
     def refill(self, row: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -121,6 +124,7 @@ class Slots:
         grown = self.ids[..., :kept]
         pad = np.full((*self.ids.shape[:2], selected - kept), EMPTY, np.uint32)
         self.ids = np.concatenate([grown, pad], axis=-1)
+        self.full = [not selected] * len(self.full)
         self.keys = _resized(self.keys, self.pinned + kept, self.pinned + selected)
         self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
         self.stored = self._on_host()
@@ -176,7 +180,7 @@ class Slots:
 
     def visible(self) -> torch.Tensor | None:
         """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""
-        if int(self.lengths.min()) >= self.pinned and not (self.ids == EMPTY).any():
+        if min(self.lengths.tolist()) >= self.pinned and all(self.full):
             return None
         held = np.minimum(self.lengths, self.pinned)
         pinned = np.arange(self.pinned)[None, None, :] < held[:, None, None]
