@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from hillinfer.hkm.attention import ALONE_BYTES, attend_slots, attend_stored
-from hillinfer.hkm.tensors import to_rows
 from hillinfer.pipeline.device import Uploaded
 from hillinfer.pipeline.job import Job, Prefetched, held, items
 from hillinfer.pipeline.measure import Sample
@@ -127,7 +126,7 @@ def _place(
     final: bool = True,
 ) -> None:
     """Put a selection into slots. uploaded: its rows on the device; final: the step attends to it."""
-    rows = to_rows(brought.rows, layer.slots.keys) if uploaded is None else uploaded.ready()
+    rows = brought.rows if uploaded is None else uploaded.ready()
     missing = layer.pools.admit(row, brought.ids)
     if missing.counts.tolist() != list(brought.missing_per_head):
         raise CorruptData("the daemon's view of the held tokens differs from the client's")

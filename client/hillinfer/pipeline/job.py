@@ -23,13 +23,13 @@ Ids = npt.NDArray[np.uint32]
 class Prefetched:
     """What a job brought: for each of `rows` of the batch a selection, and its KV rows on the device.
 
-    brought: None where the policy attends to nothing more. began, asked, ended: seconds of `perf_counter`;
-    what was appended first was until `asked`.
+    uploaded: None where they are on the host only. brought: None where the policy attends to nothing more.
+    began, asked, ended: seconds of `perf_counter`; what was appended first was until `asked`.
     """
 
     rows: list[int]
     brought: list[Brought] | None
-    uploaded: list[Uploaded]
+    uploaded: Sequence[Uploaded | None]
     began: float
     asked: float
     ended: float

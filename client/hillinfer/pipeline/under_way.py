@@ -14,7 +14,6 @@ import torch
 
 from hillinfer.ahead import Asked
 from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
-from hillinfer.hkm.tensors import to_rows
 from hillinfer.pipeline import device
 from hillinfer.pipeline.job import Job, Prefetched
 from hillinfer.session import Brought, EvaluateItem, Session
@@ -26,8 +25,8 @@ Query = Callable[[], npt.NDArray[np.float32]]
 class Request:
     """The daemon ranks and fetches; no thread of this process takes part."""
 
-    def __init__(self, session: Session, job: Job, rows: list[int], asked: Asked) -> None:
-        self._session, self._job, self._rows, self._asked = session, job, rows, asked
+    def __init__(self, session: Session, rows: list[int], asked: Asked) -> None:
+        self._session, self._rows, self._asked = session, rows, asked
 
     @classmethod
     def send(
@@ -38,7 +37,7 @@ class Request:
             return None
         rows, items = job.items(host())
         asked = session.ask_ahead(job.layer.index, items)
-        return None if asked is None else cls(session, job, rows, asked)
+        return None if asked is None else cls(session, rows, asked)
 
     def result(self) -> Prefetched:
         """See `Answer`."""
@@ -47,9 +46,7 @@ class Request:
         # Where nothing says when the answer came, it was asked for again, and is there now.
         since = perf_counter() - time.monotonic()
         asked, ended = self._asked.asked_at + since, (ended or time.monotonic()) + since
-        like = self._job.layer.slots.keys
-        uploaded = [device.Uploaded(to_rows(each.rows, like), None) for each in brought]
-        return Prefetched(self._rows, brought, uploaded, asked, asked, ended)
+        return Prefetched(self._rows, brought, [None] * len(brought), asked, asked, ended)
 
     def drop(self) -> None:
         """See `Answer`."""
