@@ -220,6 +220,24 @@ def test_requests_ahead_bring_what_the_thread_does(model, daemon, predictor):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("policy", "waits"), [(None, True), (InItsThread(), False)])
+def test_a_request_is_waited_for_before_the_next_one_and_a_thread_is_not(model, session, policy, waits):
+    ids, _ = prompt(1, 500, False)
+    options = {"budget": 100, "predictor": "next_layer", "policy": policy}
+    with hillinfer.attach(model, session=session, **options) as attachment:
+        cache = attachment.new_cache()
+        decode(model, cache, ids, 3)
+        pipeline = cache.pipeline
+        pipeline.drop()
+        for layer in cache.full_layers[1:3]:
+            pipeline.before(layer, lambda: torch.zeros(1, 4, 1, 16))
+        first, second = (pipeline._jobs[index] for index in (1, 2))
+        assert (first.waited is not None) == waits
+        assert second.waited is None
+        assert pipeline.take(cache.full_layers[1]) is not None
+
+
+@torch.inference_mode()
 def test_the_thread_ends_with_its_cache(model, session):
     ids, _ = prompt(1, 300, False)
     assert not workers()

@@ -27,6 +27,7 @@ def decode(
     step, timeline = pipeline.layers[layer.index].step, pipeline.timeline
     if timeline.mark:
         timeline.note(MODEL, COMPUTE, step, layer.index, timeline.mark)
+        timeline.mark = 0.0
     ready = pipeline.take(layer)
     start, waiting = perf_counter(), layer.waiting
     for row in range(key.shape[0]):

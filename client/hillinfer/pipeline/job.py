@@ -42,6 +42,10 @@ class Answer(Protocol):
         """Wait for it. Raises what there was to be raised."""
         ...
 
+    def wait_for_others(self) -> bool:
+        """Wait for it if nothing else can be asked for before; say whether that is so."""
+        ...
+
     def drop(self) -> None:
         """Wait until nothing of it is under way. Raises what there was to be raised."""
         ...
@@ -65,6 +69,8 @@ class Job:
     append: list[int]
     sampled: bool
     began: float = 0.0
+    waited: float | None = None
+    """When the thread of the model began to wait for it, if that was before the layer took it."""
     answer: Answer | None = None
 
     @property

@@ -16,7 +16,7 @@ from hillinfer.hkm.background import Background
 from hillinfer.pipeline import choice, device
 from hillinfer.pipeline.choice import Measured, Predictor
 from hillinfer.pipeline.job import Job, Prefetched, make_job
-from hillinfer.pipeline.timeline import APPEND, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
+from hillinfer.pipeline.timeline import APPEND, COMPUTE, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
 from hillinfer.pipeline.under_way import InThread, Request
 from hillinfer.session import Brought, EvaluateItem, Session
 from hillinfer_core.errors import HillInferError, UnsupportedModel
@@ -91,11 +91,11 @@ class Pipeline:
                 raise
             state.known = False
             return
+        self.timeline.note(MODEL, PREDICT, state.step, layer.index, start)
         if computing is not None and computing.index not in self._jobs:
             self._postponed = job, predicted
         else:
             self._begin(job, predicted)
-        self.timeline.note(MODEL, PREDICT, state.step, layer.index, start)
 
     def begin_postponed(self) -> None:
         """Begin on what waited for the layer that has its own selection now."""
@@ -117,7 +117,8 @@ class Pipeline:
         if found.asked > found.began:
             note(WORKER, APPEND, job.step, layer.index, found.began, found.asked)
         note(WORKER, EVALUATE, job.step, layer.index, found.asked, found.ended)
-        self.layers[layer.index].measured.timed(found.ended - found.began, start - job.began)
+        waited = start if job.waited is None else job.waited
+        self.layers[layer.index].measured.timed(found.ended - found.began, waited - job.began)
         if job.lengths != layer.slots.lengths.tolist():
             return None  # made for another step
         self.nbytes = max(self.nbytes, sum(each.rows.nbytes for each in found.brought or ()))
@@ -168,7 +169,23 @@ class Pipeline:
     def _is_sampled(self, state: LayerState, layer: int) -> bool:
         return self.predictor is Predictor.auto and choice.is_sampled(state.measured, state.step, layer)
 
+    def _wait_for_others(self) -> None:
+        """Wait for what has to be answered before anything else can be asked for, as if its layer did."""
+        timeline = self.timeline
+        for job in self._jobs.values():
+            if job.answer is None or job.waited is not None:
+                continue
+            start = perf_counter()
+            if not job.answer.wait_for_others():
+                continue
+            job.waited = start
+            if timeline.mark:
+                timeline.note(MODEL, COMPUTE, job.step, job.layer.index, timeline.mark, start)
+            end = timeline.note(MODEL, WAIT, job.step, job.layer.index, start)
+            timeline.mark = end if timeline.mark else 0.0
+
     def _begin(self, job: Job, query: torch.Tensor) -> None:
+        self._wait_for_others()
         job.began = perf_counter()
         host = device.to_host(query[:, :, 0])
         job.answer = Request.send(self._session, self.policy, job, query, host)

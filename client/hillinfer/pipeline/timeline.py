@@ -40,7 +40,7 @@ class Timeline:
             (lane, name): 0.0 for lane in (MODEL, WORKER) for name in NAMES
         }
         self.mark = 0.0
-        """When the model's thread went on computing; 0 outside of a decode step."""
+        """When the model's thread went on computing; 0 while it does not, or outside of a decode step."""
 
     def note(
         self, lane: str, name: str, step: int, layer: int, start: float, end: float | None = None

@@ -48,6 +48,11 @@ class Request:
         asked, ended = self._asked.asked_at + since, (ended or time.monotonic()) + since
         return Prefetched(self._rows, brought, [None] * len(brought), asked, asked, ended)
 
+    def wait_for_others(self) -> bool:
+        """See `Answer`: a session asks for one thing at a time."""
+        self._session.settle(self._asked)
+        return True
+
     def drop(self) -> None:
         """See `Answer`."""
         self._session.settle(self._asked)
@@ -73,6 +78,10 @@ class InThread:
     def result(self) -> Prefetched:
         """See `Answer`."""
         return self._future.result()
+
+    def wait_for_others(self) -> bool:
+        """See `Answer`: the thread takes one after the other."""
+        return False
 
     def drop(self) -> None:
         """See `Answer`."""
