@@ -1,5 +1,8 @@
 """Slots and hot pool against plain models of what they should hold."""
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -84,8 +87,15 @@ def test_hot_pool_returns_only_what_it_was_given(capacity, seeds):
     st.integers(0, 12),
     st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2**32 - 1)), min_size=1, max_size=25),
     st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
 )
-def test_a_selected_row_is_in_slots_or_in_the_hot_pool_and_never_in_both(capacity, steps, dtype):
+def test_a_selected_row_is_in_slots_or_in_the_hot_pool_and_never_in_both(capacity, steps, dtype, on_host):
+    """Not on the host: as on an accelerator, where ids are exchanged first and tensors moved then."""
+    with nullcontext() if on_host else patch.object(Slots, "_on_host", lambda slots: None):
+        select_step_after_step(capacity, steps, dtype)
+
+
+def select_step_after_step(capacity, steps, dtype):
     slots = Slots(1, 1, 4, SINKS, RECENT, torch.zeros(1, dtype=dtype))
     pools = Pools(slots, HotPool(1, 1, 4, to_storage(torch.zeros(1, dtype=dtype)).dtype))
     slots.lengths[0] = 40
