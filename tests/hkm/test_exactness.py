@@ -236,6 +236,22 @@ def test_what_cannot_be_done_says_so(model, session):
             pytest.raises(UnsupportedModel, match="pad on the left"),
         ):
             model(ids, attention_mask=right_padded, past_key_values=attachment.new_cache())
+        hides, left_padded = torch.ones(1, 401, dtype=torch.long), mask.clone()
+        hides[:, 20:200] = 0
+        left_padded[:, :5] = 0
+        for first, later in (
+            (None, hides),
+            (None, hides[:, :300]),
+            (left_padded, None),
+            (left_padded, hides),
+        ):
+            with hillinfer.attach(model, session=session) as attachment:
+                cache = attachment.new_cache()
+                model(ids, attention_mask=first, past_key_values=cache)
+                with pytest.raises(UnsupportedModel, match="attention mask"):
+                    model(ids[:, :1], attention_mask=later, past_key_values=cache)
+                with pytest.raises(InvalidInput, match="a step of it failed"):
+                    model(ids[:, :1], past_key_values=cache)
         with (
             hillinfer.attach(model, session=session) as attachment,
             pytest.raises(UnsupportedModel, match="num_beams=1"),

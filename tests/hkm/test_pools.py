@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.pools import Pools
-from hillinfer.hkm.resident import divide
+from hillinfer.hkm.resident import Division, divide
 from hillinfer.hkm.slots import EMPTY, Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
 from hillinfer_core.errors import InvalidInput, ResidentTooSmall
@@ -192,11 +192,12 @@ def test_what_a_given_up_selection_left_is_not_kept_for_later_tokens():
 
 
 def test_division_of_the_resident_budget():
-    assert divide(1000, 400, 200, 10, 4).keep_slots
-    assert divide(1000, 400, 200, 10, 4).hot_rows == 10
-    assert not divide(1000, 900, 200, 10, 4).keep_slots
+    assert divide(1000, 400, 200, 50, 10, 4).keep_slots
+    assert divide(1000, 400, 200, 50, 10, 4).hot_rows == 10
+    assert divide(1000, 900, 200, 50, 10, 4) == Division(keep_slots=False, hot_rows=0)
+    assert not divide(1000, 960, 200, 50, 10, 4).fits
     with pytest.raises(ResidentTooSmall, match="raise resident"):
-        divide(1000, 1001, 0, 10, 4)
+        divide(1000, 1001, 0, 0, 10, 4)
 
 
 @pytest.mark.parametrize(

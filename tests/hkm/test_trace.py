@@ -9,7 +9,7 @@ from test_exactness import ARENA, COMMON, prompt
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hillinfer
-from hillinfer.pipeline.timeline import EVALUATE, LATE, MODEL, WAIT, WORKER, hidden_share
+from hillinfer.pipeline.timeline import COMPUTE, EVALUATE, LATE, MODEL, WAIT, WORKER, hidden_share
 from hillinfer.pipeline.trace import draw_trace, write_trace
 
 STEPS, LAYERS = 6, 3
@@ -49,6 +49,13 @@ def test_the_file_is_in_the_trace_event_format(spans, tmp_path):
         assert each["dur"] >= 0
         assert each["tid"] in named
         assert set(each["args"]) == {"step", "layer"}
+
+
+def test_every_layer_computes_before_its_attention_and_the_last_one_after_it_too(spans):
+    for step in range(STEPS):
+        computing = [each.layer for each in spans if each.name == COMPUTE and each.step == step]
+        assert set(computing) == set(range(LAYERS))
+        assert computing[-2:] == [LAYERS - 1, LAYERS - 1]
 
 
 @pytest.mark.parametrize("lane", [MODEL, WORKER])

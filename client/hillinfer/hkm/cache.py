@@ -32,13 +32,14 @@ from hillinfer_core.errors import (
     UnknownContext,
     UnsupportedModel,
 )
-from hillinfer_core.layout import Precision, Shape
+from hillinfer_core.layout import TILE_TOKENS, Precision, Shape
 from hillinfer_core.units import Budget
 
 Observer = Callable[["HierarchicalCache", int, torch.Tensor, float], None]
 """Sees the cache, the layer, its queries [B, H, n, D] and their scaling after every attended step."""
 
 _MIRROR_SHARE = 2  # of what slots leave, mirrored keys get at most one part in so many: our choice
+_CHECKSUM_BYTES = 4  # of a token and KV head, in the daemon
 _HOT_STEP = 16  # rows by which a hot pool grows or shrinks, so that it is not resized at every step
 
 
@@ -325,23 +326,38 @@ class HierarchicalCache(Cache):
         """Divide the resident budget for a step that selects `selected` tokens (see `resident.divide`)."""
         return self.divide_among(slots, selected * len(self.full_layers))
 
-    def divide_among(self, slots: Slots, selected: int) -> Division:
-        """Divide it for a step in which layers select `selected` tokens together, slots like `slots`."""
+    def make_room(self, tokens: int) -> None:
+        """Shrink what all layers hold to what is left once each sequence has `tokens` more. Blocks."""
+        self.pipeline.drop()  # what is asked for counts on the pools as they are
+        layers = [layer for layer in self.full_layers if layer.is_initialized]
+        selected = sum(layer.slots.selected for layer in layers)
+        division = self.divide_among(self.full_layers[0].slots, selected, tokens)
+        for layer in layers:
+            layer.make_room(division)
+
+    def divide_among(self, slots: Slots, selected: int, coming: int = 0) -> Division:
+        """Divide it for a step in which layers select `selected` tokens together, slots like `slots`.
+
+        coming: tokens that each sequence is about to have more.
+        """
         contexts, shape = self.contexts, self.contexts[0].shape
         streams = len(self.full_layers) * len(contexts) * shape.kv_heads
         fixed = slots.pinned * shape.row_bytes * streams + self._apart_from_layers(contexts)
-        tokens = max(slots.lengths.tolist())
+        if coming:
+            tiles = -(-coming // TILE_TOKENS) + 1
+            fixed += tiles * (shape.key_tile_bytes + TILE_TOKENS * _CHECKSUM_BYTES) * streams
+        tokens = max(slots.lengths.tolist()) + coming
         hits = 2 * (tokens * 9 // 8 + 64) * streams
         row = shape.row_bytes + 4
         a_layers_rows = selected * row * streams // len(self.full_layers) ** 2
-        # A prefetch of one layer waits beside the slots of all.
-        prefetch = 0 if self.config.predictor is Predictor.exact else a_layers_rows - self.pipeline.nbytes
+        # What is prefetched waits beside the slots of all.
+        prefetch = a_layers_rows * self.pipeline.most_waiting - self.pipeline.nbytes
         slot_bytes = selected * row * streams // len(self.full_layers) + hits + max(0, prefetch)
         if isinstance(self.policy, SplitRanking):
             left = self.config.resident - fixed - slot_bytes
             fixed += self.policy.reserve(left // _MIRROR_SHARE, contexts)
-        room = divide(self.config.resident, fixed, slot_bytes, row, streams)
-        return Division(room.keep_slots, min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
+        room = divide(self.config.resident, fixed, slot_bytes, a_layers_rows, row, streams)
+        return replace(room, hot_rows=min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
 
     def resident(self, also: Sequence[Context] = ()) -> dict[str, int]:
         """Bytes held now, by kind, client and daemon together, those of the contexts `also` included."""
@@ -356,9 +372,16 @@ class HierarchicalCache(Cache):
             + self.pipeline.nbytes
             + sum(context.tail_bytes for context in contexts),
         }
+        if len(self.full_layers) < len(self.layers):
+            kinds["sliding_windows"] = self._sliding_bytes()
         if isinstance(self.policy, SplitRanking):
             kinds["mirrored_keys"] = self.policy.held_bytes(contexts)
         return kinds
+
+    def _sliding_bytes(self) -> int:
+        sliding = (layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer))
+        windows = (part for layer in sliding for part in (layer.keys, layer.values))
+        return sum(part.nbytes for part in windows if part is not None)
 
     def full_bytes(self) -> int:
         """Bytes of the whole KV of the cold layers, had it been kept in memory."""
@@ -382,8 +405,10 @@ class HierarchicalCache(Cache):
             self.tally.resident_peak, self.tally.resident_at_peak = total, self.resident(also)
 
     def _apart_from_layers(self, contexts: Sequence[Context]) -> int:
-        """Bytes of evaluation keys, checksums and buffers."""
+        """Bytes of evaluation keys, checksums, buffers and sliding windows."""
         total = self.session.arena_bytes + self.pipeline.nbytes
+        if len(self.full_layers) < len(self.layers):
+            total += self._sliding_bytes()
         for context in contexts:
             total += context.evaluation_key_bytes + context.checksum_bytes + context.tail_bytes
         return total

@@ -87,8 +87,9 @@ def bring(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> bool
     wanted = [cache.selection_size(n, slots) for n in lengths]
     most = max(wanted)
     division = cache.divide(slots, most)
-    if not division.keep_slots and most > 0 and wanted == [max(n - slots.pinned, 0) for n in lengths]:
-        # Everything is wanted and nothing may stay: no ranking, a block at a time.
+    everything = most > 0 and wanted == [max(n - slots.pinned, 0) for n in lengths]
+    if not division.fits or (everything and not division.keep_slots):
+        # No ranking, a block at a time: exact, in whatever memory there is.
         return None
     slots.resize(most)
     layer.hot.resize(division.hot_rows)

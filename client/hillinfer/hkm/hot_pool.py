@@ -56,6 +56,8 @@ class HotPool:
         rows[:, :, :kept] = self.rows[:, :, :kept]
         ids[:, :, :kept] = self.ids[:, :, :kept]
         self.rows, self.ids = rows, ids
+        if not capacity:
+            self._hits = self._hits[..., :0].copy()
         self.nbytes = self._count_bytes()
 
     def count(self, row: int, selected: Ids, counts: Counts, tokens: int) -> None:
@@ -78,6 +80,12 @@ class HotPool:
         """Forget all but the first `tokens` tokens of sequence `row`: others may take their ids."""
         self.ids[row][self.ids[row] >= tokens] = EMPTY
         self._hits[row, :, tokens:] = 0
+
+    def trim(self, tokens: int) -> None:
+        """Drop the counters of all but the first `tokens` tokens."""
+        if self._hits.shape[-1] > tokens:
+            self._hits = self._hits[..., :tokens].copy()
+            self.nbytes = self._count_bytes()
 
     def offer(self, row: int, ids: Ids, counts: Counts, rows: npt.NDArray[np.generic]) -> None:
         """Keep those of `rows` [n, 2, D] that were selected more often lately than what they replace.

@@ -16,6 +16,7 @@ from hillinfer.hkm.decode import decode
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.padding import Padding
 from hillinfer.hkm.pools import Pools
+from hillinfer.hkm.resident import Division
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import to_rows, to_storage
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
@@ -174,6 +175,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                     kv = to_rows(context.fetch_range(self.index, first, count), self.slots.keys)
                     self.slots.refill(row, first, kv[:, :, 0], kv[:, :, 1])
                 self.hot.crop(row, tokens)
+        if self.is_initialized:
+            self.hot.trim(int(self.slots.lengths.max()))
         self._padding.crop(columns)
         self._seen = columns
 
@@ -226,7 +229,17 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         scaling: float,
     ) -> torch.Tensor:
         new = key.shape[2]
-        visible = None if padding is None else padding[:, -new:].cpu().numpy()
+        mask = None if padding is None else padding.cpu().numpy()
+        if mask is not None and mask.shape[1] != self._seen:
+            raise UnsupportedModel(
+                f"the attention mask has {mask.shape[1]} columns and the cache {self._seen}: give one for all"
+            )
+        if not self._padding.agrees(None if mask is None else mask[:, :-new]):
+            raise UnsupportedModel(
+                "the attention mask hides tokens that the cache holds, or shows what was padding: what is "
+                "held cannot be masked later, begin with new_cache()"
+            )
+        visible = None if mask is None else mask[:, -new:]
         if visible is not None and not visible[:, -1].all():
             raise UnsupportedModel("the last token of a sequence is padding: pad on the left")
         if visible is not None:
@@ -245,6 +258,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         scaling: float,
     ) -> torch.Tensor:
         output, background = torch.zeros_like(query), self.cache.pipeline.background
+        if self is self.cache.full_layers[0]:
+            self.cache.make_room(key.shape[2])
         for row in range(key.shape[0]):
             # Padding is never stored: nobody may attend to it, now or later.
             real = np.arange(key.shape[2]) if visible is None else np.flatnonzero(visible[row])
@@ -261,14 +276,10 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self is self.cache.full_layers[-1] or self.hot.capacity:
             # Whoever calls the model next, and the hot pool's size, count on all of it.
             background.settle()
-        # The new tokens' evaluation keys and checksums may need room that the hot pool has.
-        self.cache.account()
-        self._shrink_hot()
         return output
 
-    def _shrink_hot(self) -> None:
-        selected = sum(layer.slots.selected for layer in self.cache.full_layers if layer.is_initialized)
-        division = self.cache.divide_among(self.slots, selected)
+    def make_room(self, division: Division) -> None:
+        """Hold no more than `division` leaves, which may be more than is held."""
         if not division.keep_slots:
             self.slots.resize(0)
         self.hot.resize(min(division.hot_rows, self.hot.capacity))

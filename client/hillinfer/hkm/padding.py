@@ -21,6 +21,15 @@ class Padding:
         new = [(first + np.flatnonzero(~row)).astype(np.int32) for row in visible]
         self._columns = [np.concatenate(pair) for pair in zip(self._columns, new, strict=True)]
 
+    def agrees(self, visible: npt.NDArray[np.bool_] | None) -> bool:
+        """Whether a mask says of earlier columns what was recorded. visible: bool [B, n]; None: all."""
+        if visible is None:
+            return not any(columns.size for columns in self._columns)
+        if not self._columns:
+            return bool(visible.all())
+        pairs = zip(visible, self._columns, strict=True)
+        return all(np.array_equal(np.flatnonzero(~row), columns) for row, columns in pairs)
+
     def tokens(self, row: int, columns: int) -> int:
         """Tokens of sequence `row` in its first `columns` columns."""
         if not self._columns:

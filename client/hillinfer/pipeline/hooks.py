@@ -15,6 +15,7 @@ from hillinfer.pipeline.query import (
     is_taking,
     predictable,
 )
+from hillinfer.pipeline.timeline import COMPUTE, MODEL
 
 
 class PredictionHooks:
@@ -28,6 +29,7 @@ class PredictionHooks:
             layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
             for number, layer in enumerate(self._layers)
         ]
+        self._hooks.append(self._layers[-1].register_forward_hook(_after_the_last, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks out of the model; idempotent."""
@@ -56,3 +58,15 @@ class PredictionHooks:
                     )
 
         return before
+
+
+def _after_the_last(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Note that the last layer has computed; the model's head is not in the timeline."""
+    if is_taking():
+        return
+    cache: Any = cache_of(args, kwargs)
+    pipeline = getattr(cache, "pipeline", None)
+    if pipeline is not None and pipeline.timeline.mark:
+        timeline, last = pipeline.timeline, cache.full_layers[-1].index
+        timeline.note(MODEL, COMPUTE, pipeline.layers[last].step - 1, last, timeline.mark)
+        timeline.mark = 0.0

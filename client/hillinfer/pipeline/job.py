@@ -42,6 +42,10 @@ class Answer(Protocol):
         """Wait for it. Raises what there was to be raised."""
         ...
 
+    def come(self) -> Sequence[Brought]:
+        """Return what has come so far and waits for its layer."""
+        ...
+
     def wait_for_others(self) -> bool:
         """Wait for it if nothing else can be asked for before; say whether that is so."""
         ...

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -121,7 +122,9 @@ class Pipeline:
         self.layers[layer.index].measured.timed(found.ended - found.began, waited - job.began)
         if job.lengths != layer.slots.lengths.tolist():
             return None  # made for another step
-        self.nbytes = max(self.nbytes, sum(each.rows.nbytes for each in found.brought or ()))
+        others = (other.answer.come() for other in self._jobs.values() if other.answer is not None)
+        waiting = chain(found.brought or (), chain.from_iterable(others))
+        self.nbytes = max(self.nbytes, sum(each.rows.nbytes for each in waiting))
         return job, found
 
     def attended(
@@ -138,6 +141,13 @@ class Pipeline:
             job = make_job(layer, state.step, self._is_sampled(state, layer.index), ahead=False)
             if job is not None:
                 self._begin(job, query)
+
+    @property
+    def most_waiting(self) -> int:
+        """Layers whose rows wait at once, at most: those asked for a step ahead, or else the next one."""
+        if self.predictor is Predictor.exact:
+            return 0
+        return max(1, sum(state.predictor is Predictor.previous_step for state in self.layers))
 
     @property
     def pending(self) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter
 from typing import Self
@@ -48,6 +48,10 @@ class Request:
         asked, ended = self._asked.asked_at + since, (ended or time.monotonic()) + since
         return Prefetched(self._rows, brought, [None] * len(brought), asked, asked, ended)
 
+    def come(self) -> Sequence[Brought]:
+        """See `Answer`."""
+        return self._asked.brought or ()
+
     def wait_for_others(self) -> bool:
         """See `Answer`: a session asks for one thing at a time."""
         self._session.settle(self._asked)
@@ -78,6 +82,12 @@ class InThread:
     def result(self) -> Prefetched:
         """See `Answer`."""
         return self._future.result()
+
+    def come(self) -> Sequence[Brought]:
+        """See `Answer`."""
+        future = self._future
+        done = future.done() and not future.cancelled() and future.exception() is None
+        return (future.result().brought or ()) if done else ()
 
     def wait_for_others(self) -> bool:
         """See `Answer`: the thread takes one after the other."""
