@@ -156,7 +156,7 @@ def test_sparse_steps_without_room_for_slots_choose_the_same_tokens(model, sessi
     """Selections that live for one layer only, read anew each step, answer like those that stay."""
     ids, mask = prompt(1, 900, False)
     outputs, reports = [], []
-    for resident in (ARENA + 96 * 1024, "64MiB"):
+    for resident in (ARENA + 200 * 1024, "64MiB"):
         with (
             torch.inference_mode(),
             hillinfer.attach(model, session=session, budget=400, resident=resident) as attachment,
@@ -165,6 +165,8 @@ def test_sparse_steps_without_room_for_slots_choose_the_same_tokens(model, sessi
             reports.append(attachment.report())
     assert torch.equal(*outputs)
     assert reports[0].hot_hit_rate == 0
+    assert reports[0].resident_peak_bytes <= ARENA + 200 * 1024
+    assert reports[0].evaluated_bytes > 0, "it ranks, and does not attend to everything"
     assert reports[1].hot_hit_rate > 0.5
 
 

@@ -86,8 +86,10 @@ def answers(model, cache, ids):
     """Two questions, 16 tokens answered to each: all tokens, and the scores that led to them."""
     scores = []
     for question in (tokens(9, 1), tokens(1, 2)):
+        ids = torch.cat([ids, question], 1)
         out = model.generate(
-            torch.cat([ids, question], 1),
+            ids,
+            attention_mask=torch.ones_like(ids),  # else tokens like the padding's would be hidden
             past_key_values=cache,
             do_sample=False,
             max_new_tokens=16,
