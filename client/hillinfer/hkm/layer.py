@@ -236,8 +236,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         if not self._padding.agrees(None if mask is None else mask[:, :-new]):
             raise UnsupportedModel(
-                "the attention mask hides tokens that the cache holds, or shows what was padding. What is held "
-                "cannot be masked later: begin with new_cache(), and give generate() an attention_mask where "
+                "the attention mask hides tokens that the cache holds, or shows what was padding. That "
+                "cannot change later: begin with new_cache(), and give generate() an attention_mask where "
                 "the text has padding tokens in it"
             )
         visible = None if mask is None else mask[:, -new:]
