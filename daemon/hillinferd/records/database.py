@@ -275,6 +275,9 @@ class Database:
             if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
                 raise self._damaged(str(error)) from error
             raise DeviceUnavailable(f"the catalogue {self._path} cannot be used: {error}") from error
+        except UnicodeDecodeError as error:
+            # SQLite's own message may quote damaged names.
+            raise self._damaged("there are letters in it that nobody wrote") from error
 
 
 def _make(path: Path) -> None:
