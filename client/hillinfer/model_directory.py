@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from hillinfer.kv_shape import KvShape
 from hillinfer_core.errors import InvalidInput, UnreadableModel
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -81,12 +82,8 @@ class ModelDirectory:
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     def row_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of K and V of one token in all layers."""
-        heads = self.config.num_key_value_heads
-        head_dim = getattr(self.config, "head_dim", None) or (
-            self.config.hidden_size // self.config.num_attention_heads
-        )
-        return int(2 * self.config.num_hidden_layers * heads * head_dim * dtype.itemsize)
+        """Return the bytes of K and V of one token in all layers. Raises UnsupportedModel as `KvShape.of`."""
+        return KvShape.of(self.config).numbers * dtype.itemsize
 
     def load(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
         """Return the model in evaluation mode on `device`; InvalidInput where its memory does not suffice."""

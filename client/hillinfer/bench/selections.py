@@ -13,6 +13,7 @@ import torch
 from hillinfer.attachment import attach
 from hillinfer.demo import make_demo
 from hillinfer.hkm.policy import ColdPoolRanking
+from hillinfer.kv_shape import KvShape
 from hillinfer.model_directory import ModelDirectory
 from hillinfer.prefill import chunks
 from hillinfer.private_daemon import PrivateDaemon
@@ -90,9 +91,7 @@ def record(
     model = directory.load(torch.float32)
     encode = directory.tokenizer
     context = encode(demo.context, return_tensors="pt").input_ids
-    text = model.config.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    recording = Recording(depth, 0, 2 * head_dim * 4, context.shape[1])
+    recording = Recording(depth, 0, 2 * KvShape.of(directory.config).head_dim * 4, context.shape[1])
     with (
         PrivateDaemon() as daemon,
         Session.connect(daemon.socket, name="hillinfer bench") as session,

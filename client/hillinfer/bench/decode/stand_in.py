@@ -138,11 +138,10 @@ def paced(subject: Subject, gpu_name: str, batch: int) -> Subject:
     Its layers take the time of 2-byte weights and KV. Raises InvalidInput for an unknown name and for
     weights that the GPU has no room for.
     """
-    config = subject.config
+    config, kv = subject.config, subject.kv_shape
     model = Model(
-        subject.name, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,
-        subject.head_dim, parameters(config),
-    )  # fmt: skip
+        subject.name, kv.layers, config.num_attention_heads, kv.kv_heads, kv.head_dim, parameters(config)
+    )
     gpu = Gpu(gpu_name, model, batch)
     gpu.check_room(0)
 

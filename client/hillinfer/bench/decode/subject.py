@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hillinfer.bench.decode.pace import Gpu
 from hillinfer.demo import make_demo
+from hillinfer.kv_shape import KvShape
 from hillinfer.model_directory import ModelDirectory
 
 QUESTION_TOKENS = 16
@@ -58,14 +59,9 @@ class Subject:
     """Whose times a stand-in waits for; None for a model that computes."""
 
     @property
-    def head_dim(self) -> int:
-        """Numbers of a key."""
-        config = self.config
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-    def numbers(self) -> int:
-        """Numbers of K and V of one token in all layers."""
-        return int(2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.head_dim)
+    def kv_shape(self) -> KvShape:
+        """Of its KV."""
+        return KvShape.of(self.config)
 
 
 def of_directory(path: Path) -> Subject:

@@ -57,7 +57,7 @@ class Setup:
 
     def full_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the whole KV at its longest."""
-        return self.subject.numbers() * dtype.itemsize * self.tokens * self.batch
+        return self.subject.kv_shape.numbers * dtype.itemsize * self.tokens * self.batch
 
 
 class System(Protocol):
@@ -160,7 +160,7 @@ class Paced(Plain):
         setup = self._setup
         counted = self._counted.get_seq_length()
         where = "cpu" if self.name == OFFLOADED else "gpu"
-        return {where: setup.subject.numbers() * self.dtype.itemsize * counted * setup.batch}
+        return {where: setup.subject.kv_shape.numbers * self.dtype.itemsize * counted * setup.batch}
 
 
 def plain(setup: Setup, name: str, model: PreTrainedModel) -> Plain:
@@ -302,7 +302,8 @@ def in_pieces(model: PreTrainedModel, cache: object, ids: torch.Tensor, piece: i
 
 def made_up(setup: Setup, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return normal numbers as keys and values [B, Hkv, tokens, D] on the device."""
-    shape = (setup.batch, setup.subject.config.num_key_value_heads, tokens, setup.subject.head_dim)
+    of_token = setup.subject.kv_shape
+    shape = (setup.batch, of_token.kv_heads, tokens, of_token.head_dim)
     keys = torch.randn(shape, dtype=dtype, device=setup.device)
     return keys, torch.randn(shape, dtype=dtype, device=setup.device)
 
