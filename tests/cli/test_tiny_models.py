@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from hillinfer.cli import main
 from hillinfer.eval.conversation import Conversation
-from hillinfer.eval.prompts import Question
+from hillinfer.eval.prompts import Question, make_prompt
 from hillinfer.model_directory import bundled_model
 
 SMALL = {
@@ -29,6 +29,15 @@ FAMILIES = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048, "initializer_range": 0.2}
     | {"bos_token_id": 1, "eos_token_id": 2},
     "gpt_neox": SMALL,
+}
+GEMMA3 = {
+    **SMALL,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 EVAL = ("--context-tokens", 512, "--budget", 80, "--prompts", 1, "--tasks", "single", "--dtype", "float32")
 
@@ -120,3 +129,29 @@ def test_a_model_without_attention_is_refused_in_one_line(hillinfer, tiny, tmp_p
         assert err.startswith("hillinfer: ")
         assert err.count("\n") == 1, err
         assert "not supported" in err
+
+
+@torch.inference_mode()
+def test_eval_of_a_model_with_sliding_windows(hillinfer, tiny, tokenizer, monkeypatch):
+    directory, model = tiny("gemma3_text", GEMMA3)
+    asked, score = [], Question.score
+
+    def note(question, answer):
+        asked.append(answer)
+        return score(question, answer)
+
+    monkeypatch.setattr(Question, "score", note)
+    policies = ("--policies", "full,hillinfer,h2o,next_layer,recent", "--turns", 2, "--max-new-tokens", 12)
+    code, out, err = hillinfer("eval", "--model", directory, *EVAL, *policies, "--perplexity", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    for cell in report["cells"]:
+        assert cell["attended_tokens"] > 512 if cell["policy"] == "full" else cell["attended_tokens"] == 80
+    assert len(report["perplexity"]) == 5
+
+    prompt = make_prompt("single", tokenizer, 512, 2, "0 512 0")
+    plain = Conversation(model, tokenizer, DynamicCache(config=model.config))
+    plain.feed(tokenizer(prompt.context)["input_ids"])
+    full = [plain.ask(question, 12) for question in prompt.questions]
+    assert asked[:2] == full
+    assert any(asked[at : at + 2] != full for at in range(2, len(asked), 2)), "80 tokens are not all of them"

@@ -1,4 +1,7 @@
-"""Evaluates prompts: each context is read once, and every policy begins where the reading ended."""
+"""Evaluates prompts: each context is read once, and every policy begins where the reading ended.
+
+The KV of sliding-window layers is not in the cold pool: a model with such reads again for each policy.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from hillinfer.eval.job import GUARANTEED, EvalJob, MassTarget
 from hillinfer.eval.metrics import Attended, SelectionMetrics
 from hillinfer.eval.prompts import Prompt, make_prompt
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
+from hillinfer.hkm.coverage import kept_layers
 from hillinfer.model_directory import ModelDirectory
 from hillinfer.policies import POLICIES
 from hillinfer.policies.base import Reading
@@ -83,6 +87,8 @@ class PromptRunner:
         self._job, self._directory, self._dtype = job, setting.directory, setting.dtype
         self._session, self._model = session, model
         self._text_config = model.config.get_text_config(decoder=True)
+        self._sliding = any(layer.is_sliding for layer in kept_layers(self._text_config))
+        self._ids = torch.empty(1, 0, dtype=torch.long)  # [1, n], of the context in work
         self._found = Findings()
 
     def run(self, tokens: int, number: int) -> Findings:
@@ -93,12 +99,14 @@ class PromptRunner:
             task, self._directory.tokenizer, tokens, job.turns, f"{job.seed} {tokens} {number}"
         )
         ids = self._directory.tokenizer(prompt.context, return_tensors="pt").input_ids
-        reading = self._read(ids.to(self._model.device))
+        self._ids = ids.to(self._model.device)
+        reading = self._read()
         for policy, budget in _runs(job):
             self._ask(policy, budget, tokens, number, prompt, reading)
             if job.perplexity_tokens:
                 self._continue(policy, budget, tokens, prompt, reading)
-        self._session.delete_context(_NAME)
+        if not self._sliding:
+            self._session.delete_context(_NAME)
         return self._found
 
     def _config(self, amount: Amount, tokens: int) -> HkmConfig:
@@ -111,19 +119,26 @@ class PromptRunner:
             )
         return HkmConfig(amount, resident, self._job.precision, SINKS, RECENT)
 
-    def _read(self, ids: torch.Tensor) -> Reading:
-        """Save the context `ids` [1, n] as `_NAME`."""
-        tokens = ids.shape[1]
+    def _read(self) -> Reading:
+        """Read the context, and save it as `_NAME` where that can be."""
+        tokens = self._ids.shape[1]
         reader = Reader(tokens, any(POLICIES[policy].needs_mass for policy in self._job.policies))
         cache = HierarchicalCache(
-            self._session, self._text_config, self._config(_EVERYTHING, tokens), durable=_NAME
+            self._session,
+            self._text_config,
+            self._config(_EVERYTHING, tokens),
+            durable=None if self._sliding else _NAME,
         )
         cache.observer = reader.observe
-        for part in chunks(tokens):
-            self._model(input_ids=ids[:, part], past_key_values=cache, logits_to_keep=1)
-        cache.save()
+        self._feed(cache)
+        if not self._sliding:
+            cache.save()
         cache.close()
         return reader.reading
+
+    def _feed(self, cache: HierarchicalCache) -> None:
+        for part in chunks(self._ids.shape[1]):
+            self._model(input_ids=self._ids[:, part], past_key_values=cache, logits_to_keep=1)
 
     def _ask(
         self, name: str, budget: Amount, tokens: int, number: int, prompt: Prompt, reading: Reading
@@ -153,15 +168,20 @@ class PromptRunner:
     def _begin(
         self, stack: ExitStack, name: str, budget: Amount, tokens: int, reading: Reading, metrics: bool
     ) -> tuple[Conversation, Attended]:
-        """Return a conversation that begins with the saved context, and what counts its attended tokens."""
+        """Return a conversation that begins after the context, and what counts its attended tokens."""
         policy = stack.enter_context(POLICIES[name](self._model, reading))
         config = policy.config(self._config(budget, reading.tokens))
         if name == GUARANTEED:
             config = replace(config, predictor=self._job.predictor)
+        base = None if self._sliding else _NAME
         cache = HierarchicalCache(
-            self._session, self._text_config, config, policy, policy.predictor, base=_NAME
+            self._session, self._text_config, config, policy, policy.predictor, base=base
         )
         stack.callback(cache.close)
+        if self._sliding:
+            self._feed(cache)
+            for layer in cache.full_layers:
+                layer.append_window()  # as in a saved context: policies copy their keys from the pool
         if cache.guarantee is not None:
             guarantee = cache.guarantee
             told = self._found.mass.setdefault((name, tokens, str(budget)), [])
