@@ -50,7 +50,7 @@ class Dtype(StrEnum):
 
 BudgetOption = Annotated[
     str | None,
-    typer.Option(help="Tokens attended in each step: a per cent of the past, or a count. [default: 2%]"),
+    typer.Option(help="Tokens attended in each step: a per cent of the past, or a count.", show_default="2%"),
 ]
 MinMassOption = Annotated[
     float | None,
@@ -64,17 +64,21 @@ ResidentOption = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory for KV, client and daemon together, for example 64MiB. "
-        "[default: the larger of 16MiB and a quarter of the context's KV]",
+        help="Memory for KV, client and daemon together, for example 64MiB.",
+        show_default="the larger of 16MiB and a quarter of the context's KV",
     ),
 ]
 PrecisionOption = Annotated[
     Precision | None,
-    typer.Option(help="Of the evaluation keys, which rank the tokens. [default: int4; int8 with --min-mass]"),
+    typer.Option(
+        help="Of the evaluation keys, which rank the tokens.", show_default="int4; int8 with --min-mass"
+    ),
 ]
 SocketOption = Annotated[
     Path | None,
-    typer.Option(help="Attach socket of a running daemon. [default: the usual one, or a private daemon]"),
+    typer.Option(
+        help="Attach socket of a running daemon.", show_default="the usual one, or a private daemon"
+    ),
 ]
 ContextNameOption = Annotated[
     str | None,
@@ -92,9 +96,7 @@ ContextOwnerOption = Annotated[
     str | None,
     typer.Option(metavar="USER", help="Whose --context-name is, if they let a group of yours read it."),
 ]
-DtypeOption = Annotated[
-    Dtype | None, typer.Option(help="Of weights and KV. [default: the model's own]", show_default=False)
-]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and KV.", show_default="the model's own")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -26,7 +26,8 @@ CpuShareOption = Annotated[
     typer.Option(
         metavar="auto|SHARE",
         help="Of the tokens, ranked by the CPU while the drive ranks the others: 0 to 1, or auto for both "
-        "to finish together. [default: none]",
+        "to finish together.",
+        show_default="none",
     ),
 ]
 ProfileOption = Annotated[

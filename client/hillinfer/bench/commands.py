@@ -84,7 +84,9 @@ def _print_kernel(result: dict[str, Any]) -> None:
 def placement_command(
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+        typer.Option(
+            metavar="DIR", help="A local transformers model directory.", show_default="the bundled one"
+        ),
     ] = None,
     context_tokens: Annotated[int, typer.Option(min=512, help="Least length of the text.")] = 16384,
     budget: Annotated[str, typer.Option(help="Tokens attended: a per cent of the past, or a count.")] = "2%",
@@ -142,7 +144,9 @@ def transport_command(
 def recall_command(
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+        typer.Option(
+            metavar="DIR", help="A local transformers model directory.", show_default="the bundled one"
+        ),
     ] = None,
     context_tokens: Annotated[int, typer.Option(min=64, help="Least length of the text.")] = 4096,
     budget: Annotated[str, typer.Option(help="Tokens chosen: a per cent of the past, or a count.")] = "2%",
@@ -254,7 +258,7 @@ def split_command(
 def growth_command(
     axes: Annotated[
         str | None,
-        typer.Option(metavar="NAME;NAME", help="What grows. [default: all; an unknown name lists them]"),
+        typer.Option(metavar="NAME;NAME", help="What grows.", show_default="all; an unknown name lists them"),
     ] = None,
     sizes: Annotated[
         str | None, typer.Option(metavar="N,N", help="To what it grows, instead of the usual sizes.")
@@ -263,7 +267,7 @@ def growth_command(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps in a round.")] = 8,
     pool_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the pool lies. [default: the daemon's usual place]"),
+        typer.Option(metavar="DIR", help="Where the pool lies.", show_default="the daemon's usual place"),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, .png or .svg.")] = None,
     keep: Annotated[

@@ -26,7 +26,9 @@ PERPLEXITY_TOKENS = 64
 def eval_command(
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+        typer.Option(
+            metavar="DIR", help="A local transformers model directory.", show_default="the bundled one"
+        ),
     ] = None,
     context_tokens: Annotated[
         list[int], typer.Option(min=256, help="Length of the texts; repeat it for more.")
@@ -73,7 +75,8 @@ def eval_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of weights and KV: float32, bfloat16, float16. [default: the model's; bundled: float32]"
+            help="Of weights and KV: float32, bfloat16, float16.",
+            show_default="the model's; bundled: float32",
         ),
     ] = None,
     device: DeviceOption = "auto",

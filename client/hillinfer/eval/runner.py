@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from hillinfer.attachment import attach
 from hillinfer.eval.conversation import Conversation
@@ -87,7 +88,9 @@ class PromptRunner:
         self._job, self._directory, self._dtype = job, setting.directory, setting.dtype
         self._session, self._model = session, model
         self._text_config = model.config.get_text_config(decoder=True)
-        self._sliding = any(layer.is_sliding for layer in kept_layers(self._text_config))
+        self._sliding = any(
+            isinstance(layer, DynamicSlidingWindowLayer) for layer in kept_layers(self._text_config)
+        )
         self._ids = torch.empty(1, 0, dtype=torch.long)  # [1, n], of the context in work
         self._found = Findings()
 

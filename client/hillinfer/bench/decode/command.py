@@ -20,7 +20,9 @@ from hillinfer_core.units import parse_budget
 def decode_command(
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A local transformers model directory. [default: the bundled one]"),
+        typer.Option(
+            metavar="DIR", help="A local transformers model directory.", show_default="the bundled one"
+        ),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Instead: random weights of a model of that shape, 8b or 1b.")
@@ -41,35 +43,38 @@ def decode_command(
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda and so on.")] = "cpu",
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of weights and KV. [default: float32 for a CPU that computes, else bfloat16]"),
+        typer.Option(
+            help="Of weights and KV.", show_default="float32 for a CPU that computes, else bfloat16"
+        ),
     ] = None,
     systems: Annotated[
         str | None,
         typer.Option(
             metavar="NAME[:DTYPE],...",
-            help="hillinfer, default and offloaded, caches of transformers. [default: on a CPU that "
-            "computes hillinfer,default,default:bfloat16, else all three]",
+            help="hillinfer, default and offloaded, caches of transformers.",
+            show_default="on a CPU that computes hillinfer,default,default:bfloat16, else all three",
         ),
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Drive that the pool is paced to: smartssd. [default: none]")
+        str | None, typer.Option(help="Drive that the pool is paced to: smartssd.", show_default="none")
     ] = None,
     pace_compute: Annotated[
         str | None,
         typer.Option(
             metavar="GPU",
             help="Have the model's layers not compute but wait as long as the simulator says that GPU takes: "
-            f"{' or '.join(GPUS)}. KV is made up. [default: they compute]",
+            f"{' or '.join(GPUS)}. KV is made up.",
+            show_default="they compute",
         ),
     ] = None,
     pool_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the pool lies. [default: the daemon's usual place]"),
+        typer.Option(metavar="DIR", help="Where the pool lies.", show_default="the daemon's usual place"),
     ] = None,
     readings: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Times that each reads the text; 0 for made-up KV. [default: 1, paced none]"
+            min=0, help="Times that each reads the text; 0 for made-up KV.", show_default="1, paced none"
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the systems take turns.")] = 5,

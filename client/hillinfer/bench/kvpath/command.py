@@ -27,13 +27,14 @@ def kvpath_command(
         str, typer.Option(help="Drive that the pool is paced to: smartssd or none.")
     ] = "smartssd",
     systems: Annotated[
-        str | None, typer.Option(help="Comma-separated. [default: all; an unknown name lists them]")
+        str | None, typer.Option(help="Comma-separated.", show_default="all; an unknown name lists them")
     ] = None,
     resident: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory of each system. [default: a quarter of the layers' KV, and the arena]",
+            help="Memory of each system.",
+            show_default="a quarter of the layers' KV, and the arena",
         ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of the evaluation keys.")] = Precision.int4,
