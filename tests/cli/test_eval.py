@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 from transformers import AutoTokenizer
@@ -141,6 +142,23 @@ def test_several_processes_find_the_same(evaluated, tmp_path):
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"policy": "full"}\n')
     assert "not been written by" in evaluated(torn, command="eval-report")[2]
+
+
+def test_answers_that_come_again_count_once(evaluated, tmp_path):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    # Another turn, prompt, text or budget is another answer.
+    changes = ({}, {"turn": 2}, {"prompt": 7}, {"text": "b"}, {"budget": "2%"}, {"policy": "full"})
+    answers = [
+        asdict(Answer("hillinfer", "single", 1024, "1%", 1, 0, 1, 40.0, "a")) | each for each in changes
+    ]
+    one.write_text("".join(json.dumps(each) + "\n" for each in answers))
+    # Of a run that was begun again; the first answer stands.
+    other.write_text("".join(json.dumps(each | {"score": 0}) + "\n" for each in answers[:3]))
+    code, out, err = evaluated("--json", one, other, one, command="eval-report")
+    assert code == 0
+    assert err == "9 answers came again to the same questions: left out\n"
+    assert json.loads(out)["cells"] == json.loads(evaluated("--json", one, command="eval-report")[1])["cells"]
+    assert sum(cell["prompts"] for cell in json.loads(out)["cells"]) == len(changes)
 
 
 def test_differences_are_paired_by_prompt_and_pooled_over_lengths():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -193,15 +194,18 @@ def report_command(
     """
     from dataclasses import asdict
 
-    from hillinfer.eval.findings import cells, read_answers
+    from hillinfer.eval.findings import cells, distinct, read_answers
     from hillinfer.eval.job import Result
     from hillinfer.eval.paired import compare_files, differences
     from hillinfer.eval.report import answer_tables, difference_table
 
-    mine = [answer for path in answers for answer in read_answers(path)]
+    read = [answer for path in answers for answer in read_answers(path)]
+    mine = distinct(read)
+    if len(mine) < len(read):
+        print(f"{len(read) - len(mine)} answers came again to the same questions: left out", file=sys.stderr)
     result = Result("", 0, "", "", cells(mine))
     if against:
-        theirs = [answer for path in against for answer in read_answers(path)]
+        theirs = distinct(answer for path in against for answer in read_answers(path))
         result.differences = compare_files(policy, _joined(answers), mine, _joined(against), theirs)
         if not result.differences:
             raise InvalidInput(f"the files have no prompts in common that {policy} answered")

@@ -97,6 +97,17 @@ def _collect_mass(result: Result, found: Sequence[Findings]) -> None:
         )
 
 
+def distinct(answers: Iterable[Answer]) -> list[Answer]:
+    """Return the answers, of those by one policy and budget to the same question about a text the first."""
+    found: dict[tuple[object, ...], Answer] = {}
+    for each in answers:
+        key = (
+            each.policy, each.budget, each.context_tokens, each.task, each.turn, each.prompt, each.text,
+        )  # fmt: skip
+        found.setdefault(key, each)
+    return list(found.values())
+
+
 def cells(answers: Iterable[Answer]) -> list[Cell]:
     """Return the mean of the answers for each policy, task, length, budget and turn."""
     grouped: dict[tuple[str, str, int, str, int], list[Answer]] = defaultdict(list)
