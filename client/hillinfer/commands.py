@@ -12,6 +12,7 @@ import typer
 
 from hillinfer.bench.commands import app as bench_app
 from hillinfer.eval.commands import eval_command, report_command
+from hillinfer.files import check_writable
 from hillinfer.options import (
     CpuShareOption,
     DeviceOption,
@@ -130,6 +131,7 @@ def run_command(
         None if resident is None else parse_bytes(resident),
     )
 
+    check_writable(trace)
     _check_picture(trace_plot)
     from hillinfer.model_directory import ModelDirectory, device_named, dtype_named
     from hillinfer.progress import progress_for_stderr
@@ -185,6 +187,7 @@ def demo_command(
         None if resident is None else parse_bytes(resident),
     )
 
+    check_writable(trace)
     _check_picture(trace_plot)
     from hillinfer.demo import LONGEST_ANSWER, make_demo
     from hillinfer.model_directory import ModelDirectory, bundled_model, device_named, dtype_named

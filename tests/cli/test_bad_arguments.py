@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from hillinfer.cli import main
+from hillinfer.files import check_writable
 from hillinfer.model_directory import bundled_model
+from hillinfer_core.errors import InvalidInput
 
 MODEL = bundled_model()
 
@@ -136,3 +138,21 @@ def test_a_budget_and_a_share_of_the_attention_together(refused):
 @pytest.mark.parametrize("share", [0, 1.5])
 def test_a_share_of_the_attention_that_is_none(refused, share):
     assert "share of the attention" in refused("--min-mass", share)
+
+
+@pytest.mark.parametrize("option", ["--trace", "--trace-plot"])
+def test_a_trace_that_cannot_be_written_is_refused_before_the_work(refused, tmp_path, option):
+    said = refused(option, tmp_path / "nowhere" / "trace.svg", model=tmp_path / "nothing")
+    assert str(tmp_path / "nowhere") in said
+    assert str(tmp_path / "nothing") not in said
+
+
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(tmp_path):
+    there, new = tmp_path / "there", tmp_path / "new"
+    there.write_text("kept")
+    for file in (there, new, None):
+        check_writable(file)
+    assert there.read_text() == "kept"
+    assert not new.exists()
+    with pytest.raises(InvalidInput, match="Is a directory"):
+        check_writable(tmp_path)

@@ -90,6 +90,9 @@ def test_what_cannot_be_is_said(run, tmp_path):
         (("--systems", "offloaded"), "needs a GPU"),
         (("--context-tokens", "many"), "numbers of at least 1"),
         (("--model", tmp_path), "--model or --shape"),
+        # Before the work, which would take long: even before it is known what to measure.
+        (("--trace", tmp_path / "nowhere" / "trace.json", "--systems", "magic"), "trace.json: No such file"),
+        (("--keep", tmp_path / "nowhere" / "rows.json", "--systems", "magic"), "rows.json: No such file"),
     ):
         code, _, err = run(*options)
         assert code == 2
@@ -188,6 +191,10 @@ def test_growth_counts_every_layer_and_application(monkeypatch, capsys, tmp_path
         assert large["evaluated_bytes"] == pytest.approx(2 * small["evaluated_bytes"], rel=0.02)
         assert each["exponents"]["evaluated_bytes"] == pytest.approx(1, abs=0.03)
         assert small["row_reads"] > 0
+    for option in ("--keep", "--plot"):
+        code, _, err = run("--axes", "wisdom", option, tmp_path / "nowhere" / "growth.svg")
+        assert code == 2
+        assert "nowhere" in err
     code, _, err = run("--axes", "wisdom")
     assert code == 2
     assert "tokens, 160 attended" in err

@@ -11,6 +11,7 @@ import typer
 
 from hillinfer.bench.decode.command import decode_command, parse_counts
 from hillinfer.bench.kvpath.command import kvpath_command
+from hillinfer.files import check_writable
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import parse_budget
 
@@ -281,7 +282,11 @@ def growth_command(
     A small model with made-up KV: what it costs to rank, fetch and place, with next to no arithmetic besides.
     """
     from hillinfer.bench.decode.growth import AXES, as_markdown, draw, measure
+    from hillinfer.eval.plot import check_file
 
+    check_writable(keep)
+    if plot is not None:
+        check_file(plot)
     names = list(AXES) if axes is None else [name.strip() for name in axes.split(";")]
     if unknown := [name for name in names if name not in AXES]:
         raise InvalidInput(f"nothing grows by {', '.join(unknown)}; there are {'; '.join(AXES)}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hillinfer.files import check_writable
 from hillinfer.options import PredictorOption
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.simulate.machine import GPUS
@@ -99,6 +100,8 @@ def decode_command(
     With random weights or made-up KV only times and bytes mean anything. Times vary with what else runs.
     """
     parse_budget(budget)
+    for file in (keep, trace):
+        check_writable(file)
 
     from hillinfer.bench.decode.measure import Plan, measure_cell
     from hillinfer.bench.decode.report import Rows, as_markdown, as_object

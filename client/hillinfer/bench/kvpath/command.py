@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hillinfer.files import check_writable
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget, parse_bytes
@@ -85,6 +86,7 @@ def kvpath_command(
     if recording is not None and recording.exists():
         recorded = Recording.load(recording)
     else:
+        check_writable(recording)
         recorded = record(ModelDirectory(bundled_model()), context_tokens, progress)
         if recording is not None:
             recorded.save(recording)
