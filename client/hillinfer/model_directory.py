@@ -68,7 +68,15 @@ class ModelDirectory:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokeniser."""
-        return self._read("tokeniser", AutoTokenizer.from_pretrained)
+        tokenizer = self._read("tokeniser", AutoTokenizer.from_pretrained)
+        # Where the files are missing, transformers makes one that knows no text.
+        if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+            older = [name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"]
+            raise UnreadableModel(
+                f"{self.path} has no tokeniser: put the model's tokenizer_config.json and tokenizer.json "
+                + (f"there, or {' and '.join(older)}" if older else "there")
+            )
+        return tokenizer
 
     @property
     def positions(self) -> int | None:

@@ -1,5 +1,6 @@
 """What cannot work says so in one line and exits with code 2."""
 
+import json
 import shutil
 import sys
 
@@ -71,6 +72,21 @@ def test_no_weights(refused, tmp_path):
 
 def test_no_configuration(refused, tmp_path):
     assert "no config.json" in refused(model=tmp_path)
+
+
+def test_no_tokeniser(refused, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(MODEL / name, tmp_path)
+    said = refused(model=tmp_path)
+    assert f"{tmp_path} has no tokeniser" in said or "cannot read the tokeniser" in said
+    # Of a family for which transformers makes an empty one.
+    config = json.loads((MODEL / "config.json").read_text())
+    for family in ("qwen3", "opt", "gpt_neox"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": family}))
+        assert (
+            f"{tmp_path} has no tokeniser: put the model's tokenizer_config.json and tokenizer.json there"
+            in refused(model=tmp_path)
+        )
 
 
 def test_weights_that_are_not_weights(refused, tmp_path):
