@@ -14,6 +14,7 @@ from hillinfer.eval.paired import differences, interval
 from hillinfer.eval.plot import draw
 from hillinfer.eval.prompts import TASKS, Question, make_prompt
 from hillinfer.eval.report import as_markdown
+from hillinfer.hkm import decode
 from hillinfer.model_directory import bundled_model
 
 SMALL = ("--context-tokens", 1024, "--budget", 80, "--prompts", 2, "--tasks", "single,multi_key", "--seed", 1)
@@ -142,6 +143,34 @@ def test_several_processes_find_the_same(evaluated, tmp_path):
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"policy": "full"}\n')
     assert "not been written by" in evaluated(torn, command="eval-report")[2]
+
+
+def test_the_share_of_steps_that_attended_a_predicted_selection_is_told(evaluated, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        decode, "_use", lambda layer, *more, use=decode._use: used.append(more[2]) or use(layer, *more)
+    )
+    small = ("--context-tokens", 1024, "--budget", 90, "--prompts", 1, "--tasks", "single")
+    for predictor in ("auto", "next_layer", "exact"):
+        used.clear()
+        code, out, err = evaluated(*small, "--policies", "hillinfer", "--predictor", predictor, "--json")
+        assert code == 0, err
+        report = json.loads(out)
+        predicted = sum(not job.sampled for job in used)
+        if predictor == "exact":
+            assert "predicted" not in report
+            assert not used
+        else:
+            (told,) = report["predicted"]
+            # Each step ranks once in each of the 8 layers.
+            assert told["layer_steps"] % 8 == 0
+            assert told["share"] == pytest.approx(predicted / told["layer_steps"], abs=1e-4)
+        if predictor == "next_layer":
+            assert told["share"] == 0.875, "the first layer has none before it"
+            text = as_markdown(
+                Result("m", 0, "int4", "float32", [Cell(**report["cells"][0])], predicted=[told])
+            )
+            assert f"88% of {told['layer_steps']} layer-steps attended a predicted selection" in text
 
 
 def test_answers_that_come_again_count_once(evaluated, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hillinfer.eval.job import Cell, Result
-from hillinfer.eval.metrics import Sums
+from hillinfer.eval.metrics import Ranked, Sums
 from hillinfer.eval.paired import differences
 from hillinfer.report import MassReport
 from hillinfer_core.errors import InvalidInput
@@ -48,6 +48,7 @@ class Findings:
     metrics: dict[Run, dict[int, Sums]] = field(default_factory=dict)
     losses: dict[Run, list[float]] = field(default_factory=dict)
     mass: dict[Run, list[MassReport]] = field(default_factory=dict)
+    ranked: dict[Run, Ranked] = field(default_factory=dict)
 
 
 def collect(result: Result, found: Sequence[Findings]) -> None:
@@ -64,6 +65,7 @@ def collect(result: Result, found: Sequence[Findings]) -> None:
         for run, more in each.losses.items():
             losses[run] += more
     _collect_mass(result, found)
+    _collect_predicted(result, found)
     for (policy, tokens, budget), layers in metrics.items():
         told = {"policy": policy, "context_tokens": tokens, "budget": budget}
         result.metrics += [told | {"layer": layer} | layers[layer].means() for layer in sorted(layers)]
@@ -71,6 +73,16 @@ def collect(result: Result, found: Sequence[Findings]) -> None:
         told = {"policy": policy, "context_tokens": tokens, "budget": budget}
         perplexity = math.exp(float(np.mean(each_loss)))
         result.perplexity.append(told | {"perplexity": round(perplexity, 4), "tokens": len(each_loss)})
+
+
+def _collect_predicted(result: Result, found: Sequence[Findings]) -> None:
+    for run in dict.fromkeys(run for each in found for run in each.ranked):
+        counts = [each.ranked[run] for each in found if run in each.ranked]
+        steps, predicted = sum(each.layer_steps for each in counts), sum(each.predicted for each in counts)
+        if predicted:
+            policy, tokens, budget = run
+            told = {"policy": policy, "context_tokens": tokens, "budget": budget, "layer_steps": steps}
+            result.predicted.append(told | {"share": round(predicted / steps, 4)})
 
 
 def _collect_mass(result: Result, found: Sequence[Findings]) -> None:

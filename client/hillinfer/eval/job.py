@@ -109,7 +109,10 @@ class Cell:
 
 @dataclass
 class Result:
-    """What was found. metrics, perplexity and mass are empty unless asked for."""
+    """What was found. metrics, perplexity and mass are empty unless asked for.
+
+    predicted: share of the layer-steps that attended a predicted selection; empty where none did.
+    """
 
     model: str
     seed: int
@@ -120,9 +123,10 @@ class Result:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     perplexity: list[dict[str, Any]] = field(default_factory=list)
     mass: list[dict[str, Any]] = field(default_factory=list)
+    predicted: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         told = asdict(self)
-        optional = ("differences", "metrics", "perplexity", "mass")
+        optional = ("differences", "metrics", "perplexity", "mass", "predicted")
         return {name: value for name, value in told.items() if value or name not in optional}

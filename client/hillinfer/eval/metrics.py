@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.hkm.slots import EMPTY
+from hillinfer.pipeline.timeline import EVALUATE, LATE, MODEL, PLACE, Span
 from hillinfer.policies.base import F32, Ids, KeyCopy, all_keys, attention_mass, group_sum
 from hillinfer.policies.next_layer import NextLayerQuery
 
@@ -59,6 +61,26 @@ class Attended:
         self._total += int(each.sum())
         self._counts += len(each)
         self.most = max(self.most, int(each.max()))
+
+
+@dataclass
+class Ranked:
+    """Decode steps, layer by layer, that ranked: how many, and how many attended what was predicted.
+
+    The others attended to what the layer's own query chose: those that ranked with it alone, and samples.
+    """
+
+    layer_steps: int = 0
+    predicted: int = 0
+
+    def add(self, spans: Sequence[Span]) -> None:
+        """Count the steps of one cache's trace."""
+        by_name = {
+            name: {(span.step, span.layer) for span in spans if (span.lane, span.name) == (MODEL, name)}
+            for name in (PLACE, EVALUATE, LATE)
+        }
+        self.layer_steps += len(by_name[PLACE])
+        self.predicted += len(by_name[PLACE] - by_name[EVALUATE] - by_name[LATE])
 
 
 class SelectionMetrics:

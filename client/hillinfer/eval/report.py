@@ -34,6 +34,13 @@ def as_markdown(result: Result) -> str:
             for row in result.perplexity
         ]
         lines += [*_table(["context tokens", "policy", "budget", "perplexity", "tokens predicted"], rows), ""]
+    for row in result.predicted:
+        lines += [
+            f"{row['policy']}, {row['budget']}, {row['context_tokens']:,} context tokens: "
+            f"{row['share']:.0%} of {row['layer_steps']:,} layer-steps attended a predicted "
+            "selection, the others an exact one",
+            "",
+        ]
     for row in result.mass:
         lines += [*_mass_table(row), ""]
     if result.metrics:

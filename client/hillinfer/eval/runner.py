@@ -20,11 +20,12 @@ from hillinfer.attachment import attach
 from hillinfer.eval.conversation import Conversation
 from hillinfer.eval.findings import Answer, Findings
 from hillinfer.eval.job import GUARANTEED, EvalJob, MassTarget
-from hillinfer.eval.metrics import Attended, SelectionMetrics
+from hillinfer.eval.metrics import Attended, Ranked, SelectionMetrics
 from hillinfer.eval.prompts import Prompt, make_prompt
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.coverage import kept_layers
 from hillinfer.model_directory import ModelDirectory
+from hillinfer.pipeline.timeline import Span
 from hillinfer.policies import POLICIES
 from hillinfer.policies.base import Reading
 from hillinfer.policies.next_layer import NextLayerQuery
@@ -189,6 +190,11 @@ class PromptRunner:
             guarantee = cache.guarantee
             told = self._found.mass.setdefault((name, tokens, str(budget)), [])
             stack.callback(lambda: told.append(guarantee.report()))
+        if name == GUARANTEED and cache.guarantee is None:
+            spans: list[Span] = []
+            cache.pipeline.timeline.spans = spans
+            ranked = self._found.ranked.setdefault((name, tokens, str(budget)), Ranked())
+            stack.callback(lambda: ranked.add(spans))
         attended = Attended()
         observers = [attended.observe, policy.observe]
         if metrics:
