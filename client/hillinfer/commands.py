@@ -66,7 +66,7 @@ ResidentOption = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Memory for KV, client and daemon together, for example 64MiB.",
-        show_default="the larger of 16MiB and a quarter of the context's KV",
+        show_default="the larger of 16MiB and a quarter of the context's KV, and sliding windows",
     ),
 ]
 PrecisionOption = Annotated[

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.utils import logging
 
+from hillinfer.hkm.coverage import kept_layers
 from hillinfer.kv_shape import KvShape
-from hillinfer_core.errors import InvalidInput, UnreadableModel
+from hillinfer_core.errors import InvalidInput, UnreadableModel, UnsupportedModel
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -92,6 +94,18 @@ class ModelDirectory:
     def row_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of K and V of one token in all layers. Raises UnsupportedModel as `KvShape.of`."""
         return KvShape.of(self.config).numbers * dtype.itemsize
+
+    def window_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of K and V that the layers with sliding windows hold; they stay in memory.
+
+        Raises UnsupportedModel for a model whose layers keep something else.
+        """
+        try:
+            layers = kept_layers(self.config)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{self.config.model_type} models are not supported: {error}") from error
+        windows = (each.sliding_window for each in layers if isinstance(each, DynamicSlidingWindowLayer))
+        return sum(windows) * self.row_bytes(dtype) // len(layers)
 
     def load(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
         """Return the model in evaluation mode on `device`; InvalidInput where its memory does not suffice."""

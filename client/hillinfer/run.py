@@ -42,7 +42,7 @@ class Job:
     """What to answer, and with how much.
 
     resident: bytes, None for the larger of 16 MiB and a quarter of the
-    context's KV. socket: of a running daemon; None takes the one at the default
+    context's KV, and sliding windows. socket: of a running daemon; None takes the one at the default
     place or, where none answers, a private one for the run. context_name: keep
     the context under this name, or find it there; where no daemon answers, one is
     started that programs share (`shared_daemon`). context_group: who may read it too; context_owner:
@@ -102,6 +102,7 @@ def run(
     resident = job.resident
     if resident is None:
         resident = max(LEAST_RESIDENT, directory.row_bytes(dtype) * context.shape[1] // 4)
+        resident += directory.window_bytes(dtype)
 
     with _session(job) as session:
         model = directory.load(dtype, job.device)

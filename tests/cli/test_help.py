@@ -13,7 +13,7 @@ from hillinfer.commands import app
 
 # One option for each file of commands that has defaults in words.
 DEFAULTS = [
-    ("run", "--resident", "the larger of 16MiB and a quarter of the context's KV"),
+    ("run", "--resident", "the larger of 16MiB and a quarter of the context's KV, and sliding windows"),
     ("run", "--cpu-share", "none"),
     ("run", "--dtype", "the model's own"),
     ("eval", "--dtype", "the model's; bundled: float32"),

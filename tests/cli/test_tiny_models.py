@@ -131,6 +131,20 @@ def test_a_model_without_attention_is_refused_in_one_line(hillinfer, tiny, tmp_p
         assert "not supported" in err
 
 
+def test_windows_larger_than_what_is_held_of_the_rest(hillinfer, tiny, tmp_path):
+    wide = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "sliding_window": 1024}
+    directory, _ = tiny("gemma3_text", {**GEMMA3, **wide})
+    (tmp_path / "context.txt").write_text("VAR misty_harbor := 12345\n" * 100)
+    given = ("--model", directory, "--context", tmp_path / "context.txt", "--ask", "what?", "--budget", 80)
+    code, out, err = hillinfer("run", *given, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    # Two layers, K and V, 16 heads of 256 numbers of 4 bytes.
+    windows = 2 * 2 * 16 * 256 * 4 * 1023
+    assert report["context_tokens"] > 1023
+    assert report["kv"]["resident_peak_bytes"] > windows > 16 << 20
+
+
 @torch.inference_mode()
 def test_eval_of_a_model_with_sliding_windows(hillinfer, tiny, tokenizer, monkeypatch):
     directory, model = tiny("gemma3_text", GEMMA3)

@@ -116,6 +116,7 @@ class PromptRunner:
     def _config(self, amount: Amount, tokens: int) -> HkmConfig:
         # Generous: the selected rows stay in slots, and memory is not what is measured.
         resident = (32 << 20) + self._directory.row_bytes(self._dtype) * tokens // 2
+        resident += self._directory.window_bytes(self._dtype)
         if isinstance(amount, MassTarget):
             # Some layers need most of their tokens.
             return HkmConfig(
