@@ -37,8 +37,8 @@ def divide(
     left = limit - fixed
     if left < 0:
         raise ResidentTooSmall(
-            f"this context needs {format_bytes(fixed)} for evaluation keys, checksums and buffers, but "
-            f"resident is {format_bytes(limit)}; raise resident, or use INT4 evaluation keys"
+            f"this context needs {format_bytes(fixed)} for evaluation keys, checksums, buffers and windows, "
+            f"but resident is {format_bytes(limit)}; raise resident, or use INT4 evaluation keys"
         )
     if slot_bytes > left:
         return Division(keep_slots=False, hot_rows=0, fits=layer_bytes <= left)
