@@ -181,7 +181,6 @@ class Pipeline:
 
     def _wait_for_others(self) -> None:
         """Wait for what has to be answered before anything else can be asked for, as if its layer did."""
-        timeline = self.timeline
         for job in self._jobs.values():
             if job.answer is None or job.waited is not None:
                 continue
@@ -189,13 +188,22 @@ class Pipeline:
             if not job.answer.wait_for_others():
                 continue
             job.waited = start
-            if timeline.mark:
-                timeline.note(MODEL, COMPUTE, job.step, job.layer.index, timeline.mark, start)
-            end = timeline.note(MODEL, WAIT, job.step, job.layer.index, start)
-            timeline.mark = end if timeline.mark else 0.0
+            self._note_amid_compute(WAIT, job, start)
+
+    def _note_amid_compute(self, name: str, job: Job, start: float) -> None:
+        timeline, of = self.timeline, (job.step, job.layer.index)
+        if timeline.mark:
+            timeline.note(MODEL, COMPUTE, *of, timeline.mark, start)
+        end = timeline.note(MODEL, name, *of, start)
+        timeline.mark = end if timeline.mark else 0.0
 
     def _begin(self, job: Job, query: torch.Tensor) -> None:
         self._wait_for_others()
+        if job.appends and Request.serves(self.policy, query):
+            # Here and not in the worker, which would want the interpreter's lock meanwhile, several times.
+            start = perf_counter()
+            job.append_ahead()
+            self._note_amid_compute(APPEND, job, start)
         job.began = perf_counter()
         host = device.to_host(query[:, :, 0])
         job.answer = Request.send(self._session, self.policy, job, query, host)

@@ -28,12 +28,17 @@ class Request:
     def __init__(self, session: Session, rows: list[int], asked: Asked) -> None:
         self._session, self._rows, self._asked = session, rows, asked
 
+    @staticmethod
+    def serves(policy: SelectionPolicy, query: torch.Tensor) -> bool:
+        """Whether the daemon can be asked so, once what the job ranks has been appended."""
+        return isinstance(policy, ColdPoolRanking) and query.device.type == "cpu"
+
     @classmethod
     def send(
         cls, session: Session, policy: SelectionPolicy, job: Job, query: torch.Tensor, host: Query
     ) -> Self | None:
         """Begin on a job; None where more is to be done for it than that, and nothing has begun."""
-        if not isinstance(policy, ColdPoolRanking) or query.device.type != "cpu" or job.appends:
+        if not cls.serves(policy, query):
             return None
         rows, items = job.items(host())
         asked = session.ask_ahead(job.layer.index, items)
