@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from hillinfer.bench.decode.growth import exponents
 from hillinfer.bench.decode.processes import children, cpu_s
 from hillinfer.bench.decode.report import Rows, as_markdown, as_object, ratios
 from hillinfer.bench.decode.subject import of_shape, twin
+from hillinfer.bench.kvpath.recording import Recording
 from hillinfer.cli import main
 from hillinfer_core.errors import InvalidInput
 
@@ -82,6 +84,31 @@ def test_every_system_has_a_row_and_a_kept_run_is_gone_on_with(run, tmp_path):
     filled = told["rows"][8]
     assert (filled["kv"], filled["prefill_s"], filled["question_s"]) == ("made up", None, None)
     assert filled["evaluated_bytes_per_step"] == pytest.approx(TOKENS * 2 * 2 * 16, rel=0.05)
+
+
+def test_recorded_keys_are_ranked_by_recorded_queries(run, tmp_path):
+    rng, file = np.random.default_rng(1), tmp_path / "recorded.npz"
+    keys = rng.standard_normal((2, 2, TOKENS, 32), np.float32).astype(np.float16)
+    # The same in every step: after the first, nothing that is selected is lacking.
+    queries = np.tile(rng.standard_normal((1, 2, 4, 32), np.float32), (5, 1, 1, 1))
+    Recording(keys, queries).save(file)
+    options = ("--context-tokens", TOKENS, "--rounds", 1, "--steps", 3, "--systems", "hillinfer", "--json")
+    code, out, err = run(*options, "--recording", file)
+    assert code == 0, err
+    mine = json.loads(out)["rows"][0]
+    assert (mine["kv"], mine["miss_rate"]) == ("recorded", 0)
+    code, out, err = run(*options, "--readings", 0)  # the random weights' own, which wander
+    assert code == 0, err
+    assert json.loads(out)["rows"][0]["miss_rate"] > 0
+
+    for others, message in (
+        (("--context-tokens", 1024, "--recording", file), "has 2048 tokens, not 1024"),
+        (("--readings", 1, "--recording", file), "--recording is for"),
+        (("--recording", tmp_path / "nowhere" / "new.npz"), "new.npz: No such file"),
+    ):
+        code, _, err = run(*options, *others)
+        assert code == 2
+        assert message in err
 
 
 def test_what_cannot_be_is_said(run, tmp_path):

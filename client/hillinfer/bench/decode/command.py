@@ -75,7 +75,18 @@ def decode_command(
     readings: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Times that each reads the text; 0 for made-up KV.", show_default="1, paced none"
+            min=0,
+            help="Times that each reads the text; 0 for made-up KV.",
+            show_default="1; paced or with a recording none",
+        ),
+    ] = None,
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With a --shape: rank the bundled model's keys by its queries over a text of that length; "
+            "they are kept here (.npz), or taken from there.",
+            show_default="the random weights' own",
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the systems take turns.")] = 5,
@@ -104,18 +115,24 @@ def decode_command(
         check_writable(file)
 
     from hillinfer.bench.decode.measure import Plan, measure_cell
+    from hillinfer.bench.decode.replay import Replay
     from hillinfer.bench.decode.report import Rows, as_markdown, as_object
     from hillinfer.bench.decode.stand_in import paced
     from hillinfer.bench.decode.subject import SHAPES, of_directory, of_shape
     from hillinfer.bench.decode.systems import NAMES, OFFLOADED, Setup
+    from hillinfer.bench.kvpath.recording import recorded
     from hillinfer.model_directory import bundled_model, device_named, dtype_named
+    from hillinfer.progress import progress_for_stderr
 
     if shape is not None and (model is not None or shape not in SHAPES):
         raise InvalidInput(f"give --model or --shape, and of shapes one of {', '.join(SHAPES)}")
     on_cpu = device_named(device) == "cpu" and pace_compute is None
     if pace_compute is not None and readings:
         raise InvalidInput("a model that only waits reads no text: leave out --readings")
-    read = 1 if readings is None and pace_compute is None else readings or 0
+    read = 1 if readings is None and pace_compute is None and recording is None else readings or 0
+    lengths = parse_counts(context_tokens, "--context-tokens")
+    if recording is not None and (shape is None or pace_compute is not None or read or len(lengths) > 1):
+        raise InvalidInput("--recording is for a --shape that computes, one length, and made-up KV")
     chosen = []
     usual = "hillinfer,default,default:bfloat16" if on_cpu else ",".join(NAMES)
     for each in (systems or usual).split(","):
@@ -130,14 +147,18 @@ def decode_command(
 
     subject = of_shape(shape) if shape is not None else of_directory(model or bundled_model())
     rows = Rows(keep)
-    for tokens in parse_counts(context_tokens, "--context-tokens"):
+    for tokens in lengths:
+        replay = None
+        if recording is not None:
+            what = recorded(recording, tokens, progress_for_stderr(), device_named(device))
+            replay = Replay(what, subject.kv_shape, subject.config.num_attention_heads, tokens)
         for sequences in parse_counts(batch, "--batch"):
             plan = Plan(chosen, tokens, read, rounds, steps, time_limit)
             of_cell = subject if pace_compute is None else paced(subject, pace_compute, sequences)
             longest = plan.tokens(max(each.shape[1] for each in subject.questions))
             setup = Setup(
                 of_cell, device_named(device), sequences, budget, held, longest, profile, predictor.value,
-                precision, pool_dir, trace,
+                precision, pool_dir, trace, replay,
             )  # fmt: skip
             measure_cell(setup, plan, _say, rows.put)
     told = as_object(rows.rows)

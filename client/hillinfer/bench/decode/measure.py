@@ -180,7 +180,7 @@ def row(each: Measured, setup: Setup, plan: Plan) -> dict[str, Any]:
         "model": setup.subject.name,
         "device": setup.device,
         "context_tokens": plan.context_tokens,
-        "kv": "read" if plan.readings else "made up",
+        "kv": "read" if plan.readings else "made up" if setup.replay is None else "recorded",
         "batch": setup.batch,
         "budget": setup.budget if system.name == HILLINFER else None,
         "profile": setup.profile,

@@ -13,6 +13,11 @@ from hillinfer_core.units import format_bytes
 
 Row = dict[str, Any]
 
+_KV = {
+    "read": "the text read",
+    "made up": "made-up KV, no text read",
+    "recorded": "made-up KV, ranked by recorded keys and queries",
+}
 _CELL = ("model", "device", "profile", "context_tokens", "kv", "batch")
 
 
@@ -106,7 +111,7 @@ def as_markdown(told: dict[str, Any]) -> str:
 
 def _table(cell: dict[str, Any], rows: Sequence[Row]) -> str:
     drive = "" if cell["profile"] is None else f", drive paced to {cell['profile']}"
-    kv = "the text read" if cell["kv"] == "read" else "made-up KV, no text read"
+    kv = _KV[cell["kv"]]
     lines = [
         f"**{cell['model']} on {cell['device']}, {cell['context_tokens']:,} tokens, batch {cell['batch']}"
         f"{drive}; {kv}**",

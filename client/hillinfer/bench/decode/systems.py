@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hillinfer.attachment import attach
 from hillinfer.bench.decode.pace import Gpu, Pace
 from hillinfer.bench.decode.processes import children, cpu_s
+from hillinfer.bench.decode.replay import Replay
 from hillinfer.bench.decode.stand_in import CountedCache
 from hillinfer.bench.decode.subject import Subject, twin
 from hillinfer.bench.selections import step
@@ -54,6 +55,7 @@ class Setup:
     precision: Precision
     pool_dir: Path | None
     trace: Path | None
+    replay: Replay | None = None
 
     def full_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the whole KV at its longest."""
@@ -211,6 +213,7 @@ class HillInfer:
                     resident=round(setup.held * full) + keys,
                     precision=setup.precision.value,
                     predictor=setup.predictor,
+                    policy=setup.replay,
                     trace=setup.trace is not None,
                 )
             )
@@ -234,8 +237,10 @@ class HillInfer:
         like = made_up(self._setup, 1, self.dtype)[0]
         for layer in self.cache.full_layers:
             layer.lazy_initialization(like, like)
-            for count in pieces(tokens):
-                keys, values = made_up(self._setup, count, self.dtype)
+            for part in pieces(tokens):
+                keys, values = made_up(self._setup, len(part), self.dtype)
+                if self._setup.replay is not None:
+                    keys[:] = self._setup.replay.keys(layer.index)[:, part.start : part.stop]
                 for row in range(self._setup.batch):
                     layer.store(row, keys[row], values[row], layer.slots.recent)
             layer.begin_with(tokens)
@@ -308,9 +313,9 @@ def made_up(setup: Setup, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor
     return keys, torch.randn(shape, dtype=dtype, device=setup.device)
 
 
-def pieces(tokens: int) -> list[int]:
-    """Return `tokens` as counts of `FILL_PIECE` and a rest."""
-    return [min(FILL_PIECE, tokens - first) for first in range(0, tokens, FILL_PIECE)]
+def pieces(tokens: int) -> list[range]:
+    """Return `tokens` in ranges of `FILL_PIECE` and a rest."""
+    return [range(first, min(first + FILL_PIECE, tokens)) for first in range(0, tokens, FILL_PIECE)]
 
 
 def _pace(model: PreTrainedModel) -> dict[str, float]:

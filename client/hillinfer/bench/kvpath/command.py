@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.files import check_writable
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import parse_budget, parse_bytes
@@ -61,13 +60,12 @@ def kvpath_command(
     """
     from hillinfer.bench.kvpath.measure import measure
     from hillinfer.bench.kvpath.plot import draw
-    from hillinfer.bench.kvpath.recording import Recording, record
+    from hillinfer.bench.kvpath.recording import recorded
     from hillinfer.bench.kvpath.report import as_markdown, as_object
     from hillinfer.bench.kvpath.rig import ARENA_BYTES, rig
     from hillinfer.bench.kvpath.systems import SYSTEMS
     from hillinfer.bench.kvpath.workload import SHAPES, make_workload
     from hillinfer.eval.plot import check_file
-    from hillinfer.model_directory import ModelDirectory, bundled_model
     from hillinfer.progress import progress_for_stderr
 
     if plot is not None:
@@ -83,14 +81,7 @@ def kvpath_command(
     budgets = {name: parse_budget(own.get(name, common[0])) for name in names}
 
     progress = progress_for_stderr()
-    if recording is not None and recording.exists():
-        recorded = Recording.load(recording)
-    else:
-        check_writable(recording)
-        recorded = record(ModelDirectory(bundled_model()), context_tokens, progress)
-        if recording is not None:
-            recorded.save(recording)
-    workload = make_workload(recorded, SHAPES[shape], seed)
+    workload = make_workload(recorded(recording, context_tokens, progress), SHAPES[shape], seed)
     quarter = (workload.keys.nbytes + workload.values.nbytes) // 4
     held = parse_bytes(resident) if resident else quarter + ARENA_BYTES
     with ExitStack() as stack:

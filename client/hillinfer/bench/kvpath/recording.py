@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hillinfer.demo import make_demo
-from hillinfer.model_directory import ModelDirectory
+from hillinfer.files import check_writable
+from hillinfer.model_directory import ModelDirectory, bundled_model
 from hillinfer.prefill import chunks
 from hillinfer.progress import Progress
 from hillinfer_core.errors import InvalidInput
@@ -52,14 +53,28 @@ class Recording:
             raise InvalidInput(f"{path} is not a recording of hillinfer bench kvpath ({error})") from None
 
 
-def record(directory: ModelDirectory, tokens: int, progress: Progress) -> Recording:
+def recorded(path: Path | None, tokens: int, progress: Progress, device: str = "cpu") -> Recording:
+    """Return the recording that is kept at `path`, or make one of the bundled model, and keep it there.
+
+    tokens: of one that is made. Blocks, see `record`. Raises InvalidInput for a file that is no recording.
+    """
+    if path is not None and path.exists():
+        return Recording.load(path)
+    check_writable(path)
+    made = record(ModelDirectory(bundled_model()), tokens, progress, device)
+    if path is not None:
+        made.save(path)
+    return made
+
+
+def record(directory: ModelDirectory, tokens: int, progress: Progress, device: str = "cpu") -> Recording:
     """Let the model read `tokens` tokens of the demo's text and answer its questions, with full attention.
 
-    Blocks: reading 32K tokens takes a minute or more.
+    Blocks: reading 32K tokens takes a minute or more on a CPU.
     """
-    model = directory.load(torch.float32)
+    model = directory.load(torch.float32, device)
     demo = make_demo(directory.tokenizer, tokens)
-    ids = directory.tokenizer(demo.context + "\n", return_tensors="pt").input_ids
+    ids = directory.tokenizer(demo.context + "\n", return_tensors="pt").input_ids.to(device)
     cache = DynamicCache(config=model.config)
     queries: list[dict[int, npt.NDArray[np.float32]]] = []
 
@@ -67,17 +82,17 @@ def record(directory: ModelDirectory, tokens: int, progress: Progress) -> Record
         if query.shape[2] == 1:
             if layer == 0:
                 queries.append({})
-            queries[-1][layer] = query[0, :, 0].float().numpy().copy()
+            queries[-1][layer] = query[0, :, 0].float().cpu().numpy().copy()
 
     with _noting(model, note), torch.inference_mode():
         with progress("recording", ids.shape[1]) as advance:
             for part in chunks(ids.shape[1]):
                 model(input_ids=ids[:, part], past_key_values=cache, logits_to_keep=1)
                 advance(part.stop)
-        keys = [_keys(layer)[0, :, :tokens].half().numpy() for layer in cache.layers]
+        keys = [_keys(layer)[0, :, :tokens].half().cpu().numpy() for layer in cache.layers]
         for question in demo.questions:
             asked = directory.tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
-            token = _feed(model, asked, cache)
+            token = _feed(model, asked.to(device), cache)
             for _ in range(STEPS_OF_AN_ANSWER):
                 token = _feed(model, token, cache)
     steps = np.stack([np.stack([step[layer] for layer in sorted(step)]) for step in queries])
