@@ -10,7 +10,8 @@ from test_exactness import ARENA, COMMON, prompt
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hillinfer
-from hillinfer.pipeline import choice
+from hillinfer.hkm.slots import Slots
+from hillinfer.pipeline import choice, prefetch
 from hillinfer.pipeline.choice import Measured, Predictor, choose
 from hillinfer.pipeline.timeline import EVALUATE, LATE, MODEL, WORKER
 from hillinfer_core.errors import DaemonUnavailable, InvalidInput, UnsupportedModel
@@ -86,6 +87,30 @@ def test_the_exact_query_selects_the_same_with_and_without_prefetch(model, sessi
             late = cache.pipeline.timeline.sums[MODEL, LATE]
     assert late > 0, "nothing was prefetched"
     assert seen[0][1] == seen[1][1]
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("predictor", ["exact", "next_layer", "previous_step"])
+def test_the_way_of_an_accelerator_selects_and_attends_the_same(model, session, monkeypatch, predictor):
+    """Slots that the host cannot reach, and queries that arrive late: played on the CPU."""
+    ids, _ = prompt(2, 500, True)
+    seen = []
+    for device in ("cpu", "accelerator"):
+        if device == "accelerator":
+            monkeypatch.setattr(Slots, "_on_host", lambda slots: None)
+            monkeypatch.setattr(prefetch, "on_accelerator", lambda tensor: True)
+        with hillinfer.attach(
+            model, session=session, budget=90, resident="2MiB", predictor=predictor
+        ) as attachment:
+            cache, chosen = attachment.new_cache(), []
+            cache.observer = lambda cache, layer, query, scaling, to=chosen: to.append(
+                [{*head} for row in cache.full_layers[layer].slots.ids for head in row]
+            )
+            logits = decode(model, cache, ids, 12)
+            seen.append((logits, chosen, cache.tally.brought))
+            assert any(layer.hot.capacity for layer in cache.full_layers)
+    assert seen[0][1:] == seen[1][1:]
     torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-4, rtol=1e-4)
 
 

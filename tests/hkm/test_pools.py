@@ -54,7 +54,7 @@ def test_selected_tokens_are_in_their_slots(steps):
         done = exchange(slots.ids[0], none, wanted, np.array([count]), 40)
         assert done.missing_ids.tolist() == sorted(set(wanted.tolist()) - set(before.tolist()))
         assert set(done.left_ids.tolist()) == set(before.tolist()) - set(wanted.tolist()) - {EMPTY}
-        assert (slots.take(0, done.left_places)[:, 0, 0].numpy() == done.left_ids).all()
+        assert (slots.take(0, done.left_places)[:, 0, 0] == done.left_ids).all()
         rows = np.broadcast_to(done.missing_ids[:, None, None], (len(done.missing_ids), 2, 4))
         slots.put(0, done.missing_places, rows.astype(np.float32))
         held = slots.ids[0, 0][slots.ids[0, 0] != EMPTY]

@@ -19,9 +19,13 @@ class SelectionPolicy(Protocol):
 class ColdPoolRanking:
     """Lets the drive rank every past token by its evaluation keys: HillInfer's own policy."""
 
+    def asked(self, layer: int, items: Sequence[EvaluateItem]) -> list[EvaluateItem]:
+        """Return what the drive is asked for `items`: themselves."""
+        return list(items)
+
     def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought] | None:
         """See `SelectionPolicy.select`; one round trip to the daemon."""
-        return session.evaluate_and_bring(layer, list(items))
+        return session.evaluate_and_bring(layer, self.asked(layer, items))
 
 
 class RecentOnly:

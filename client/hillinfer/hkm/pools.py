@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,8 @@ import torch
 
 from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.slots import Slots
-from hillinfer.hkm.tensors import to_storage
 from hillinfer_core.moves import Moved, exchange_rows
-from hillinfer_core.places import exchange
+from hillinfer_core.places import Exchanged, exchange
 
 Ids = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.int64]
@@ -33,7 +32,16 @@ class Missing(NamedTuple):
 class _Left(NamedTuple):
     ids: Ids
     counts: Counts
-    rows: npt.NDArray[np.generic] | torch.Tensor
+    rows: Callable[[], npt.NDArray[np.generic]]
+
+
+class _Waiting(NamedTuple):
+    """What an accelerator's slots are to give away and to get from the hot pool, all at once."""
+
+    left: _Left
+    left_places: Counts
+    hot_slots: Counts
+    hot_rows: npt.NDArray[np.generic]
 
 
 class Pools:
@@ -49,6 +57,7 @@ class Pools:
         self.hot = hot
         self._chosen: dict[int, tuple[Ids, Counts]] = {}
         self._left: list[tuple[int, _Left]] = []
+        self._waiting: dict[int, _Waiting] = {}
         self._again: set[int] = set()  # sequences with more than one round of admitting in the step
 
     def admit(self, row: int, selected: Sequence[Ids] | Ids) -> Missing:
@@ -62,43 +71,58 @@ class Pools:
             wanted, counts = selected.reshape(-1), np.full(len(selected), selected.shape[1], np.int64)
         else:
             wanted, counts = np.concatenate(selected), np.array([len(ids) for ids in selected], np.int64)
-        done = self._exchange(row, wanted, counts)
-        self.slots.full[row] = len(wanted) == self.slots.ids[row].size
-        if len(done.left_ids):
-            self._left.append((row, _Left(done.left_ids, done.left_counts, done.left_rows)))
+        slots, hot = self.slots, self.hot
+        ids, hot_ids, tokens = slots.ids[row], hot.ids[row], int(slots.lengths[row])
+        done: Moved | Exchanged
+        if slots.stored is not None:
+            keys, values = (each[row] for each in slots.stored)
+            pinned, rows = slots.pinned, hot.flat_rows(row)
+            done = moved = exchange_rows(ids, hot_ids, wanted, counts, tokens, keys, values, pinned, rows)
+            if len(moved.left_ids):
+                left = _Left(moved.left_ids, moved.left_counts, lambda: moved.left_rows)
+                self._left.append((row, left))
+        else:
+            done = exchange(ids, hot_ids, wanted, counts, tokens)
+            self._wait_for_rows(row, done)
+        slots.full[row] = len(wanted) == slots.ids[row].size
         if row in self._chosen:
             self._again.add(row)
         self._chosen[row] = wanted, counts
         return Missing(done.missing_ids, done.missing_counts, done.missing_places)
 
-    def _exchange(self, row: int, wanted: Ids, counts: Counts) -> Moved:
-        slots, hot = self.slots, self.hot
-        ids, hot_ids, tokens = slots.ids[row], hot.ids[row], int(slots.lengths[row])
-        if slots.stored is not None:
-            keys, values = (each[row] for each in slots.stored)
-            pinned, rows = slots.pinned, hot.flat_rows(row)
-            return exchange_rows(ids, hot_ids, wanted, counts, tokens, keys, values, pinned, rows)
-        done = exchange(ids, hot_ids, wanted, counts, tokens)
-        # On an accelerator; the copy to the host is waited for by `settle`, if at all.
-        kept = len(done.left_ids) if hot.capacity else 0
-        left = slots.take(row, done.left_places[:kept])
-        if len(done.hot_places):
-            slots.put(row, done.hot_slots, hot.flat_rows(row), done.hot_places)
-        missing = done.missing_ids, done.missing_places, done.missing_counts
-        return Moved(*missing, done.left_ids[:kept], done.left_counts, left)
+    def _wait_for_rows(self, row: int, done: Exchanged) -> None:
+        """Have `fill` move what `admit` decides: its rows and these take one transfer to an accelerator."""
+        kept = len(done.left_ids) if self.hot.capacity else 0
+        rows = self.hot.flat_rows(row)[done.hot_places]
+        left = _Left(done.left_ids[:kept], done.left_counts, lambda: rows[:0])
+        self._waiting[row] = _Waiting(left, done.left_places[:kept], done.hot_slots, rows)
 
     def fill(self, row: int, places: Counts, rows: npt.NDArray[np.generic] | torch.Tensor) -> None:
-        """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n]."""
-        if len(places):
+        """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n].
+
+        To be called after each `admit`, for what it found missing; on an accelerator the rest moves now too.
+        """
+        waiting = self._waiting.pop(row, None)
+        if waiting is None:
+            if len(places):
+                self.slots.put(row, places, rows)
+            return
+        left, left_places, hot_slots, hot_rows = waiting
+        if isinstance(rows, torch.Tensor):
+            taken = self.slots.swap(row, left_places, hot_slots, [hot_rows])
             self.slots.put(row, places, rows)
+        else:
+            placed = np.concatenate([hot_slots, places])
+            taken = self.slots.swap(row, left_places, placed, [hot_rows, rows])
+        if len(left.ids):
+            self._left.append((row, left._replace(rows=taken)))
 
     def settle(self) -> None:
         """Count the step's selection, and keep of the rows that left the slots those worth keeping."""
         for row, (ids, counts) in self._chosen.items():
             self.hot.count(row, ids, counts, int(self.slots.lengths[row]))
         for row, left in self._left:
-            ids, counts, rows = left.ids, left.counts, left.rows
-            rows = to_storage(rows) if isinstance(rows, torch.Tensor) else rows
+            ids, counts, rows = left.ids, left.counts, left.rows()
             if row in self._again:
                 # A later round of the same step may have brought some back, and let them go once more.
                 heads = np.repeat(np.arange(len(counts)), counts)
@@ -114,4 +138,5 @@ class Pools:
         """Drop what the step's selection left to `settle`."""
         self._chosen.clear()
         self._left.clear()
+        self._waiting.clear()
         self._again.clear()

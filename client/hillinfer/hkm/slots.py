@@ -7,11 +7,15 @@ token once in a slot stays there for as long as it keeps being selected.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hillinfer.hkm.tensors import to_rows, to_storage
+from hillinfer.hkm.staging import on_accelerator, to_device, to_host
+from hillinfer.hkm.tensors import to_storage
 from hillinfer_core.moves import join_rows, split_rows
 
 EMPTY = np.uint32(0xFFFFFFFF)
@@ -25,8 +29,8 @@ class Slots:
     ) -> None:
         self.sinks = sinks
         self.recent = recent
-        self.keys = like.new_zeros((batch, kv_heads, sinks + recent, head_dim))
-        self.values = torch.zeros_like(self.keys)
+        self._kv = like.new_zeros((2, batch, kv_heads, sinks + recent, head_dim))
+        self.keys, self.values = self._kv
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
         self.full = [True] * batch
         """Of which sequences each slot for a selected token is known to have one."""
@@ -42,7 +46,8 @@ class Slots:
         return self.sinks + self.recent
 
     def _count_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + self.ids.nbytes
+        nbytes: int = self._kv.nbytes + self.ids.nbytes
+        return nbytes
 
     @property
     def selected(self) -> int:
@@ -125,58 +130,75 @@ class Slots:
         pad = np.full((*self.ids.shape[:2], selected - kept), EMPTY, np.uint32)
         self.ids = np.concatenate([grown, pad], axis=-1)
         self.full = [not selected] * len(self.full)
-        self.keys = _resized(self.keys, self.pinned + kept, self.pinned + selected)
-        self.values = _resized(self.values, self.pinned + kept, self.pinned + selected)
+        held = self._kv[..., : self.pinned + kept, :]
+        self._kv = held.new_zeros((*held.shape[:3], self.pinned + selected, held.shape[-1]))
+        self._kv[..., : held.shape[3], :] = held
+        self.keys, self.values = self._kv
         self.stored = self._on_host()
         self.nbytes = self._count_bytes()
 
-    def take(self, row: int, places: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Rows [n, 2, D] of the slots `places` of sequence `row`: a copy.
+    def take(self, row: int, places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Rows [n, 2, D] of the slots `places` of sequence `row`: a copy, of the storage dtype.
 
         Places are those of `ids`, counted through all heads.
         """
         if self.stored is not None:
             keys, values = self.stored
-            return to_rows(join_rows(keys[row], values[row], self.pinned, places), self.keys)
-        on_device = self._on_device(places)
-        return torch.stack([flat.index_select(0, on_device) for flat in self._flat(row)], 1)
+            return join_rows(keys[row], values[row], self.pinned, places)
+        return self.swap(row, places, places[:0], [])()
 
     def put(
-        self,
-        row: int,
-        places: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.generic] | torch.Tensor,
-        which: npt.NDArray[np.int64] | None = None,
+        self, row: int, places: npt.NDArray[np.int64], rows: npt.NDArray[np.generic] | torch.Tensor
     ) -> None:
-        """Put `rows` [m, 2, D], of the storage dtype or on the device, into the slots `places` [n].
+        """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n].
 
-        Those that `which` [n] counts, if it is given. Places are as for `take`.
+        Places are as for `take`.
         """
         if self.stored is not None:
             keys, values = self.stored
             stored = np.ascontiguousarray(to_storage(rows) if isinstance(rows, torch.Tensor) else rows)
-            split_rows(stored, which, keys[row], values[row], self.pinned, places)
-            return
-        kv = rows if which is None else rows[which]
-        kv = kv if isinstance(kv, torch.Tensor) else to_rows(kv, self.keys)
-        on_device = self._on_device(places)
-        for number, flat in enumerate(self._flat(row)):
-            flat.index_copy_(0, on_device, kv[:, number])
+            split_rows(stored, None, keys[row], values[row], self.pinned, places)
+        elif isinstance(rows, torch.Tensor):
+            (there,) = to_device([[self._flat(row, places)]], self._kv.device)
+            self._rows.index_copy_(0, there.view(torch.int64), rows.reshape(-1, rows.shape[2]))
+        else:
+            self.swap(row, places[:0], places, [rows])
+
+    def swap(
+        self,
+        row: int,
+        taken: npt.NDArray[np.int64],
+        placed: npt.NDArray[np.int64],
+        rows: Sequence[npt.NDArray[np.generic]],
+    ) -> Callable[[], npt.NDArray[Any]]:
+        """On an accelerator: copy the slots `taken` [n] to the host, then put `rows` into those `placed`.
+
+        rows: of the storage dtype, [m, 2, D] in all. Waits for nothing; the function returned waits for the
+        rows [n, 2, D] that were taken. Places are as for `take`.
+        """
+        groups = [self._flat(row, taken)], [self._flat(row, placed)], [*map(np.ascontiguousarray, rows)]
+        at, into, kv = to_device(groups, self._kv.device)
+        flat, dim = self._rows, self._kv.shape[-1]
+        left = to_host(flat.index_select(0, at.view(torch.int64)).view(-1, 2, dim))
+        if len(placed):
+            flat.index_copy_(0, into.view(torch.int64), kv.view(flat.dtype).view(-1, dim))
+        return left
 
     def _on_host(self) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]] | None:
-        if self.keys.device.type != "cpu":
+        if on_accelerator(self.keys):
             return None
         return to_storage(self.keys), to_storage(self.values)
 
-    def _flat(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of sequence `row` through all heads, [Hkv * (pinned + selected), D]; views."""
-        dim = self.keys.shape[-1]
-        return self.keys[row].view(-1, dim), self.values[row].view(-1, dim)
+    @property
+    def _rows(self) -> torch.Tensor:
+        """All keys, then all values, [2 * B * Hkv * (pinned + selected), D]; a view."""
+        return self._kv.view(-1, self._kv.shape[-1])
 
-    def _on_device(self, places: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Where in `_flat` places are."""
-        flat = places + (places // max(1, self.selected) + 1) * self.pinned
-        return torch.from_numpy(flat).to(self.keys.device)
+    def _flat(self, row: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where in `_rows` places are: [n, 2], key and value of each."""
+        of_head = places + (places // max(1, self.selected) + 1) * self.pinned
+        first = of_head + row * self.keys[0].shape[0] * self.keys.shape[2]
+        return np.stack([first, first + self.keys[..., 0].numel()], axis=1)
 
     def visible(self) -> torch.Tensor | None:
         """Which slots hold a token: bool [B, Hkv, pinned + selected], or None when all do."""
@@ -187,9 +209,3 @@ class Slots:
         pinned = np.broadcast_to(pinned, (*self.ids.shape[:2], self.pinned))
         mask = np.concatenate([pinned, self.ids != EMPTY], axis=-1)
         return torch.from_numpy(mask).to(self.keys.device)
-
-
-def _resized(buffer: torch.Tensor, kept: int, size: int) -> torch.Tensor:
-    resized = buffer.new_zeros((*buffer.shape[:2], size, buffer.shape[3]))
-    resized[:, :, :kept] = buffer[:, :, :kept]
-    return resized

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hillinfer.hkm import staging
 from hillinfer.hkm.tensors import to_rows
 
 Mark = Any
@@ -36,21 +37,7 @@ class Uploaded(NamedTuple):
 
 def to_host(tensor: torch.Tensor) -> Callable[[], npt.NDArray[np.float32]]:
     """Start copying to float32 on the host; the function returned waits for the copy, in any thread."""
-    wide = tensor.detach().float()
-    if not wide.is_cuda:
-        array: npt.NDArray[np.float32] = wide.numpy()
-        return lambda: array
-    pinned = torch.empty(wide.shape, dtype=wide.dtype, pin_memory=True)
-    pinned.copy_(wide, non_blocking=True)
-    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record(torch.cuda.current_stream(wide.device))
-
-    def wait() -> npt.NDArray[np.float32]:
-        done.synchronize()
-        copied: npt.NDArray[np.float32] = pinned.numpy()
-        return copied
-
-    return wait
+    return staging.to_host(tensor.detach().float())
 
 
 def mark(device: torch.device) -> Mark:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from hillinfer.hkm.background import Background
+from hillinfer.hkm.staging import on_accelerator
 from hillinfer.pipeline import choice, device
 from hillinfer.pipeline.choice import Measured, Predictor
 from hillinfer.pipeline.job import Job, Prefetched, make_job
 from hillinfer.pipeline.timeline import APPEND, COMPUTE, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
-from hillinfer.pipeline.under_way import InThread, Request
+from hillinfer.pipeline.under_way import InThread, Query, Request
 from hillinfer.session import Brought, EvaluateItem, Session
 from hillinfer_core.errors import HillInferError, UnsupportedModel
 
@@ -54,7 +55,7 @@ class Pipeline:
         self.policy = policy
         self._policy_lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
-        self._postponed: tuple[Job, torch.Tensor] | None = None
+        self._postponed: tuple[Job, torch.Tensor, Query] | None = None
         self._side = device.SideStream()
         self._executor = ThreadPoolExecutor(1, "hillinfer-prefetch")
         self.background = Background(self._executor)
@@ -74,6 +75,7 @@ class Pipeline:
         """Begin on `layer` with a query that `query` predicts, [B, H, 1, D], if it is to be ranked by one.
 
         If the layer that is `computing` meanwhile ranks itself, that goes first: begins at `begin_postponed`.
+        So does a query that is still on its way from an accelerator.
         """
         state = self.layers[layer.index]
         sampled = self._is_sampled(state, layer.index)
@@ -93,16 +95,17 @@ class Pipeline:
             state.known = False
             return
         self.timeline.note(MODEL, PREDICT, state.step, layer.index, start)
-        if computing is not None and computing.index not in self._jobs:
-            self._postponed = job, predicted
+        host = device.to_host(predicted[:, :, 0])
+        if computing is not None and (on_accelerator(predicted) or computing.index not in self._jobs):
+            self._postponed = job, predicted, host
         else:
-            self._begin(job, predicted)
+            self._begin(job, predicted, host)
 
     def begin_postponed(self) -> None:
         """Begin on what waited for the layer that has its own selection now."""
         if self._postponed is not None:
-            (job, query), self._postponed = self._postponed, None
-            self._begin(job, query)
+            postponed, self._postponed = self._postponed, None
+            self._begin(*postponed)
 
     def take(self, layer: HierarchicalLayer) -> tuple[Job, Prefetched] | None:
         """Return what was brought for the decode step that `layer` begins; None if nothing fits it.
@@ -140,7 +143,7 @@ class Pipeline:
         if state.predictor is Predictor.previous_step:
             job = make_job(layer, state.step, self._is_sampled(state, layer.index), ahead=False)
             if job is not None:
-                self._begin(job, query)
+                self._begin(job, query, device.to_host(query[:, :, 0]))
 
     @property
     def most_waiting(self) -> int:
@@ -197,16 +200,15 @@ class Pipeline:
         end = timeline.note(MODEL, name, *of, start)
         timeline.mark = end if timeline.mark else 0.0
 
-    def _begin(self, job: Job, query: torch.Tensor) -> None:
+    def _begin(self, job: Job, query: torch.Tensor, host: Query) -> None:
         self._wait_for_others()
-        if job.appends and Request.serves(self.policy, query):
+        if job.appends and Request.serves(self.policy):
             # Here and not in the worker, which would want the interpreter's lock meanwhile, several times.
             start = perf_counter()
             job.append_ahead()
             self._note_amid_compute(APPEND, job, start)
         job.began = perf_counter()
-        host = device.to_host(query[:, :, 0])
-        job.answer = Request.send(self._session, self.policy, job, query, host)
+        job.answer = Request.send(self._session, self.policy, job, host)
         if job.answer is None:
             mark = device.mark(query.device)
             job.answer = InThread(self._executor, job, host, mark, self._side, self.select)

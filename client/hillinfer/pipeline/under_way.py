@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter
-from typing import Self
+from typing import Self, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hillinfer.ahead import Asked
 from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
@@ -29,19 +28,17 @@ class Request:
         self._session, self._rows, self._asked = session, rows, asked
 
     @staticmethod
-    def serves(policy: SelectionPolicy, query: torch.Tensor) -> bool:
+    def serves(policy: SelectionPolicy) -> TypeGuard[ColdPoolRanking]:
         """Whether the daemon can be asked so, once what the job ranks has been appended."""
-        return isinstance(policy, ColdPoolRanking) and query.device.type == "cpu"
+        return isinstance(policy, ColdPoolRanking)
 
     @classmethod
-    def send(
-        cls, session: Session, policy: SelectionPolicy, job: Job, query: torch.Tensor, host: Query
-    ) -> Self | None:
+    def send(cls, session: Session, policy: SelectionPolicy, job: Job, host: Query) -> Self | None:
         """Begin on a job; None where more is to be done for it than that, and nothing has begun."""
-        if not cls.serves(policy, query):
+        if not cls.serves(policy):
             return None
         rows, items = job.items(host())
-        asked = session.ask_ahead(job.layer.index, items)
+        asked = session.ask_ahead(job.layer.index, policy.asked(job.layer.index, items))
         return None if asked is None else cls(session, rows, asked)
 
     def result(self) -> Prefetched:

@@ -81,6 +81,8 @@ def measure_cell(setup: Setup, plan: Plan, say: Say, told: Callable[[list[dict[s
     Raises InvalidInput where the device has no room, and what `attach` raises.
     """
     ends = time.monotonic() + plan.time_limit_s
+    # cuDNN's attention plans anew for every length, 40 ms a step of a growing cache on an H200: unfair to it.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     text = setup.subject.text(plan.context_tokens).repeat(setup.batch, 1)
     questions = [each.repeat(setup.batch, 1) for each in setup.subject.questions]
     with ExitStack() as stack, torch.inference_mode():

@@ -14,14 +14,14 @@ from hillinfer.bench.kvpath.recording import Recording
 from hillinfer.bench.kvpath.workload import LayerShape, make_workload
 from hillinfer.hkm.policy import ColdPoolRanking
 from hillinfer.kv_shape import KvShape
-from hillinfer.session import Brought, EvaluateItem, Session
+from hillinfer.session import EvaluateItem
 from hillinfer_core.errors import InvalidInput
 
 _APART = 7  # steps between layers that share recorded keys, so that they do not ask the same at once
 
 
-class Replay:
-    """A selection policy: the daemon ranks recorded keys by recorded queries, whatever the model asks.
+class Replay(ColdPoolRanking):
+    """The daemon ranks recorded keys by recorded queries, whatever the model asks.
 
     The recorded KV heads are dealt to layers as in `hillinfer bench kvpath`; further layers have
     the same keys, and queries of other steps. When the steps are at their end they begin anew. Predicted
@@ -35,18 +35,16 @@ class Replay:
             raise InvalidInput(f"the recording has {recorded} tokens, not {tokens}: name another file")
         shape = LayerShape(kv.kv_heads, heads, kv.head_dim, kv.layers)
         self._workload, self._tokens = make_workload(recording, shape, seed=0), tokens
-        self._ranking = ColdPoolRanking()
 
     def keys(self, layer: int) -> torch.Tensor:
         """Return float16 [kv_heads, tokens, head_dim], to fill the layer's cache with."""
         return torch.from_numpy(self._workload.keys[layer % self._workload.layers])
 
-    def select(self, session: Session, layer: int, items: Sequence[EvaluateItem]) -> list[Brought] | None:
-        """See `SelectionPolicy.select`."""
+    def asked(self, layer: int, items: Sequence[EvaluateItem]) -> list[EvaluateItem]:
+        """Return `items` with the recorded queries."""
         again, of = divmod(layer, self._workload.layers)
         queries = self._workload.queries[:, of]
-        asked = [
+        return [
             each._replace(query=queries[(max(0, each.end - self._tokens) + again * _APART) % len(queries)])
             for each in items
         ]
-        return self._ranking.select(session, layer, asked)
