@@ -19,6 +19,8 @@ from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.coverage import check_model
 from hillinfer.hkm.interface import ATTENTION_NAME, register
 from hillinfer.hkm.policy import SelectionPolicy
+from hillinfer.kv_shape import KvShape
+from hillinfer.pinned import LEAST_BY_SHARE, RECENT, SINKS, pinned_within
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.pipeline.hooks import PredictionHooks
 from hillinfer.pipeline.timeline import Span
@@ -199,8 +201,8 @@ def attach(
     min_mass: float | None = None,
     resident: str | int = "64MiB",
     precision: str | None = None,
-    sinks: int = 4,
-    recent: int = 32,
+    sinks: int | None = None,
+    recent: int | None = None,
     policy: SelectionPolicy | None = None,
     predictor: str = "auto",
     cpu_share: str | float | None = None,
@@ -209,8 +211,10 @@ def attach(
     """Keep the model's KV cache in the cold pool; `model.generate` then works unchanged.
 
     budget: tokens attended per decode step (a count, or per cent of the past;
-    while a context is short, a per cent means at least sinks and recent
-    window; 2% by default). min_mass: instead of a budget, attend at each step to
+    while a context is short, a per cent means at least 72 tokens or, with pinned tokens of your
+    own, these; 2% by default). sinks, recent: of these, the first and the latest tokens, which every step
+    attends to: by default 4 and 32, and fewer where a number of tokens is small (`pinned_within`).
+    min_mass: instead of a budget, attend at each step to
     as many tokens as hold at least this share of the attention of every query
     head: a bound with INT8 keys, an estimate with INT4 (docs/guarantee.md;
     `Report.mass` says what was reached). resident: bytes of DRAM and accelerator memory for the KV of each
@@ -246,17 +250,23 @@ def attach(
         raise InvalidInput(
             "min_mass decides how many tokens are attended and which: give no budget or policy"
         )
+    _check(model)
+    asked = parse_budget("2%" if budget is None else budget)
+    pinned, own = (SINKS, RECENT), sinks is not None and recent is not None
+    if asked.tokens is not None and not own:
+        shape = KvShape.of(model.config.get_text_config(decoder=True))
+        pinned = pinned_within(asked.tokens, shape.append_unit(model.dtype))
     config = HkmConfig(
-        parse_budget("2%" if budget is None else budget),
+        asked,
         parse_bytes(resident),
         key_precision,
-        sinks,
-        recent,
+        pinned[0] if sinks is None else sinks,
+        pinned[1] if recent is None else recent,
         min_mass,
         chosen,
         None if cpu_share is None else parse_cpu_share(cpu_share),
+        LEAST_BY_SHARE if asked.tokens is None and not own else 0,
     )
-    _check(model)
     hooks = None
     try:
         hooks = PredictionHooks(model)

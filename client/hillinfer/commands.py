@@ -51,7 +51,10 @@ class Dtype(StrEnum):
 
 BudgetOption = Annotated[
     str | None,
-    typer.Option(help="Tokens attended in each step: a per cent of the past, or a count.", show_default="2%"),
+    typer.Option(
+        help="Tokens attended in each step: a per cent of the past, or a count.",
+        show_default="2%, at least 72 tokens",
+    ),
 ]
 MinMassOption = Annotated[
     float | None,
@@ -227,10 +230,10 @@ def demo_command(
         print(f"\n{right} of {len(demo.tasks)} right\n\n{report.summary()}")
 
 
-def _budget(budget: str | None, min_mass: float | None) -> Budget:
+def _budget(budget: str | None, min_mass: float | None) -> Budget | None:
     if budget is not None and min_mass is not None:
         raise InvalidInput("--min-mass decides how many tokens are attended: give no --budget with it")
-    return parse_budget("2%" if budget is None else budget)
+    return None if budget is None else parse_budget(budget)
 
 
 def _check_picture(path: Path | None) -> None:

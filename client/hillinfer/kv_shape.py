@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from hillinfer.hkm.tensors import row_dtype
 from hillinfer_core.errors import UnsupportedModel
+from hillinfer_core.layout import Shape
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,10 @@ class KvShape:
     def numbers(self) -> int:
         """Numbers of K and V of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
+
+    def append_unit(self, dtype: torch.dtype) -> int:
+        """Tokens that rows of `dtype` are appended in multiples of. Raises UnsupportedModel for others."""
+        return Shape(self.layers, self.kv_heads, self.head_dim, row_dtype(dtype)).append_unit
 
     @classmethod
     def of(cls, config: Any) -> KvShape:

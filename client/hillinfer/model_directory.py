@@ -95,6 +95,10 @@ class ModelDirectory:
         """Return the bytes of K and V of one token in all layers. Raises UnsupportedModel as `KvShape.of`."""
         return KvShape.of(self.config).numbers * dtype.itemsize
 
+    def append_unit(self, dtype: torch.dtype) -> int:
+        """See `KvShape.append_unit`. Raises UnsupportedModel as `KvShape.of`."""
+        return KvShape.of(self.config).append_unit(dtype)
+
     def window_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of K and V that the layers with sliding windows hold; they stay in memory.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hillinfer.attachment import Attachment, attach
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.kept_context import open_kept
 from hillinfer.model_directory import ModelDirectory
+from hillinfer.pinned import pinned_within
 from hillinfer.pipeline.trace import draw_trace, write_trace
 from hillinfer.prefill import chunks
 from hillinfer.private_daemon import PrivateDaemon
@@ -26,11 +27,10 @@ from hillinfer.report import Answer, KvUse, RunReport
 from hillinfer.session import Session
 from hillinfer.split.ranking import parse_cpu_share
 from hillinfer.users import check_own_group
-from hillinfer_core.errors import BudgetTooSmall, DaemonUnavailable, InvalidInput
+from hillinfer_core.errors import DaemonUnavailable, InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import Budget
 
-SINKS, RECENT = 4, 32
 CLIENT_NAME = "hillinfer run"
 _MEMORY = Path("/dev/shm")  # faster than the drive that a profile describes
 LEAST_RESIDENT = 16 << 20
@@ -41,6 +41,7 @@ LEAST_RESIDENT = 16 << 20
 class Job:
     """What to answer, and with how much.
 
+    budget: None for what `attach` has by default, also for its least in a short context.
     resident: bytes, None for the larger of 16 MiB and a quarter of the
     context's KV, and sliding windows. socket: of a running daemon; None takes the one at the default
     place or, where none answers, a private one for the run. context_name: keep
@@ -55,7 +56,7 @@ class Job:
 
     context: str
     questions: Sequence[str]
-    budget: Budget = field(default_factory=lambda: Budget(alpha=0.02))
+    budget: Budget | None = None
     resident: int | None = None
     precision: Precision | None = None
     max_new_tokens: int = 32
@@ -99,6 +100,10 @@ def run(
     context = _encode(directory, job.context.rstrip("\n") + "\n", special=True)
     questions = [_encode(directory, question, special=False) for question in job.questions]
     _check(job, directory, context.shape[1], sum(question.shape[1] for question in questions))
+    pinned: tuple[int, int] | tuple[None, None] = None, None
+    tokens = context.shape[1]
+    if job.budget is not None and job.budget.of(tokens) < tokens:
+        pinned = pinned_within(job.budget.of(tokens), directory.append_unit(dtype))
     resident = job.resident
     if resident is None:
         resident = max(LEAST_RESIDENT, directory.row_bytes(dtype) * context.shape[1] // 4)
@@ -110,12 +115,12 @@ def run(
             attach(
                 model,
                 session=session,
-                budget=str(job.budget) if job.min_mass is None else None,
+                budget=None if job.budget is None else str(job.budget),
                 min_mass=job.min_mass,
                 resident=resident,
                 precision=job.precision,
-                sinks=SINKS,
-                recent=RECENT,
+                sinks=pinned[0],
+                recent=pinned[1],
                 predictor=job.predictor,
                 cpu_share=job.cpu_share,
                 trace=bool(job.trace or job.trace_plot),
@@ -273,12 +278,6 @@ def _check(job: Job, directory: ModelDirectory, context_tokens: int, question_to
         raise InvalidInput(
             f"the context has {context_tokens} tokens and needs {needed} with questions and answers, but the "
             f"model has {directory.positions} positions: shorten the context"
-        )
-    budget = job.budget.of(context_tokens)
-    if job.min_mass is None and budget < min(SINKS + RECENT, context_tokens):
-        raise BudgetTooSmall(
-            f"a budget of {job.budget} is {budget} of {context_tokens} tokens, fewer than the first {SINKS} "
-            f"and the latest {RECENT} that every step attends to: give {SINKS + RECENT} tokens or more"
         )
 
 

@@ -122,9 +122,9 @@ def test_empty_question(refused):
     assert "question" in refused(ask="  ")
 
 
-@pytest.mark.parametrize("budget", ["35", "0.1%"])
-def test_budget_below_sinks_and_recent_window(refused, budget):
-    assert "36 tokens or more" in refused("--budget", budget)
+@pytest.mark.parametrize("budget", ["17", "0.1%"])
+def test_budget_that_leaves_nothing_to_select(refused, budget):
+    assert "18 tokens or more" in refused("--budget", budget)
 
 
 @pytest.mark.parametrize("budget", ["0%", "two", "101%", "-1"])

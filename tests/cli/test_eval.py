@@ -95,6 +95,16 @@ def test_the_same_seed_gives_the_same_figures(evaluated):
     assert first["metrics"] != other["metrics"]
 
 
+def test_a_budget_below_the_usual_pinned_tokens_is_honoured(evaluated):
+    few = ("--context-tokens", 2048, "--budget", "1%", "--prompts", 2, "--tasks", "single")
+    code, out, err = evaluated(*few, "--policies", "hillinfer,recent", "--predictor", "exact", "--json")
+    assert code == 0, err
+    ours, recent = json.loads(out)["cells"]
+    # Of 2,048 tokens and a question, in steps that each round up.
+    assert (ours["attended_tokens"], recent["attended_tokens"]) == pytest.approx((21, 21), abs=1)
+    assert (ours["accuracy"], recent["accuracy"]) == (1, 0)
+
+
 def test_several_processes_find_the_same(evaluated, tmp_path):
     small = ("--context-tokens", 512, "--budget", 60, "--prompts", 3, "--seed", 3, "--metrics", "--json")
     reports, files = [], [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
@@ -287,7 +297,7 @@ def test_the_picture_has_every_length_and_turn(tmp_path):
         (["--policies", ","], "no such policy"),
         (["--policies", "full,full"], "named twice"),
         (["--tasks", "riddles"], "no such task: riddles"),
-        (["--budget", "0.5%", "--context-tokens", 4096], "36 tokens or more"),
+        (["--budget", "0.4%", "--context-tokens", 4096], "18 tokens or more"),
         (["--budget", "some"], "budget"),
         (["--prompts", 2], "3 tasks"),
         (["--context-tokens", 65536], "65536"),

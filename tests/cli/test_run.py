@@ -107,6 +107,16 @@ def test_run_on_a_daemon_that_is_there_speaks_plainly(hillinfer, demo, tmp_path)
         assert line in done.stdout
 
 
+def test_without_a_budget_a_short_text_is_answered_too(hillinfer):
+    # 2 % of it would be 11 tokens.
+    done = hillinfer("demo", "--context-tokens", 512, "--json", "--predictor", "exact")
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)["answers"]
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model(), local_files_only=True)
+    for task, answer in zip(make_demo(tokenizer, 512).tasks, answers, strict=True):
+        assert task.is_right(answer["text"]), (task, answer)
+
+
 def test_help_imports_neither_torch_nor_transformers():
     check = (
         "import sys; sys.argv = ['hillinfer', '--help']\n"

@@ -222,8 +222,10 @@ def test_one_attachment_at_a_time(model, session):
 
 
 def test_what_cannot_be_done_says_so(model, session):
-    with pytest.raises(BudgetTooSmall, match="at least 36"):
-        hillinfer.attach(model, session=session, budget=20)
+    with pytest.raises(BudgetTooSmall, match="or more"):
+        hillinfer.attach(model, session=session, budget=10)
+    with pytest.raises(BudgetTooSmall, match="at least 36, or pin fewer"):
+        hillinfer.attach(model, session=session, budget=35, sinks=4, recent=32)
     ids, mask = prompt(1, 400, False)
     with torch.inference_mode():
         with (

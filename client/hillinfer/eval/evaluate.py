@@ -35,7 +35,7 @@ def evaluate(
     what each prompt found, in order. Blocks. Raises
     InvalidInput, BudgetTooSmall, UnreadableModel, DaemonUnavailable and what `attach` raises.
     """
-    job.check(setting.directory)
+    job.check(setting.directory, setting.dtype)
     prompts = [(tokens, number) for tokens in job.context_tokens for number in range(job.prompts)]
     result = Result(
         setting.directory.path.resolve().name,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from hillinfer.eval.paired import Difference
 from hillinfer.eval.prompts import TASKS
 from hillinfer.model_directory import ModelDirectory
+from hillinfer.pinned import pinned_within
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.policies import POLICIES
-from hillinfer.run import RECENT, SINKS
-from hillinfer_core.errors import BudgetTooSmall, InvalidInput
+from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import Budget
 
@@ -54,8 +56,8 @@ class EvalJob:
     min_mass: tuple[float, ...] = ()
     predictor: Predictor = Predictor.auto
 
-    def check(self, directory: ModelDirectory) -> None:
-        """Raise InvalidInput or BudgetTooSmall for what cannot work with the model."""
+    def check(self, directory: ModelDirectory, dtype: torch.dtype) -> None:
+        """Raise InvalidInput or BudgetTooSmall for what cannot work with the model in `dtype`."""
         for what, given, known in (("policy", self.policies, POLICIES), ("task", self.tasks, TASKS)):
             unknown = [name for name in given if name not in known]
             if unknown or not given:
@@ -81,12 +83,7 @@ class EvalJob:
                     f"the model has {directory.positions}: give fewer --context-tokens"
                 )
             for budget in self.budgets:
-                if budget.of(tokens) < SINKS + RECENT:
-                    raise BudgetTooSmall(
-                        f"a budget of {budget} is {budget.of(tokens)} of {tokens} tokens, fewer than the "
-                        f"first {SINKS} and the latest {RECENT} that every step attends to: give "
-                        f"{SINKS + RECENT} tokens or more"
-                    )
+                pinned_within(budget.of(tokens), directory.append_unit(dtype))
 
 
 @dataclass(frozen=True)

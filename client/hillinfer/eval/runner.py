@@ -25,6 +25,7 @@ from hillinfer.eval.prompts import Prompt, make_prompt
 from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.coverage import kept_layers
 from hillinfer.model_directory import ModelDirectory
+from hillinfer.pinned import pinned_within
 from hillinfer.pipeline.timeline import Span
 from hillinfer.policies import POLICIES
 from hillinfer.policies.base import Reading
@@ -32,7 +33,6 @@ from hillinfer.policies.next_layer import NextLayerQuery
 from hillinfer.policies.reading import Reader
 from hillinfer.prefill import chunks
 from hillinfer.private_daemon import PrivateDaemon
-from hillinfer.run import RECENT, SINKS
 from hillinfer.session import Session
 from hillinfer_core.errors import UnsupportedModel
 from hillinfer_core.units import Budget
@@ -119,10 +119,9 @@ class PromptRunner:
         resident += self._directory.window_bytes(self._dtype)
         if isinstance(amount, MassTarget):
             # Some layers need most of their tokens.
-            return HkmConfig(
-                _EVERYTHING, 3 * resident, self._job.precision, SINKS, RECENT, min_mass=amount.share
-            )
-        return HkmConfig(amount, resident, self._job.precision, SINKS, RECENT)
+            return HkmConfig(_EVERYTHING, 3 * resident, self._job.precision, min_mass=amount.share)
+        pinned = pinned_within(amount.of(tokens), self._directory.append_unit(self._dtype))
+        return HkmConfig(amount, resident, self._job.precision, *pinned)
 
     def _read(self) -> Reading:
         """Read the context, and save it as `_NAME` where that can be."""

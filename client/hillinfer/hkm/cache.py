@@ -20,6 +20,7 @@ from hillinfer.hkm.query import ExactQuery, QueryPredictor
 from hillinfer.hkm.resident import Division, divide
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import row_dtype
+from hillinfer.pinned import RECENT, SINKS
 from hillinfer.pipeline.choice import Predictor
 from hillinfer.pipeline.prefetch import Pipeline
 from hillinfer.session import Session
@@ -53,17 +54,19 @@ class HkmConfig:
         bytes held in memory, client and daemon together; sinks, recent: pinned
         tokens (recent is raised to the append unit of the rows where that is larger);
         predictor: the query that ranks them, see `Predictor`; without effect under min_mass;
-        cpu_share: of the tokens, ranked by the CPU beside the drive, see `SplitRanking`; None for none.
+        cpu_share: of the tokens, ranked by the CPU beside the drive, see `SplitRanking`; None for none;
+        least: tokens that a per cent means at least.
     """
 
     budget: Budget
     resident: int
     precision: Precision
-    sinks: int = 4
-    recent: int = 32
+    sinks: int = SINKS
+    recent: int = RECENT
     min_mass: float | None = None
     predictor: Predictor = Predictor.exact
     cpu_share: CpuShare | None = None
+    least: int = 0
 
     def __post_init__(self) -> None:
         if self.sinks < 1 or self.recent < 1:
@@ -76,7 +79,7 @@ class HkmConfig:
         if tokens is not None and tokens < self.sinks + self.recent:
             raise BudgetTooSmall(
                 f"a budget of {tokens} tokens is below the {self.sinks} sinks and {self.recent} recent "
-                f"tokens that are always attended: ask for at least {self.sinks + self.recent}"
+                f"tokens that are always attended: ask for at least {self.sinks + self.recent}, or pin fewer"
             )
 
 
@@ -320,7 +323,8 @@ class HierarchicalCache(Cache):
 
     def selection_size(self, tokens: int, slots: Slots) -> int:
         """Tokens to select by rank in a sequence of `tokens`, besides the pinned ones."""
-        return max(0, min(self.config.budget.of(tokens), tokens) - slots.pinned)
+        budget = max(self.config.budget.of(tokens), self.config.least)
+        return max(0, min(budget, tokens) - slots.pinned)
 
     def divide(self, slots: Slots, selected: int) -> Division:
         """Divide the resident budget for a step that selects `selected` tokens (see `resident.divide`)."""
