@@ -9,8 +9,8 @@ SINKS, RECENT = 4, 32
 
 
 LEAST_BY_SHARE = 2 * (SINKS + RECENT)
-"""Tokens that a per cent means at least, where nobody knows how long a context will be. What counts is their
-number: of four questions about 512 tokens the bundled model answers one by the pinned ones alone, by these all."""
+"""Tokens that a per cent means at least, where nobody knows how long a context will be: their number counts.
+Of four questions about 512 tokens the bundled model answers one by the pinned ones alone, all by these."""
 
 
 def pinned_within(budget: int, append_unit: int) -> tuple[int, int]:
