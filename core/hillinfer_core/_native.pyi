@@ -170,30 +170,38 @@ def keep(
     places: npt.NDArray[np.int64],
     /,
 ) -> int | None: ...
-def exchange_rows(
+def turn_over(
     slots: npt.NDArray[np.uint32],
-    hot: npt.NDArray[np.uint32],
-    wanted: npt.NDArray[np.uint32],
-    counts: npt.NDArray[np.int64],
-    tokens: int,
-    ids: npt.NDArray[np.uint32],
-    places: npt.NDArray[np.int64],
-    of_heads: npt.NDArray[np.int64],
     keys: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],
     pinned: int,
+    hot: npt.NDArray[np.uint32],
+    hits: npt.NDArray[np.uint16],
     hot_rows: npt.NDArray[np.uint8],
-    keep: bool,
+    wanted: npt.NDArray[np.uint32],
+    tokens: int,
+    missing: Sequence[int],
+    rows: npt.NDArray[Any],
+    hit: int,
+    halve: bool,
     /,
-) -> tuple[int, int, npt.NDArray[np.uint8]] | None: ...
+) -> bool | None: ...
 def attend(
     variant: int,
     format: int,
-    query: npt.NDArray[np.float32],
     keys: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],
+    query: npt.NDArray[np.float32],
     scaling: float,
     out: npt.NDArray[np.float32],
+    /,
+) -> bool: ...
+def put_tokens(
+    keys: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    new_keys: npt.NDArray[Any],
+    new_values: npt.NDArray[Any],
+    places: Sequence[int],
     /,
 ) -> bool: ...
 def join_rows(
@@ -206,7 +214,6 @@ def join_rows(
 ) -> bool: ...
 def split_rows(
     rows: npt.NDArray[np.uint8],
-    which: npt.NDArray[np.int64] | None,
     keys: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],
     pinned: int,

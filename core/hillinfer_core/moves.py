@@ -8,68 +8,88 @@ and C-contiguous. Calls release the GIL, may come from any thread, and do not bl
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _native
 from .errors import InvalidInput
-from .places import exchange
+from .places import U16
 from .reference import U8, U32
 
 I64 = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
 
-class Moved(NamedTuple):
-    """What `exchange_rows` did: as `places.Exchanged`, with the rows [n, 2, D] of what lost its slot."""
+class SlotArrays(NamedTuple):
+    """Slots of one sequence as `turn_over` takes them: views."""
 
-    missing_ids: U32
-    missing_places: I64
-    missing_counts: I64
-    left_ids: U32
-    left_counts: I64
-    left_rows: Any
+    ids: U32
+    keys: U8
+    values: U8
+    pinned: int
+
+    @classmethod
+    def of(cls, ids: U32, keys: Array, values: Array, pinned: int) -> Self:
+        """Views of ids uint32 [H, S] (see `places.exchange`), keys and values [H, pinned + S, D]."""
+        _require(keys.dtype == values.dtype, "keys and values")
+        return cls(ids, _bytes(keys), _bytes(values), pinned)
 
 
-def exchange_rows(
-    slots: U32,
-    hot: U32,
+class HotArrays(NamedTuple):
+    """The hot pool of one sequence as `turn_over` takes it: views."""
+
+    ids: U32
+    hits: U16
+    rows: U8
+
+    @classmethod
+    def of(cls, ids: U32, hits: U16, rows: Array) -> Self:
+        """Views of ids uint32 [H, C], hits uint16 [H, T] (see `places.keep`), and rows [H * C, 2, D]."""
+        return cls(ids, hits, _rows(rows))
+
+
+def turn_over(
+    slots: SlotArrays,
+    hot: HotArrays,
     wanted: U32,
-    counts: I64,
     tokens: int,
-    keys: Array,
-    values: Array,
-    pinned: int,
-    hot_rows: Array,
-) -> Moved:
-    """Do what `places.exchange` does, and move rows accordingly, in one call.
+    missing: Sequence[int],
+    rows: Array,
+    hit: int,
+    *,
+    halve: bool,
+) -> bool:
+    """Select ``wanted`` uint32 [H, k], ascending in each head and below ``tokens``: all of it in one call.
 
-    keys and values are [H, pinned + S, D], hot_rows [H * C, 2, D] of the hot pool's places. Of a pool without
-    places no rows are returned, and no ids that lost their slots. Raises as `places.exchange`.
+    As `places.count_hits` by ``hit`` up to 65,535, after which all hits are halved if ``halve``,
+    `places.exchange` and `places.keep` of what lost its slot, and rows move accordingly: ``rows``
+    [n, 2, D] are what slots and hot pool lack, ``missing`` of each head, head by head and ascending. Without
+    places in the hot pool nothing is counted. False, with both of no further use, where others are lacking,
+    and where ids do not ascend. Raises
+    :class:`InvalidInput` for ids beyond, and more of them than slots, before anything has changed.
     """
-    _require(keys.dtype == values.dtype == hot_rows.dtype, "keys and values")
-    heads, room, keep = len(slots), max(len(wanted), slots.size), bool(hot.size)
-    ids, places = np.empty((2, room), np.uint32), np.empty((4, room), np.int64)
-    of_heads = np.empty((2, heads), np.int64)
-    found = _native.exchange_rows(
-        slots, hot, wanted, counts, tokens, ids, places, of_heads,
-        _bytes(keys), _bytes(values), pinned, _rows(hot_rows), keep,
-    )  # fmt: skip
-    if found is None:
-        exchange(slots, hot, wanted, counts, tokens)  # says what is wrong with ids
-        _require(False, "keys and values")
-    assert found is not None
-    missing, left, rows = found
-    return Moved(
-        ids[0, :missing],
-        places[0, :missing],
-        of_heads[0],
-        ids[1, : left if keep else 0],
-        of_heads[1],
-        rows.view(keys.dtype).reshape(-1, 2, keys.shape[2]),
-    )
+    done = _native.turn_over(*slots, *hot, wanted, tokens, missing, rows, hit, halve)
+    if done is None:
+        if wanted.size and int(wanted.max()) >= tokens:
+            raise InvalidInput(f"token {wanted.max()} is wanted of a context of {tokens}")
+        raise InvalidInput(
+            f"ids {list(wanted.shape)} and rows {list(rows.shape)} of {rows.dtype} do not fit slots "
+            f"{list(slots.ids.shape)} and hits {list(hot.hits.shape)}"
+        )
+    return done
+
+
+def put_tokens(keys: Array, values: Array, new_keys: Array, new_values: Array, places: Sequence[int]) -> None:
+    """Put one token of each sequence, [B, H, 1, D], to its sequence's place in each head of [B, H, N, D]."""
+    new = np.ascontiguousarray(new_keys), np.ascontiguousarray(new_values)
+    if not _native.put_tokens(keys, values, *new, places):
+        raise InvalidInput(
+            f"tokens {list(new_keys.shape)} of {new_keys.dtype} do not fit places {list(places)} in "
+            f"{list(keys.shape)} of {keys.dtype}"
+        )
 
 
 def join_rows(keys: Array, values: Array, pinned: int, places: I64) -> Array:
@@ -81,13 +101,13 @@ def join_rows(keys: Array, values: Array, pinned: int, places: I64) -> Array:
     return out
 
 
-def split_rows(rows: Array, which: I64 | None, keys: Array, values: Array, pinned: int, places: I64) -> None:
-    """Put ``rows`` [m, 2, D], or those that ``which`` int64 [n] counts, into slots ``places`` int64 [n]."""
+def split_rows(rows: Array, keys: Array, values: Array, pinned: int, places: I64) -> None:
+    """Put ``rows`` [n, 2, D] into slots ``places`` int64 [n]."""
     _require(keys.shape == values.shape and keys.ndim == 3, "keys and values")
     _require(rows.dtype == keys.dtype == values.dtype and rows.shape[1:] == (2, keys.shape[2]), "rows")
-    _require(len(places) == len(rows if which is None else which), "places")
+    _require(len(places) == len(rows), "places")
     if len(places):
-        _moved(_native.split_rows(_rows(rows), which, _bytes(keys), _bytes(values), pinned, places))
+        _moved(_native.split_rows(_rows(rows), _bytes(keys), _bytes(values), pinned, places))
 
 
 def put_rows(rows: Array, which: I64, out: Array, places: I64) -> None:

@@ -52,7 +52,9 @@ def exchange(slots: U32, hot: U32, wanted: U32, counts: I64, tokens: int) -> Exc
         _check(wanted, counts, heads, len(hot))
         if len(wanted) and int(wanted.max()) >= tokens:
             raise InvalidInput(f"token {wanted.max()} is wanted of a context of {tokens}")
-        raise InvalidInput(f"more tokens are wanted of a KV head than its {slots.shape[1]} slots")
+        raise InvalidInput(
+            f"more tokens are wanted of a KV head than its {slots.shape[1]} slots, or not in ascending order"
+        )
     missing, in_hot, left = found
     return Exchanged(
         ids[0, :missing],

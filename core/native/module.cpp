@@ -220,8 +220,8 @@ bool py_locate(Array<const int64_t, 2> extents, int64_t row_bytes, int64_t token
 }
 
 // Whether shapes fit; keys and values are bytes [heads][tokens][dim].
-bool py_attend(int variant, int format, Array<const float, 3> query, Array<const uint8_t, 3> keys,
-               Array<const uint8_t, 3> values, float scaling, Array<float, 3> out) {
+bool py_attend(int variant, int format, Array<const uint8_t, 3> keys, Array<const uint8_t, 3> values,
+               Array<const float, 3> query, float scaling, Array<float, 3> out) {
     const size_t heads = query.shape(0), group = query.shape(1), dim = query.shape(2), tokens = keys.shape(1);
     const size_t row_bytes = dim * (Format(format) == Format::float32 ? 4 : 2);
     for (size_t axis = 0; axis < 3; ++axis)

@@ -1,10 +1,13 @@
 // Moves rows between slots, where keys and values lie apart, and wherever a row is a key and then its value. One pass
 // with no rows in between: numpy and torch each make a copy of what an index picks, and torch wakes threads for it.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "native.h"
@@ -23,6 +26,10 @@ bool all_below(const int64_t *places, size_t count, size_t end) {
 
 void fetch(const uint8_t *data, size_t bytes) {
     for (size_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(data + at);
+}
+
+void fetch_to_write(uint8_t *data, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(data + at, 1);
 }
 
 using Numbers = Array<const int64_t, 1>;
@@ -74,7 +81,12 @@ void split(const uint8_t *rows, const int64_t *chosen, const Keys &keys, const K
     const size_t size = slots.size;
     const auto row = [&](size_t i) { return rows + (chosen ? size_t(chosen[i]) : i) * 2 * size; };
     for (size_t i = 0; i < count; ++i) {
-        if (i + kAhead < count) fetch(row(i + kAhead), 2 * size);
+        if (i + kAhead < count) {
+            const size_t coming = slots.at(places[i + kAhead]);
+            fetch(row(i + kAhead), 2 * size);
+            fetch_to_write(keys.data() + coming, size);
+            fetch_to_write(values.data() + coming, size);
+        }
         const size_t to = slots.at(places[i]);
         std::memcpy(keys.data() + to, row(i), size);
         std::memcpy(values.data() + to, row(i) + size, size);
@@ -89,72 +101,135 @@ bool join_rows(Array<const uint8_t, 3> keys, Array<const uint8_t, 3> values, siz
     return true;
 }
 
-bool split_rows(Array<const uint8_t, 2> rows, std::optional<Numbers> which, Array<uint8_t, 3> keys,
-                Array<uint8_t, 3> values, size_t pinned, Numbers places) {
+bool split_rows(Array<const uint8_t, 2> rows, Array<uint8_t, 3> keys, Array<uint8_t, 3> values, size_t pinned,
+                Numbers places) {
     nb::gil_scoped_release released;
     const size_t count = places.shape(0);
-    const int64_t *const chosen = which ? which->data() : nullptr;
-    if (!fit(keys, values, pinned, places)) return false;
-    if (chosen ? !all_below(chosen, count, rows.shape(0)) : count > rows.shape(0)) return false;
-    split(rows.data(), chosen, keys, values, pinned, places.data(), count);
+    if (!fit(keys, values, pinned, places) || count > rows.shape(0)) return false;
+    split(rows.data(), nullptr, keys, values, pinned, places.data(), count);
     return true;
+}
+
+// Copies rows of `size` bytes, those that `chosen` counts if it is not null, to `places`.
+void put(const uint8_t *rows, const int64_t *chosen, uint8_t *out, const int64_t *places, size_t count, size_t size) {
+    const auto row = [&](size_t i) { return rows + (chosen ? size_t(chosen[i]) : i) * size; };
+    for (size_t i = 0; i < count; ++i) {
+        if (i + kAhead < count) {
+            fetch(row(i + kAhead), size);
+            fetch_to_write(out + size_t(places[i + kAhead]) * size, size);
+        }
+        std::memcpy(out + size_t(places[i]) * size, row(i), size);
+    }
 }
 
 bool put_rows(Array<const uint8_t, 2> rows, Numbers which, Array<uint8_t, 2> out, Numbers places) {
     nb::gil_scoped_release released;
-    const size_t count = places.shape(0), size = out.shape(1);
-    const int64_t *const at = places.data(), *const from = which.data();
-    if (!all_below(at, count, out.shape(0)) || !all_below(from, count, rows.shape(0))) return false;
-    for (size_t i = 0; i < count; ++i) {
-        if (i + kAhead < count) fetch(rows.data() + size_t(from[i + kAhead]) * size, size);
-        std::memcpy(out.data() + size_t(at[i]) * size, rows.data() + size_t(from[i]) * size, size);
+    const size_t count = places.shape(0);
+    if (!all_below(places.data(), count, out.shape(0)) || !all_below(which.data(), count, rows.shape(0))) return false;
+    put(rows.data(), which.data(), out.data(), places.data(), count, out.shape(1));
+    return true;
+}
+
+using Tokens = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Held = nb::ndarray<nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+// Puts one token of each sequence, [batch][heads][1][dim], to the place of its sequence in [batch][heads][count][dim].
+bool put_tokens(Held keys, Held values, Tokens new_keys, Tokens new_values, const std::vector<size_t> &places) {
+    const size_t batch = keys.shape(0), heads = keys.shape(1), count = keys.shape(2), dim = keys.shape(3);
+    const auto fit = [&](const Held &held, const Tokens &tokens) {
+        return held.dtype() == keys.dtype() && tokens.dtype() == keys.dtype() && held.shape(0) == batch &&
+               held.shape(1) == heads && held.shape(2) == count && held.shape(3) == dim && tokens.shape(0) == batch &&
+               tokens.shape(1) == heads && tokens.shape(2) == 1 && tokens.shape(3) == dim;
+    };
+    if (!fit(keys, new_keys) || !fit(values, new_values) || places.size() != batch) return false;
+    if (std::any_of(places.begin(), places.end(), [count](size_t place) { return place >= count; })) return false;
+    const size_t size = dim * keys.itemsize();
+    for (const auto &[held, tokens] : {std::pair(&keys, &new_keys), std::pair(&values, &new_values)}) {
+        auto *const to = static_cast<uint8_t *>(held->data());
+        const auto *const from = static_cast<const uint8_t *>(tokens->data());
+        for (size_t i = 0; i < batch * heads; ++i)
+            std::memcpy(to + (i * count + places[i / heads]) * size, from + i * size, size);
     }
     return true;
 }
 
-// As `exchange`, and moves the rows: those that leave slots for new memory, if `keep`, and those of the hot pool to
-// their slots. Returns how many are missing, how many left, and their rows; nothing where something does not fit.
-std::optional<nb::tuple> exchange_rows(Array<uint32_t, 2> slots, Array<uint32_t, 2> hot,
-                                       Array<const uint32_t, 1> wanted, Array<const int64_t, 1> counts,
-                                       uint32_t tokens, Array<uint32_t, 2> ids, Array<int64_t, 2> places,
-                                       Array<int64_t, 2> of_heads, Array<uint8_t, 3> keys, Array<uint8_t, 3> values,
-                                       size_t pinned, Array<const uint8_t, 2> hot_rows, bool keep) {
-    const size_t room = places.shape(1), heads = slots.shape(0), row_bytes = 2 * keys.shape(2);
+// What `turn_over` finds out before it moves anything. A thread keeps the memory.
+struct Found {
+    std::vector<uint32_t> ids;
+    std::vector<int64_t> places, of_heads;
+    std::vector<uint8_t> rows;
+};
+
+using Rows = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+bool turn_over_apart(Array<uint32_t, 2> &slots, Array<uint32_t, 2> &hot, Array<uint16_t, 2> &hits,
+                     Array<uint8_t, 3> &keys, Array<uint8_t, 3> &values, size_t pinned, Array<uint8_t, 2> &hot_rows,
+                     const uint32_t *wanted, const int64_t *counts, size_t wanted_count, uint32_t tokens,
+                     const std::vector<int64_t> &missing, const Rows &rows, uint16_t hit, bool halve) {
+    thread_local Found found;
+    const size_t heads = slots.shape(0), room = std::max(wanted_count, slots.size()), row_bytes = 2 * keys.shape(2);
+    if (found.ids.size() < 2 * room) found.ids.resize(2 * room);
+    if (found.places.size() < 6 * room) found.places.resize(6 * room);
+    if (found.of_heads.size() < 2 * heads) found.of_heads.resize(2 * heads);
+    int64_t *const places = found.places.data(), *const which = places + 4 * room, *const kept_at = places + 5 * room;
+    Exchanged out{found.ids.data(), places, found.of_heads.data(), places + room, places + 2 * room,
+                  found.ids.data() + room, places + 3 * room, found.of_heads.data() + heads};
+    if (hot.size()) {
+        count_hits(hits.data(), hits.shape(1), heads, wanted, counts, hit, UINT16_MAX);
+        if (halve)
+            for (uint16_t *each = hits.data(), *end = each + hits.size(); each < end; ++each) *each >>= 1;
+    }
+    if (!exchange(slots.data(), slots.shape(1), hot.data(), hot.shape(1), heads, wanted, counts, tokens, out) ||
+        out.missing != rows.shape(0) || !std::equal(missing.begin(), missing.end(), out.missing_counts))
+        return false;
+    const size_t kept = hot.size() ? keep(hot.data(), hot.shape(1), hits.data(), hits.shape(1), heads, out.left_ids,
+                                          out.left_counts, which, kept_at)
+                                   : 0;
+    // Through memory in between: slots and places in the hot pool change hands both ways.
+    if (found.rows.size() < kept * row_bytes) found.rows.resize(kept * row_bytes);
+    for (size_t i = 0; i < kept; ++i) which[i] = out.left_places[which[i]];
+    join(keys, values, pinned, which, kept, found.rows.data());
+    split(hot_rows.data(), out.hot_places, keys, values, pinned, out.hot_slots, out.found);
+    split(static_cast<const uint8_t *>(rows.data()), nullptr, keys, values, pinned, out.missing_places, out.missing);
+    put(found.rows.data(), nullptr, hot_rows.data(), kept_at, kept, row_bytes);
+    return true;
+}
+
+// A step's selection of one sequence, `wanted` [heads][k], from beginning to end: counts it, exchanges ids, moves rows,
+// and keeps in the hot pool what has left slots and is hit more. `rows` are those of the `missing` of each head. False
+// where others are missing, and nothing where something does not fit: ids and hits have changed in the first case.
+std::optional<bool> turn_over(Array<uint32_t, 2> slots, Array<uint8_t, 3> keys, Array<uint8_t, 3> values,
+                              size_t pinned, Array<uint32_t, 2> hot, Array<uint16_t, 2> hits,
+                              Array<uint8_t, 2> hot_rows, Array<const uint32_t, 2> wanted, uint32_t tokens,
+                              const std::vector<int64_t> &missing, Rows rows, uint16_t hit, bool halve) {
+    const size_t heads = slots.shape(0), count = wanted.shape(1), row_bytes = 2 * keys.shape(2);
     const bool alike = keys.shape(0) == heads && keys.shape(1) == pinned + slots.shape(1) &&
                        values.shape(0) == heads && values.shape(1) == keys.shape(1) &&
-                       values.shape(2) == keys.shape(2) && hot.shape(0) == heads && counts.shape(0) == heads &&
-                       hot_rows.shape(0) == hot.size() && (hot_rows.shape(1) == row_bytes || !hot.size());
-    if (!alike || wanted.shape(0) > room || slots.size() > room ||
-        !fits(wanted.data(), wanted.shape(0), counts.data(), heads, tokens))
-        return std::nullopt;
-    Exchanged out{ids.data(), places.data(), of_heads.data(), places.data() + room, places.data() + 2 * room,
-                  ids.data() + ids.shape(1), places.data() + 3 * room, of_heads.data() + of_heads.shape(1)};
-    uint8_t *left = nullptr;  // never of no bytes: what owns it must point somewhere
-    {
-        nb::gil_scoped_release released;
-        if (!exchange(slots.data(), slots.shape(1), hot.data(), hot.shape(1), heads, wanted.data(), counts.data(),
-                      tokens, out))
-            return std::nullopt;
-        const size_t kept = keep ? out.left : 0;
-        left = new uint8_t[kept * row_bytes + 1];
-        join(keys, values, pinned, out.left_places, kept, left);
-        split(hot_rows.data(), out.hot_places, keys, values, pinned, out.hot_slots, out.found);
-    }
-    const nb::capsule owner(left, [](void *memory) noexcept { delete[] static_cast<uint8_t *>(memory); });
-    const nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>> rows(left, {keep ? out.left : 0, row_bytes}, owner);
-    return nb::make_tuple(out.missing, out.left, rows);
+                       values.shape(2) == keys.shape(2) && hot.shape(0) == heads && hits.shape(0) == heads &&
+                       hot_rows.shape(0) == hot.size() && (hot_rows.shape(1) == row_bytes || !hot.size()) &&
+                       wanted.shape(0) == heads && missing.size() == heads && count <= slots.shape(1) &&
+                       rows.shape(1) == 2 && rows.shape(2) * rows.dtype().bits == 8 * keys.shape(2) &&
+                       (tokens <= hits.shape(1) || !hot.size());
+    if (!alike) return std::nullopt;
+    nb::gil_scoped_release released;
+    const std::vector<int64_t> counts(heads, int64_t(count));
+    if (!fits(wanted.data(), wanted.size(), counts.data(), heads, tokens)) return std::nullopt;
+    return turn_over_apart(slots, hot, hits, keys, values, pinned, hot_rows, wanted.data(), counts.data(),
+                           wanted.size(), tokens, missing, rows, hit, halve);
 }
 
 }  // namespace
 
 void define_moves(nb::module_ &module) {
-    module.def("exchange_rows", &exchange_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg());
+    module.def("turn_over", &turn_over, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(),
+               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg());
+    module.def("put_tokens", &put_tokens, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg());
     module.def("join_rows", &join_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert());
-    module.def("split_rows", &split_rows, nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg().noconvert(),
-               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
+    module.def("split_rows", &split_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg(), nb::arg().noconvert());
     module.def("put_rows", &put_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg().noconvert());
 }

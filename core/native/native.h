@@ -94,7 +94,7 @@ struct Exchanged {
 
 // Gives every wanted id a slot: counts[head] of each head, ascending and below `tokens`. slots [heads][slot_count] and
 // hot [heads][hot_count] hold ids or 0xFFFFFFFF and are changed: what gets a slot leaves `hot`. False where a head
-// wants more than it has slots; both are half changed then.
+// wants more than it has slots, or ids do not ascend; both are half changed then.
 bool exchange(uint32_t *slots, size_t slot_count, uint32_t *hot, size_t hot_count, size_t heads,
               const uint32_t *wanted, const int64_t *counts, uint32_t tokens, Exchanged &out);
 

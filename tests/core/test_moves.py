@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hillinfer_core.errors import InvalidInput
-from hillinfer_core.moves import exchange_rows, join_rows, put_rows, split_rows
-from hillinfer_core.places import exchange
+from hillinfer_core.moves import HotArrays, SlotArrays, join_rows, put_rows, put_tokens, split_rows, turn_over
+from hillinfer_core.places import count_hits, exchange, keep
 
 DTYPES = st.sampled_from([np.float16, np.uint16, np.float32])
 
@@ -31,14 +31,11 @@ def test_rows_go_where_numpy_puts_them(seed, heads, pinned, slots, dim, dtype):
 
     rows = numbers(rng, count + 3, 2, dim, dtype=dtype)
     which = rng.permutation(len(rows))[:count]
-    for chosen in (which, None):
-        given = rows[:count] if chosen is None else rows
-        expected_keys, expected_values = keys.copy(), values.copy()
-        picked = given if chosen is None else given[chosen]
-        expected_keys[at], expected_values[at] = picked[:, 0], picked[:, 1]
-        split_rows(given, chosen, keys, values, pinned, places)
-        assert np.array_equal(keys, expected_keys)
-        assert np.array_equal(values, expected_values)
+    expected_keys, expected_values = keys.copy(), values.copy()
+    expected_keys[at], expected_values[at] = rows[:count, 0], rows[:count, 1]
+    split_rows(rows[:count], keys, values, pinned, places)
+    assert np.array_equal(keys, expected_keys)
+    assert np.array_equal(values, expected_values)
 
     pool = numbers(rng, heads * slots, 2, dim, dtype=dtype)
     expected = pool.copy()
@@ -55,8 +52,7 @@ def test_a_place_that_does_not_exist_is_refused_and_nothing_moves(wrong):
     for move in (
         lambda: join_rows(keys, values, 2, bad),
         lambda: join_rows(keys, values, 8, good),
-        lambda: split_rows(rows[:2], None, keys, values, 2, bad),
-        lambda: split_rows(rows, bad, keys, values, 2, good),
+        lambda: split_rows(rows[:2], keys, values, 2, bad),
         lambda: put_rows(rows, good, pool, bad),
         lambda: put_rows(rows, bad, pool, good),
     ):
@@ -72,64 +68,116 @@ def test_arrays_that_do_not_fit_are_refused():
         lambda: join_rows(keys, keys[:1], 0, two),
         lambda: join_rows(keys, keys.astype(np.float32), 0, two),
         lambda: join_rows(keys[:, ::2], keys[:, ::2], 0, two),
-        lambda: split_rows(rows, None, keys, keys, 0, two),
-        lambda: split_rows(rows[:2, :, :4], None, keys, keys, 0, two),
-        lambda: split_rows(rows[:2], None, keys, keys[:1], 0, two),
-        lambda: split_rows(rows[:2].astype(np.float32), None, keys, keys, 0, two),
+        lambda: split_rows(rows, keys, keys, 0, two),
+        lambda: split_rows(rows[:2, :, :4], keys, keys, 0, two),
+        lambda: split_rows(rows[:2], keys, keys[:1], 0, two),
+        lambda: split_rows(rows[:2].astype(np.float32), keys, keys, 0, two),
         lambda: put_rows(rows, two, pool, two[:1]),
         lambda: put_rows(rows, two, pool[:, :, :4], two),
         lambda: put_rows(rows, two, pool.astype(np.float32), two),
-        lambda: moved(keys=keys[:1]),
-        lambda: moved(values=keys[:, :4].copy()),
-        lambda: moved(pinned=2),
-        lambda: moved(hot_rows=rows[:3]),
-        lambda: moved(hot_rows=rows[:, :, :4].copy()),
-        lambda: moved(hot_rows=rows.astype(np.float32)),
-        lambda: moved(hot=np.zeros((1, 4), np.uint32)),
+        lambda: turned(values=keys.astype(np.float32)),
+        lambda: turned(keys=keys[:1]),
+        lambda: turned(values=keys[:, :4].copy()),
+        lambda: turned(pinned=2),
+        lambda: turned(hot_rows=rows[:3]),
+        lambda: turned(hot_rows=rows[:, :, :4].copy()),
+        lambda: turned(hot=np.zeros((1, 4), np.uint32)),
+        lambda: turned(hits=np.zeros((2, 8), np.uint16)),
+        lambda: turned(hits=np.zeros((1, 9), np.uint16)),
+        lambda: turned(rows=rows.astype(np.float32)),
+        lambda: turned(rows=rows[:, :, :4].copy()),
+        lambda: turned(missing=[1]),
+        lambda: turned(wanted=np.array([[6, 8]], np.uint32)),
+        lambda: turned(wanted=np.arange(10, dtype=np.uint32).reshape(2, 5)),
     ):
         with pytest.raises(InvalidInput, match=r"do not fit|KV heads"):
             move()
-    assert not moved(tokens=9).missing_counts.any()
-    with pytest.raises(InvalidInput, match="token 8 is wanted"):
-        moved(tokens=8)
+    assert turned()
+    with pytest.raises(InvalidInput, match="token 9 is wanted of a context of 8"):
+        turned(tokens=8)
 
 
-def moved(tokens=9, **others):
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"missing": [1, 0]},
+        {"missing": [0, 2], "rows": np.zeros((2, 2, 8), np.float16)},
+        {"rows": np.zeros((0, 2, 8), np.float16), "missing": [0, 0]},
+        {"wanted": np.array([[8, 6], [6, 9]], np.uint32)},
+        {"wanted": np.array([[6, 8], [9, 9]], np.uint32)},
+    ],
+)
+def test_a_selection_that_others_are_missing_of_than_was_told_is_not_taken(others):
+    assert not turned(**others)
+
+
+def turned(tokens=10, **others):
     """Of two KV heads, one pinned slot and four others, and two places in the hot pool of each."""
-    ids = np.array([[5, 6, 7, 8]] * 2, np.uint32)
     keys, rows = np.zeros((2, 5, 8), np.float16), np.zeros((4, 2, 8), np.float16)
-    arrays = {"hot": np.zeros((2, 2), np.uint32), "keys": keys, "values": keys, "pinned": 1, "hot_rows": rows}
-    wanted = np.array([6, 8, 8], np.uint32)
-    given = {"slots": ids, "wanted": wanted, "counts": np.array([2, 1]), "tokens": tokens}
-    return exchange_rows(**given, **(arrays | others))
+    given = {
+        "ids": np.array([[5, 6, 7, 8]] * 2, np.uint32), "keys": keys, "values": keys, "pinned": 1,
+        "hot": np.array([[0, 1]] * 2, np.uint32), "hits": np.zeros((2, 10), np.uint16), "hot_rows": rows,
+        "wanted": np.array([[6, 8], [6, 9]], np.uint32), "missing": [0, 1], "rows": rows[:1],
+    } | others  # fmt: skip
+    slots = SlotArrays.of(given["ids"].copy(), given["keys"], given["values"], given["pinned"])
+    hot = HotArrays.of(given["hot"].copy(), given["hits"], given["hot_rows"])
+    return turn_over(slots, hot, given["wanted"], tokens, given["missing"], given["rows"], 256, halve=False)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 3), st.integers(0, 6), DTYPES)
-def test_rows_move_as_ids_are_exchanged(seed, heads, pinned, hot_count, dtype):
-    """The same as `exchange`, and then rows by its places."""
-    rng, slot_count, tokens, dim = np.random.default_rng(seed), 5, 20, 4
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 3), st.integers(0, 6), st.integers(0, 6),
+    st.booleans(), DTYPES,
+)  # fmt: skip
+def test_all_at_once_is_one_after_the_other(seed, heads, pinned, hot_count, count, halve, dtype):
+    """Counting, exchanging ids, keeping what was hit more, moving rows: each by the call for it alone."""
+    rng, slot_count, tokens, dim, hit = np.random.default_rng(seed), 6, 20, 4, 256
     keys, values = (numbers(rng, heads, pinned + slot_count, dim, dtype=dtype) for _ in range(2))
-    rows = numbers(rng, heads * hot_count, 2, dim, dtype=dtype)
+    hot_rows = numbers(rng, heads * hot_count, 2, dim, dtype=dtype)
     both = np.stack([rng.permutation(tokens)[: slot_count + hot_count] for _ in range(heads)])
     both = np.where(rng.random(both.shape) < 0.2, 0xFFFFFFFF, both).astype(np.uint32)
-    slots, hot = both[:, :slot_count].copy(), both[:, slot_count:].copy()
-    counts = rng.integers(0, slot_count + 1, heads)
-    wanted = np.concatenate([np.sort(rng.permutation(tokens)[:count]) for count in counts]).astype(np.uint32)
-    other_slots, other_hot, before = slots.copy(), hot.copy(), (keys.copy(), values.copy())
-    expected = exchange(other_slots, other_hot, wanted, counts, tokens)
-    done = exchange_rows(slots, hot, wanted, counts, tokens, keys, values, pinned, rows)
-    assert np.array_equal(slots, other_slots)
-    assert np.array_equal(hot, other_hot)
-    for mine, theirs in zip(done[:3], expected[:3], strict=True):
-        assert np.array_equal(mine, theirs)
+    ids, hot = both[:, :slot_count].copy(), both[:, slot_count:].copy()
+    hits = rng.choice([0, 128, 256, 300, 65400, 65535], (heads, tokens + 3)).astype(np.uint16)
+    wanted = np.stack([np.sort(rng.permutation(tokens)[:count]) for _ in range(heads)]).astype(np.uint32)
+    mine = [each.copy() for each in (ids, keys, values, hot, hits, hot_rows)]
+
+    counts = np.full(heads, count)
     if hot_count:
-        assert np.array_equal(done.left_ids, expected.left_ids)
-        assert np.array_equal(done.left_counts, expected.left_counts)
-        assert np.array_equal(done.left_rows, join_rows(*before, pinned, expected.left_places))
-    else:
-        assert not len(done.left_ids)
-        assert not len(done.left_rows)
-    split_rows(rows, expected.hot_places, *before, pinned, expected.hot_slots)
-    assert np.array_equal(keys, before[0])
-    assert np.array_equal(values, before[1])
+        count_hits(hits, wanted.reshape(-1), counts, hit, 65535)
+        hits >>= halve
+    done = exchange(ids, hot, wanted.reshape(-1), counts, tokens)
+    left = join_rows(keys, values, pinned, done.left_places)
+    rows = numbers(rng, len(done.missing_ids), 2, dim, dtype=dtype)
+    split_rows(hot_rows[done.hot_places], keys, values, pinned, done.hot_slots)
+    split_rows(rows, keys, values, pinned, done.missing_places)
+    which, places = keep(hot, hits, done.left_ids, done.left_counts)
+    put_rows(left, which, hot_rows, places)
+
+    arrays = SlotArrays.of(*mine[:3], pinned), HotArrays.of(*mine[3:])
+    assert turn_over(*arrays, wanted, tokens, done.missing_counts.tolist(), rows, hit, halve=halve)
+    for one, other in zip(mine, (ids, keys, values, hot, hits, hot_rows), strict=True):
+        assert np.array_equal(one, other)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3), DTYPES)
+def test_a_token_of_each_sequence_goes_where_its_place_is(seed, batch, heads, dtype):
+    rng = np.random.default_rng(seed)
+    keys, values = (numbers(rng, batch, heads, 7, 4, dtype=dtype) for _ in range(2))
+    new_keys, new_values = (numbers(rng, batch, heads, 1, 4, dtype=dtype) for _ in range(2))
+    # As a projection has them: a token's heads side by side.
+    new_values = np.ascontiguousarray(new_values.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    places = rng.integers(0, 7, batch).tolist()
+    expected = keys.copy(), values.copy()
+    for row, place in enumerate(places):
+        expected[0][row, :, place], expected[1][row, :, place] = new_keys[row, :, 0], new_values[row, :, 0]
+    put_tokens(keys, values, new_keys, new_values, places)
+    assert np.array_equal(keys, expected[0])
+    assert np.array_equal(values, expected[1])
+    for wrong in ([7] * batch, [0] * (batch + 1)):
+        with pytest.raises(InvalidInput, match="do not fit places"):
+            put_tokens(keys, values, new_keys, new_values, wrong)
+    for wrong in (new_keys[:, :, :, :3], new_keys.astype(np.float64), np.repeat(new_keys, 2, 2)):
+        with pytest.raises(InvalidInput, match="do not fit places"):
+            put_tokens(keys, values, wrong, new_values, places)
+    assert np.array_equal(keys, expected[0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hillinfer.hkm import attention
 from hillinfer.hkm.attention import attend_part, attend_slots, attend_stored, merge
 from hillinfer.hkm.tensors import to_storage
-from hillinfer_core.attend import attend
+from hillinfer_core.attend import Attended, attend
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.kernel import variants
 
@@ -89,7 +89,8 @@ def test_attention_in_one_thread(monkeypatch, kind, dtype, dim, group, tokens):
     torch.manual_seed(tokens)
     query = torch.randn(2, 2 * group, 1, dim).to(dtype)
     key, value = (torch.randn(2, 2, tokens, dim).to(dtype) for _ in range(2))
-    output = attend_stored(query, to_storage(key), to_storage(value), dim**-0.5)
+    attended = Attended.of(*(to_storage(each.flatten(0, 1)) for each in (key, value)))
+    output = attend_stored(query, attended, dim**-0.5)
     assert output.shape == query.shape
     assert output.dtype == dtype
     folded, keys, values = (each.double().reshape(4, -1, dim) for each in (query, key, value))
@@ -107,16 +108,16 @@ def test_attention_in_one_thread_is_as_sharp_as_its_scores():
     key = torch.linspace(-40, 40, 50)[None, None, :, None].expand(1, 1, 50, 16).contiguous()
     value = torch.randn(1, 1, 50, 16)
     for scaling in (1e-3, 1.0, 1e3):
-        output = attend_stored(query, key.numpy(), value.numpy(), scaling)
+        output = attend_stored(query, Attended.of(key[0].numpy(), value[0].numpy()), scaling)
         expected = attend_slots(query, key, value, scaling, None)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     key[0, 0, 3] = torch.nan
-    assert attend_stored(query, key.numpy(), value.numpy(), 1.0).isnan().all()
+    assert attend_stored(query, Attended.of(key[0].numpy(), value[0].numpy()), 1.0).isnan().all()
 
 
 def test_arrays_that_do_not_fit_are_not_attended_to():
     query, keys = np.zeros((2, 3, 8), np.float32), np.zeros((2, 5, 8), np.float32)
-    for wrong in (
+    for asked, *wrong in (
         (query[:1], keys, keys),
         (query, keys, keys[:, :4].copy()),
         (query, keys.astype(np.float16), keys),
@@ -125,4 +126,4 @@ def test_arrays_that_do_not_fit_are_not_attended_to():
         (query, keys[:, :0], keys[:, :0]),
     ):
         with pytest.raises(InvalidInput, match="cannot attend"):
-            attend(*wrong, 1.0)
+            attend(asked, Attended.of(*wrong), 1.0)

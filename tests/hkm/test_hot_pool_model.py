@@ -18,7 +18,7 @@ MOST, AGE_EVERY, HIT = 9, 7, 2
 def short_lives(monkeypatch):
     """Counters that saturate and age within a few steps."""
     monkeypatch.setattr(hot_pool, "_MAX_HITS", MOST)
-    monkeypatch.setattr(hot_pool, "_HIT", HIT)
+    monkeypatch.setattr(hot_pool, "HIT", HIT)
     monkeypatch.setattr(hot_pool, "_AGE_EVERY", AGE_EVERY)
 
 
@@ -88,7 +88,7 @@ def test_hot_pool_against_a_model(short_lives, capacity, operations):
         kept = ids != EMPTY
         assert len(set(ids[kept])) == kept.sum() <= pool.capacity
         assert np.array_equal(pool.rows[0, 0, kept], model.rows(ids[kept]))
-        counted = pool._hits[0, 0]
+        counted = pool.hits[0, 0]
         assert counted.dtype == np.uint16
         assert np.array_equal(counted[:TOKENS], model.hits if len(counted) else [])
 

@@ -276,6 +276,50 @@ def test_all_heads_at_once_are_each_head_alone(seeds, capacity):
             assert torch.equal(together.slots.values[0, head], one.slots.values[0, 0])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40),
+    st.integers(0, 8),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_selection_turned_over_at_once_leaves_the_same_to_the_last_bit(seeds, capacity, dtype):
+    """As admitted, filled and settled: for sequences of a batch in turn, and selections of changing size."""
+    batch, heads, dim = 2, 2, 4
+    like = torch.zeros(1, dtype=dtype)
+    stored = to_storage(like).dtype
+
+    def pools():
+        slots = Slots(batch, heads, dim, SINKS, RECENT, like)
+        hot = HotPool(batch, heads, dim, stored)
+        hot.resize(capacity)
+        return Pools(slots, hot)
+
+    at_once, apart = pools(), pools()
+    for number, seed in enumerate(seeds):
+        rng = np.random.default_rng(seed)
+        row, size = number % batch, int(rng.integers(1, 9))
+        wanted = np.stack([np.sort(rng.permutation(20 + number)[:size]) for _ in range(heads)]).astype(
+            np.uint32
+        )
+        for each in (at_once, apart):
+            each.slots.lengths[:] = 20 + number
+            each.slots.resize(size)
+        missing = apart.admit(row, wanted)
+        rows = rng.integers(1, 60000, (len(missing.ids), 2, dim)).astype(np.uint16).astype(stored)
+        apart.fill(row, missing.places, rows)
+        apart.settle()
+        assert at_once.turn_over(row, wanted, missing.counts.tolist(), rows)
+        at_once.settle()
+        assert at_once.slots.full == apart.slots.full
+        assert at_once.slots.nbytes + at_once.hot.nbytes == apart.slots.nbytes + apart.hot.nbytes
+        for of in (
+            lambda each: (each.slots.ids, *each.slots.stored),
+            lambda each: (each.hot.ids, each.hot.rows, each.hot.hits),
+        ):
+            for one, other in zip(of(at_once), of(apart), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
 def rows_of(ids, counts):
     """Rows [n, 2, 4] that tell token and head."""
     heads = np.repeat(np.arange(len(counts)), counts)

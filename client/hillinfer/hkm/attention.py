@@ -8,12 +8,10 @@ context is attended block by block in bounded memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
 import torch
 
-from hillinfer_core.attend import attend
+from hillinfer_core.attend import Attended, attend
 
 ALONE_BYTES = 1 << 20
 """Keys and values that one thread attends to as soon as several that have to be woken: of 2.6 MB on two
@@ -111,18 +109,15 @@ def join(one: Part, other: Part) -> Part:
     return Part(output, torch.logaddexp(one.lse, other.lse))
 
 
-def attend_stored(
-    query: torch.Tensor, keys: npt.NDArray[Any], values: npt.NDArray[Any], scaling: float
-) -> torch.Tensor:
+def attend_stored(query: torch.Tensor, attended: Attended, scaling: float) -> torch.Tensor:
     """As `attend_slots`, on the CPU and in the thread that calls, which is faster up to `ALONE_BYTES`.
 
-    keys, values: storage dtype [B, Hkv, n, D].
+    attended: of keys and values [B * Hkv, n, D].
     """
-    batch, kv_heads, tokens, dim = keys.shape
-    folded = query.float().reshape(batch * kv_heads, -1, dim).numpy()
-    flat = batch * kv_heads, tokens, dim
-    output = torch.from_numpy(attend(folded, keys.reshape(flat), values.reshape(flat), scaling))
-    return output.reshape(query.shape).to(query.dtype)
+    batch, heads, _, dim = query.shape
+    wide = (query if query.dtype is torch.float32 else query.float()).numpy()
+    output = attend(wide.reshape(len(attended.keys), -1, dim), attended, scaling)
+    return torch.from_numpy(output.reshape(batch, heads, 1, dim)).to(query.dtype)
 
 
 def attend_slots(

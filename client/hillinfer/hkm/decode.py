@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hillinfer.hkm.attention import ALONE_BYTES, attend_slots, attend_stored
+from hillinfer.hkm.attention import attend_slots, attend_stored
 from hillinfer.pipeline.device import Uploaded
 from hillinfer.pipeline.job import Job, Prefetched, held, items
 from hillinfer.pipeline.measure import Sample
@@ -29,9 +29,8 @@ def decode(
         timeline.note(MODEL, COMPUTE, step, layer.index, timeline.mark)
         timeline.mark = 0.0
     ready = pipeline.take(layer)
-    start, waiting = perf_counter(), layer.waiting
-    for row in range(key.shape[0]):
-        layer.store(row, key[row], value[row], waiting)
+    start = perf_counter()
+    layer.store_step(key, value)
     timeline.note(MODEL, APPEND, step, layer.index, start)
     layer.attended_all = False
     keep = _use(layer, query, scaling, *ready) if ready else bring(layer, query, scaling)
@@ -52,8 +51,8 @@ def _attend(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> to
     slots = layer.slots
     visible = slots.visible()
     plain = visible is None and layer.softcap is None
-    if plain and slots.stored is not None and slots.nbytes <= ALONE_BYTES and not query.requires_grad:
-        return attend_stored(query, *slots.stored, scaling)
+    if plain and slots.alone is not None and not query.requires_grad:
+        return attend_stored(query, slots.alone, scaling)
     return attend_slots(query, slots.keys, slots.values, scaling, visible, layer.softcap)
 
 
@@ -70,7 +69,7 @@ def _use(
     if before is not None:
         predicted = slots.ids.copy()
         wanted = [layer.cache.selection_size(int(n), slots) for n in slots.lengths]
-        _select(layer, query, wanted, LATE)
+        _select(layer, query, wanted, LATE, first=False)
         layer.sample = Sample.of(layer, query, scaling, before, predicted)
     return True
 
@@ -101,7 +100,9 @@ def bring(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> bool
     return division.keep_slots
 
 
-def _select(layer: HierarchicalLayer, query: torch.Tensor, wanted: list[int], name: str) -> None:
+def _select(
+    layer: HierarchicalLayer, query: torch.Tensor, wanted: list[int], name: str, *, first: bool = True
+) -> None:
     """Rank the past with this step's query and put the winners' rows into slots; `name` of the span."""
     if not max(wanted):
         return
@@ -115,7 +116,7 @@ def _select(layer: HierarchicalLayer, query: torch.Tensor, wanted: list[int], na
     start = pipeline.timeline.note(MODEL, name, step, layer.index, start)
     if selections is not None:
         for row, brought in zip(rows, selections, strict=True):
-            _place(layer, row, brought)
+            _place(layer, row, brought, first=first)
     pipeline.timeline.note(MODEL, PLACE, step, layer.index, start)
 
 
@@ -125,12 +126,21 @@ def _place(
     brought: Brought,
     uploaded: Uploaded | None = None,
     *,
+    first: bool = True,
     final: bool = True,
 ) -> None:
-    """Put a selection into slots. uploaded: its rows on the device; final: the step attends to it."""
-    rows = brought.rows if uploaded is None else uploaded.ready()
-    missing = layer.pools.admit(row, brought.ids)
-    if missing.counts.tolist() != list(brought.missing_per_head):
+    """Put a selection into slots. uploaded: its rows on the device.
+
+    first, final: of the sequence's selections in the step, which attends to the final one.
+    """
+    pools = layer.pools
+    if first and final and layer.slots.alone is not None:
+        as_told = pools.turn_over(row, brought.ids, brought.missing_per_head, brought.rows)
+    else:
+        missing = pools.admit(row, brought.ids)
+        as_told = missing.counts.tolist() == list(brought.missing_per_head)
+        if as_told:
+            pools.fill(row, missing.places, brought.rows if uploaded is None else uploaded.ready())
+    if not as_told:
         raise CorruptData("the daemon's view of the held tokens differs from the client's")
-    layer.pools.fill(row, missing.places, rows)
-    layer.cache.count_selected(brought.ids.size if final else 0, len(missing.ids))
+    layer.cache.count_selected(brought.ids.size if final else 0, len(brought.rows))

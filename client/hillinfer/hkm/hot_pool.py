@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hillinfer.hkm.slots import EMPTY
-from hillinfer_core.moves import put_rows
+from hillinfer_core.moves import HotArrays, put_rows
 from hillinfer_core.places import count_hits, keep
 
 Ids = npt.NDArray[np.uint32]
@@ -19,7 +19,7 @@ Counts = npt.NDArray[np.int64]
 
 _AGE_EVERY = 16
 """Selections of a KV head after which its hit counts are halved. Measured: docs/placement.md."""
-_HIT = 256
+HIT = 256
 """What a selection adds to a count, so that halves of it still tell tokens apart."""
 _MAX_HITS = int(np.iinfo(np.uint16).max)
 
@@ -28,23 +28,27 @@ class HotPool:
     """Rows of one layer, for each sequence and KV head. Not thread-safe.
 
     rows: storage dtype [B, Hkv, capacity, 2 (K, V), D]; ids: uint32 [B, Hkv, capacity].
+    hits: uint16 [B, Hkv, T], of the tokens 0 to T-1.
     """
 
     def __init__(self, batch: int, kv_heads: int, head_dim: int, dtype: npt.DTypeLike) -> None:
         self.rows: npt.NDArray[np.generic] = np.zeros((batch, kv_heads, 0, 2, head_dim), dtype)
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
-        self._hits = np.zeros((batch, kv_heads, 0), np.uint16)
+        self.hits = np.zeros((batch, kv_heads, 0), np.uint16)
         self._selections = [0] * batch
-        self.nbytes = self._count_bytes()
+        self._note_memory()
+
+    def _note_memory(self) -> None:
+        self.nbytes = self.rows.nbytes + self.ids.nbytes + self.hits.nbytes
         """Bytes held: rows, ids and hit counters. Every step asks every layer."""
+        each = zip(self.ids, self.hits, map(self.flat_rows, range(len(self.ids))), strict=True)
+        self.arrays = [HotArrays.of(*arrays) for arrays in each]
+        """Of each sequence."""
 
     @property
     def capacity(self) -> int:
         """Rows for each sequence and KV head."""
         return int(self.ids.shape[-1])
-
-    def _count_bytes(self) -> int:
-        return self.rows.nbytes + self.ids.nbytes + self._hits.nbytes
 
     def resize(self, capacity: int) -> None:
         """Change the number of rows; those that no longer fit are dropped, the cold pool has them."""
@@ -57,35 +61,40 @@ class HotPool:
         ids[:, :, :kept] = self.ids[:, :, :kept]
         self.rows, self.ids = rows, ids
         if not capacity:
-            self._hits = self._hits[..., :0].copy()
-        self.nbytes = self._count_bytes()
+            self.hits = self.hits[..., :0].copy()
+        self._note_memory()
 
     def count(self, row: int, selected: Ids, counts: Counts, tokens: int) -> None:
         """Record that `selected` ids, `counts` int64 [Hkv] of each head, were chosen of `tokens` tokens."""
         if not self.capacity:
             return
-        if tokens > self._hits.shape[-1]:
-            grown = np.zeros((*self._hits.shape[:2], tokens + tokens // 8 + 64), np.uint16)
-            grown[..., : self._hits.shape[-1]] = self._hits
-            self._hits = grown
-            self.nbytes = self._count_bytes()
-        hits = self._hits[row]
-        count_hits(hits, selected, counts, _HIT, _MAX_HITS)
+        halve = self.begin_count(row, tokens)
+        hits = self.hits[row]
+        count_hits(hits, selected, counts, HIT, _MAX_HITS)
+        if halve:
+            hits >>= 1
+
+    def begin_count(self, row: int, tokens: int) -> bool:
+        """Have counters for `tokens` tokens and a selection to count; say whether to halve them after it."""
+        if tokens > self.hits.shape[-1]:
+            grown = np.zeros((*self.hits.shape[:2], tokens + tokens // 8 + 64), np.uint16)
+            grown[..., : self.hits.shape[-1]] = self.hits
+            self.hits = grown
+            self._note_memory()
         # All heads select in every step.
         self._selections[row] += 1
-        if self._selections[row] % _AGE_EVERY == 0:
-            hits >>= 1
+        return self._selections[row] % _AGE_EVERY == 0
 
     def crop(self, row: int, tokens: int) -> None:
         """Forget all but the first `tokens` tokens of sequence `row`: others may take their ids."""
         self.ids[row][self.ids[row] >= tokens] = EMPTY
-        self._hits[row, :, tokens:] = 0
+        self.hits[row, :, tokens:] = 0
 
     def trim(self, tokens: int) -> None:
         """Drop the counters of all but the first `tokens` tokens."""
-        if self._hits.shape[-1] > tokens:
-            self._hits = self._hits[..., :tokens].copy()
-            self.nbytes = self._count_bytes()
+        if self.hits.shape[-1] > tokens:
+            self.hits = self.hits[..., :tokens].copy()
+            self._note_memory()
 
     def offer(self, row: int, ids: Ids, counts: Counts, rows: npt.NDArray[np.generic]) -> None:
         """Keep those of `rows` [n, 2, D] that were selected more often lately than what they replace.
@@ -94,7 +103,7 @@ class HotPool:
         """
         if not self.capacity or not len(ids):
             return
-        which, places = keep(self.ids[row], self._hits[row], ids, counts)
+        which, places = keep(self.ids[row], self.hits[row], ids, counts)
         put_rows(np.ascontiguousarray(rows), which, self.flat_rows(row), places)
 
     def flat_rows(self, row: int) -> npt.NDArray[np.generic]:

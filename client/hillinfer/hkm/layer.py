@@ -336,6 +336,15 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 background.append(rows)
         slots.append(row, key, value)
 
+    def store_step(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add one token [B, Hkv, 1, D] to each recent window; what cannot wait there goes to the contexts."""
+        most = self.waiting
+        for row, (context, held) in enumerate(
+            zip(self.cache.contexts, self.slots.lengths.tolist(), strict=True)
+        ):
+            self.append_pinned(row, context, self.append_end(context, held + 1, most))
+        self.slots.append_step(keys, values)
+
     def append_end(self, context: Context, tokens: int, most: int) -> int:
         """Up to where tokens are in the `context` of a sequence once that has `tokens`; see `store`."""
         # An append of less than a unit moves no bytes, but waits for whatever the session is doing.

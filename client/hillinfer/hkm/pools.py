@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hillinfer.hkm.hot_pool import HotPool
+from hillinfer.hkm.hot_pool import HIT, HotPool
 from hillinfer.hkm.slots import Slots
-from hillinfer_core.moves import Moved, exchange_rows
+from hillinfer_core.moves import turn_over
 from hillinfer_core.places import Exchanged, exchange
 
 Ids = npt.NDArray[np.uint32]
@@ -50,6 +50,7 @@ class Pools:
     `admit` and `fill` bring a step's selection into slots. What leaves them is kept
     aside, and offered to the hot pool by `settle` when the step's attention is on
     its way: promotion and demotion cost no step any time before its attention.
+    `turn_over` does all of it at once, where nothing is on its way meanwhile.
     """
 
     def __init__(self, slots: Slots, hot: HotPool) -> None:
@@ -72,17 +73,10 @@ class Pools:
         else:
             wanted, counts = np.concatenate(selected), np.array([len(ids) for ids in selected], np.int64)
         slots, hot = self.slots, self.hot
-        ids, hot_ids, tokens = slots.ids[row], hot.ids[row], int(slots.lengths[row])
-        done: Moved | Exchanged
+        done = exchange(slots.ids[row], hot.ids[row], wanted, counts, int(slots.lengths[row]))
         if slots.stored is not None:
-            keys, values = (each[row] for each in slots.stored)
-            pinned, rows = slots.pinned, hot.flat_rows(row)
-            done = moved = exchange_rows(ids, hot_ids, wanted, counts, tokens, keys, values, pinned, rows)
-            if len(moved.left_ids):
-                left = _Left(moved.left_ids, moved.left_counts, lambda: moved.left_rows)
-                self._left.append((row, left))
+            self._move_rows(row, done)
         else:
-            done = exchange(ids, hot_ids, wanted, counts, tokens)
             self._wait_for_rows(row, done)
         slots.full[row] = len(wanted) == slots.ids[row].size
         if row in self._chosen:
@@ -90,12 +84,36 @@ class Pools:
         self._chosen[row] = wanted, counts
         return Missing(done.missing_ids, done.missing_counts, done.missing_places)
 
+    def _move_rows(self, row: int, done: Exchanged) -> None:
+        slots, hot = self.slots, self.hot
+        if hot.capacity and len(done.left_ids):
+            rows = slots.take(row, done.left_places)
+            self._left.append((row, _Left(done.left_ids, done.left_counts, lambda: rows)))
+        if len(done.hot_places):
+            slots.put(row, done.hot_slots, hot.flat_rows(row)[done.hot_places])
+
     def _wait_for_rows(self, row: int, done: Exchanged) -> None:
         """Have `fill` move what `admit` decides: its rows and these take one transfer to an accelerator."""
         kept = len(done.left_ids) if self.hot.capacity else 0
         rows = self.hot.flat_rows(row)[done.hot_places]
         left = _Left(done.left_ids[:kept], done.left_counts, lambda: rows[:0])
         self._waiting[row] = _Waiting(left, done.left_places[:kept], done.hot_slots, rows)
+
+    def turn_over(
+        self, row: int, selected: Ids, missing: Sequence[int], rows: npt.NDArray[np.generic]
+    ) -> bool:
+        """Do what `admit`, `fill` and `settle` do, of the step's only selection of sequence `row`.
+
+        selected: uint32 [Hkv, k]; rows: [n, 2, D] of those that are `missing`, of each head. False where
+        others are; then the pools are of no further use. For slots in the host's memory. Raises as `admit`.
+        """
+        slots, hot = self.slots, self.hot
+        tokens = int(slots.lengths[row])
+        halve = hot.capacity > 0 and hot.begin_count(row, tokens)
+        slots.full[row] = selected.size == slots.ids[row].size
+        return turn_over(
+            slots.arrays[row], hot.arrays[row], selected, tokens, missing, rows, HIT, halve=halve
+        )
 
     def fill(self, row: int, places: Counts, rows: npt.NDArray[np.generic] | torch.Tensor) -> None:
         """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n].

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hillinfer.hkm.attention import ALONE_BYTES
 from hillinfer.hkm.staging import on_accelerator, to_device, to_host
 from hillinfer.hkm.tensors import to_storage
-from hillinfer_core.moves import join_rows, split_rows
+from hillinfer_core.attend import Attended
+from hillinfer_core.moves import SlotArrays, join_rows, put_tokens, split_rows
 
 EMPTY = np.uint32(0xFFFFFFFF)
 
@@ -35,19 +37,29 @@ class Slots:
         self.full = [True] * batch
         """Of which sequences each slot for a selected token is known to have one."""
         self.lengths = np.zeros(batch, np.int64)  # tokens of each sequence, pinned or not
+        self._note_memory()
+
+    def _note_memory(self) -> None:
         self.stored = self._on_host()
         """Keys and values in the storage dtype, not copied; None on an accelerator."""
-        self.nbytes = self._count_bytes()
+        self.arrays: list[SlotArrays] = []
+        """Of each sequence; none on an accelerator."""
+        self.nbytes: int = self._kv.nbytes + self.ids.nbytes
         """Bytes held, the token ids included. Every step asks every layer."""
+        self.alone: Attended | None = None
+        """What the thread that asks attends to itself; None where more is to be done for it."""
+        if self.stored is None:
+            return
+        self.arrays = [SlotArrays.of(*each, self.pinned) for each in zip(self.ids, *self.stored, strict=True)]
+        if self.nbytes <= ALONE_BYTES:
+            keys, values = self.stored
+            flat = -1, *keys.shape[2:]
+            self.alone = Attended.of(keys.reshape(flat), values.reshape(flat))
 
     @property
     def pinned(self) -> int:
         """Slots that sinks and recent window take."""
         return self.sinks + self.recent
-
-    def _count_bytes(self) -> int:
-        nbytes: int = self._kv.nbytes + self.ids.nbytes
-        return nbytes
 
     @property
     def selected(self) -> int:
@@ -64,15 +76,23 @@ class Slots:
         count = keys.shape[1]
         start = int(self.lengths[row])
         self.lengths[row] = start + count
-        if count == 1:
-            place = self._place(start)
-            self.keys[row].narrow(1, place, 1).copy_(keys)
-            self.values[row].narrow(1, place, 1).copy_(values)
-            return
         positions = np.arange(start, start + count)
         positions = positions[(positions < self.sinks) | (positions >= start + count - self.recent)]
         source = torch.from_numpy(positions - start).to(self.keys.device)
         self._put(row, positions, keys.index_select(1, source), values.index_select(1, source))
+
+    def append_step(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add one token [B, Hkv, 1, D] at the end of each sequence; the oldest leave the windows."""
+        places = []
+        for row, tokens in enumerate(self.lengths.tolist()):
+            places.append(self._place(tokens))
+            self.lengths[row] = tokens + 1
+        if self.stored is not None:
+            put_tokens(*self.stored, to_storage(keys), to_storage(values), places)
+            return
+        for row, place in enumerate(places):
+            self.keys[row].narrow(1, place, 1).copy_(keys[row])
+            self.values[row].narrow(1, place, 1).copy_(values[row])
 
     def crop(self, row: int, tokens: int) -> tuple[int, int]:
         """Drop all but the first `tokens` tokens of sequence `row`, and what is selected among the dropped.
@@ -134,8 +154,7 @@ class Slots:
         self._kv = held.new_zeros((*held.shape[:3], self.pinned + selected, held.shape[-1]))
         self._kv[..., : held.shape[3], :] = held
         self.keys, self.values = self._kv
-        self.stored = self._on_host()
-        self.nbytes = self._count_bytes()
+        self._note_memory()
 
     def take(self, row: int, places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows [n, 2, D] of the slots `places` of sequence `row`: a copy, of the storage dtype.
@@ -157,7 +176,7 @@ class Slots:
         if self.stored is not None:
             keys, values = self.stored
             stored = np.ascontiguousarray(to_storage(rows) if isinstance(rows, torch.Tensor) else rows)
-            split_rows(stored, None, keys[row], values[row], self.pinned, places)
+            split_rows(stored, keys[row], values[row], self.pinned, places)
         elif isinstance(rows, torch.Tensor):
             (there,) = to_device([[self._flat(row, places)]], self._kv.device)
             self._rows.index_copy_(0, there.view(torch.int64), rows.reshape(-1, rows.shape[2]))

@@ -25,11 +25,10 @@ def row_dtype(dtype: torch.dtype) -> DType:
 
 def to_storage(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """Return the tensor as a numpy array of the storage dtype, on the host; shares memory where it can."""
-    tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
-        bits: np.ndarray[Any, Any] = tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+        bits: np.ndarray[Any, Any] = tensor.contiguous().view(torch.int16).numpy(force=True).view(np.uint16)
         return bits
-    array: np.ndarray[Any, Any] = tensor.numpy()
+    array: np.ndarray[Any, Any] = tensor.numpy(force=True)
     return array
 
 
