@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -15,9 +15,10 @@ from hillinfer.context import Context
 from hillinfer.hkm.coverage import kept_layers
 from hillinfer.hkm.guarantee import Guarantee
 from hillinfer.hkm.layer import HierarchicalLayer
+from hillinfer.hkm.padding import Padding
 from hillinfer.hkm.policy import ColdPoolRanking, SelectionPolicy
 from hillinfer.hkm.query import ExactQuery, QueryPredictor
-from hillinfer.hkm.resident import Division, divide
+from hillinfer.hkm.resident import Division, Resident
 from hillinfer.hkm.slots import Slots
 from hillinfer.hkm.tensors import row_dtype
 from hillinfer.pinned import RECENT, SINKS
@@ -33,15 +34,11 @@ from hillinfer_core.errors import (
     UnknownContext,
     UnsupportedModel,
 )
-from hillinfer_core.layout import TILE_TOKENS, Precision, Shape
+from hillinfer_core.layout import Precision, Shape
 from hillinfer_core.units import Budget
 
 Observer = Callable[["HierarchicalCache", int, torch.Tensor, float], None]
 """Sees the cache, the layer, its queries [B, H, n, D] and their scaling after every attended step."""
-
-_MIRROR_SHARE = 2  # of what slots leave, mirrored keys get at most one part in so many: our choice
-_CHECKSUM_BYTES = 4  # of a token and KV head, in the daemon
-_HOT_STEP = 16  # rows by which a hot pool grows or shrinks, so that it is not resized at every step
 
 
 @dataclass(frozen=True)
@@ -83,16 +80,6 @@ class HkmConfig:
             )
 
 
-@dataclass
-class Tally:
-    """What decode steps selected, and how much was held at most."""
-
-    selected: int = 0
-    brought: int = 0
-    resident_peak: int = 0
-    resident_at_peak: dict[str, int] = field(default_factory=dict)
-
-
 class HierarchicalCache(Cache):
     """KV cache of one batch of sequences, one context of the daemon for each. Not thread-safe.
 
@@ -120,21 +107,31 @@ class HierarchicalCache(Cache):
         self.config = config
         self.predictor = predictor or ExactQuery()
         self.contexts: list[Context] = []
-        self.tally = Tally()
         self.observer: Observer | None = None
         """For measurements, and policies that follow the attention; None costs nothing."""
         self.block_tokens = 0
         self.full_layers: list[HierarchicalLayer] = []
         super().__init__(layers=[self._layer(layer) for layer in kept_layers(model_config)])
+        self._sliding = [each for each in self.layers if isinstance(each, DynamicSlidingWindowLayer)]
+        self.padding = Padding()
         own = ColdPoolRanking() if config.cpu_share is None else SplitRanking.with_share(config.cpu_share)
         self.pipeline = Pipeline(session, policy or own, config.predictor, len(self.full_layers))
+        self._resident = Resident(
+            config.resident,
+            session.arena_bytes,
+            self._sliding,
+            self.full_layers,
+            self.contexts,
+            self.pipeline,
+        )
+        self.tally = self._resident.tally
         self.guarantee = None if config.min_mass is None else Guarantee(self, config.min_mass)
         self._named = durable is not None or base is not None
         self._durable = durable
         self._base = base
         self._owner = owner
         self._labels = labels
-        if self._named and len(self.full_layers) < len(self.layers):
+        if self._named and self._sliding:
             raise UnsupportedModel(
                 "the model has sliding-window layers, whose KV is not in the cold pool: its contexts cannot "
                 "be kept under a name"
@@ -208,8 +205,7 @@ class HierarchicalCache(Cache):
         held = self.get_seq_length()
         keep = min(tokens_to_remove, held) if tokens_to_remove > 0 else max(held + tokens_to_remove, 0)
         removed = held - keep
-        sliding = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-        for layer in sliding:
+        for layer in self._sliding:
             _check_croppable(layer, removed)
         shorter = self._shortened(keep) if removed else {}
         self.account(list(shorter.values()))
@@ -217,11 +213,12 @@ class HierarchicalCache(Cache):
             for row, context in shorter.items():
                 old, self.contexts[row] = self.contexts[row], context
                 old.close()
-            for layer in sliding:
+            for layer in self._sliding:
                 if removed or layer.record_past:
                     layer.crop(-removed)
             for full in self.full_layers if removed else ():
                 full.crop(-removed)
+            self.padding.crop(keep)
         except BaseException:
             self.fail()
             raise
@@ -231,7 +228,7 @@ class HierarchicalCache(Cache):
         with ExitStack() as opened:
             contexts = {}
             for row, old in enumerate(self.contexts):
-                tokens = self.full_layers[0].tokens(row, columns)
+                tokens = self.padding.tokens(row, columns)
                 if any(old.length(layer.index) > tokens for layer in self.full_layers):
                     contexts[row] = opened.enter_context(self._copied(old, tokens))
             opened.pop_all()
@@ -327,65 +324,25 @@ class HierarchicalCache(Cache):
         return max(0, min(budget, tokens) - slots.pinned)
 
     def divide(self, slots: Slots, selected: int) -> Division:
-        """Divide the resident budget for a step that selects `selected` tokens (see `resident.divide`)."""
-        return self.divide_among(slots, selected * len(self.full_layers))
+        """Divide the resident budget for a step that selects `selected` tokens (see `Resident.divide`)."""
+        return self._resident.divide(slots, selected * len(self.full_layers))
+
+    def divide_among(self, slots: Slots, selected: int) -> Division:
+        """Divide it for a step in which layers select `selected` tokens together, slots like `slots`."""
+        return self._resident.divide(slots, selected)
 
     def make_room(self, tokens: int) -> None:
         """Shrink what all layers hold to what is left once each sequence has `tokens` more. Blocks."""
         self.pipeline.drop()  # what is asked for counts on the pools as they are
-        layers = [layer for layer in self.full_layers if layer.is_initialized]
-        selected = sum(layer.slots.selected for layer in layers)
-        division = self.divide_among(self.full_layers[0].slots, selected, tokens)
-        for layer in layers:
-            layer.make_room(division)
-
-    def divide_among(self, slots: Slots, selected: int, coming: int = 0) -> Division:
-        """Divide it for a step in which layers select `selected` tokens together, slots like `slots`.
-
-        coming: tokens that each sequence is about to have more.
-        """
-        contexts, shape = self.contexts, self.contexts[0].shape
-        streams = len(self.full_layers) * len(contexts) * shape.kv_heads
-        fixed = slots.pinned * shape.row_bytes * streams + self._apart_from_layers(contexts)
-        if coming:
-            tiles = -(-coming // TILE_TOKENS) + 1
-            fixed += tiles * (shape.key_tile_bytes + TILE_TOKENS * _CHECKSUM_BYTES) * streams
-        tokens = max(slots.lengths.tolist()) + coming
-        hits = 2 * (tokens * 9 // 8 + 64) * streams
-        row = shape.row_bytes + 4
-        a_layers_rows = selected * row * streams // len(self.full_layers) ** 2
-        # What is prefetched waits beside the slots of all.
-        prefetch = a_layers_rows * self.pipeline.most_waiting - self.pipeline.nbytes
-        slot_bytes = selected * row * streams // len(self.full_layers) + hits + max(0, prefetch)
-        if isinstance(self.policy, SplitRanking):
-            left = self.config.resident - fixed - slot_bytes
-            fixed += self.policy.reserve(left // _MIRROR_SHARE, contexts)
-        room = divide(self.config.resident, fixed, slot_bytes, a_layers_rows, row, streams)
-        return replace(room, hot_rows=min(room.hot_rows, tokens) // _HOT_STEP * _HOT_STEP)
+        self._resident.make_room(tokens)
 
     def resident(self, also: Sequence[Context] = ()) -> dict[str, int]:
-        """Bytes held now, by kind, client and daemon together, those of the contexts `also` included."""
-        contexts = [*self.contexts, *also]
-        layers = [layer for layer in self.full_layers if layer.is_initialized]
-        kinds = {
-            "slots": sum(layer.slots.nbytes for layer in layers),
-            "hot_pool": sum(layer.hot.nbytes for layer in layers),
-            "evaluation_keys": sum(context.evaluation_key_bytes for context in contexts),
-            "checksums": sum(context.checksum_bytes for context in contexts),
-            "buffers": self.session.arena_bytes
-            + self.pipeline.nbytes
-            + sum(context.tail_bytes for context in contexts),
-        }
-        if len(self.full_layers) < len(self.layers):
-            kinds["sliding_windows"] = self._sliding_bytes()
-        if isinstance(self.policy, SplitRanking):
-            kinds["mirrored_keys"] = self.policy.held_bytes(contexts)
-        return kinds
+        """Bytes held now (see `Resident.held`)."""
+        return self._resident.held(also)
 
-    def _sliding_bytes(self) -> int:
-        sliding = (layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer))
-        windows = (part for layer in sliding for part in (layer.keys, layer.values))
-        return sum(part.nbytes for part in windows if part is not None)
+    def account(self, also: Sequence[Context] = ()) -> None:
+        """Note what is held now, if it is more than ever before (see `Resident.account`)."""
+        self._resident.account(also)
 
     def full_bytes(self) -> int:
         """Bytes of the whole KV of the cold layers, had it been kept in memory."""
@@ -393,29 +350,8 @@ class HierarchicalCache(Cache):
             return 0
         shape = self.contexts[0].shape
         per_token = shape.layers * shape.kv_heads * shape.row_bytes
-        return per_token * sum(self.full_layers[0].tokens(row) for row in range(len(self.contexts)))
-
-    def account(self, also: Sequence[Context] = ()) -> None:
-        """Note what is held now, if it is more than ever before; `also` as for `resident`."""
-        # Each layer does this in each step: only what is to be kept is listed by kind.
-        contexts = [*self.contexts, *also]
-        total = self._apart_from_layers(contexts)
-        for layer in self.full_layers:
-            if layer.is_initialized:
-                total += layer.slots.nbytes + layer.hot.nbytes
-        if isinstance(self.policy, SplitRanking):
-            total += self.policy.held_bytes(contexts)
-        if total > self.tally.resident_peak:
-            self.tally.resident_peak, self.tally.resident_at_peak = total, self.resident(also)
-
-    def _apart_from_layers(self, contexts: Sequence[Context]) -> int:
-        """Bytes of evaluation keys, checksums, buffers and sliding windows."""
-        total = self.session.arena_bytes + self.pipeline.nbytes
-        if len(self.full_layers) < len(self.layers):
-            total += self._sliding_bytes()
-        for context in contexts:
-            total += context.evaluation_key_bytes + context.checksum_bytes + context.tail_bytes
-        return total
+        columns = self.full_layers[0].get_seq_length()
+        return per_token * sum(self.padding.tokens(row, columns) for row in range(len(self.contexts)))
 
     def count_selected(self, selected: int, brought: int) -> None:
         """Note that of `selected` tokens `brought` came from the cold pool."""

@@ -14,7 +14,6 @@ from transformers.cache_utils import CacheLayerMixin
 from hillinfer.hkm.attention import Part, attend_part, join
 from hillinfer.hkm.decode import decode
 from hillinfer.hkm.hot_pool import HotPool
-from hillinfer.hkm.padding import Padding
 from hillinfer.hkm.pools import Pools
 from hillinfer.hkm.resident import Division
 from hillinfer.hkm.slots import Slots
@@ -56,7 +55,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Not a cycle: a cache that nobody refers to must free its contexts at once.
         self.cache = weakref.proxy(cache)
         self._seen = 0  # columns so far, padding included
-        self._padding = Padding()
         self.attended_all = False
         """Whether the latest decode step streamed every token instead of filling slots."""
         self._pending = False  # between `update` and `attend`
@@ -154,10 +152,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Emptying a cache is not supported."""
         raise UnsupportedModel("a KV cache in the cold pool cannot be emptied: begin with new_cache()")
 
-    def tokens(self, row: int, columns: int | None = None) -> int:
-        """Tokens of sequence `row` in its first `columns` columns, by default in all."""
-        return self._padding.tokens(row, self._seen if columns is None else columns)
-
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` columns of slots and hot pool: the layer's part of `Cache.crop`.
 
@@ -166,7 +160,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """
         columns = self._seen + tokens_to_remove
         for row, context in enumerate(self.cache.contexts):
-            tokens = self._padding.tokens(row, columns)
+            tokens = self.cache.padding.tokens(row, columns)
             if context.length(self.index) > tokens:
                 raise InvalidInput("a layer cannot be cropped alone: crop the cache")
             if self.is_initialized:
@@ -177,7 +171,6 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 self.hot.crop(row, tokens)
         if self.is_initialized:
             self.hot.trim(int(self.slots.lengths.max()))
-        self._padding.crop(columns)
         self._seen = columns
 
     def append_window(self) -> None:
@@ -229,22 +222,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         scaling: float,
     ) -> torch.Tensor:
         new = key.shape[2]
-        mask = None if padding is None else padding.cpu().numpy()
-        if mask is not None and mask.shape[1] != self._seen:
-            raise UnsupportedModel(
-                f"the attention mask has {mask.shape[1]} columns and the cache {self._seen}: give one for all"
-            )
-        if not self._padding.agrees(None if mask is None else mask[:, :-new]):
-            raise UnsupportedModel(
-                "the attention mask hides tokens that the cache holds, or shows what was padding. That "
-                "cannot change later: begin with new_cache(), and give generate() an attention_mask where "
-                "the text has padding tokens in it"
-            )
-        visible = None if mask is None else mask[:, -new:]
-        if visible is not None and not visible[:, -1].all():
-            raise UnsupportedModel("the last token of a sequence is padding: pad on the left")
-        if visible is not None:
-            self._padding.note(self._seen - new, visible)
+        visible = self.cache.padding.step(padding, self._seen, new)
         if new == 1:
             return decode(self, query, key, value, scaling)
         self.cache.pipeline.drop(self.index)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from hillinfer_core.errors import UnsupportedModel
+
+Visible = npt.NDArray[np.bool_]
 
 
 class Padding:
@@ -11,8 +19,42 @@ class Padding:
 
     def __init__(self) -> None:
         self._columns: list[npt.NDArray[np.int32]] = []  # of each sequence, ascending
+        self._noted = 0  # columns of the latest step, and what was seen with its mask
+        self._mask: Any = None
+        self._visible: Visible | None = None
 
-    def note(self, first: int, visible: npt.NDArray[np.bool_]) -> None:
+    def step(self, mask: torch.Tensor | None, columns: int, new: int) -> Visible | None:
+        """Return which of the `new` last columns of a step are tokens, bool [B, new]; None for all.
+
+        mask: bool [B, columns], False for padding, or None. Each layer asks: the first has what is new
+        recorded, and those that come with the same mask have the same answer. Raises UnsupportedModel for
+        a mask that says otherwise than what is recorded, and for one that ends with padding.
+        """
+        if self._noted == columns and self._mask is not None and self._mask() is mask:
+            return self._visible
+        array = None if mask is None else mask.cpu().numpy()
+        if array is not None and array.shape[1] != columns:
+            raise UnsupportedModel(
+                f"the attention mask has {array.shape[1]} columns and the cache {columns}: give one for all"
+            )
+        before = 0 if self._noted == columns else new
+        if not self.agrees(None if array is None else array[:, : columns - before]):
+            raise UnsupportedModel(
+                "the attention mask hides tokens that the cache holds, or shows what was padding. That "
+                "cannot change later: begin with new_cache(), and give generate() an attention_mask where "
+                "the text has padding tokens in it"
+            )
+        visible = None if array is None else array[:, -new:].copy()
+        if visible is not None:
+            if not visible[:, -1].all():
+                raise UnsupportedModel("the last token of a sequence is padding: pad on the left")
+            if before:
+                self.note(columns - new, visible)
+        self._noted, self._visible = columns, visible
+        self._mask = None if mask is None else weakref.ref(mask)
+        return visible
+
+    def note(self, first: int, visible: Visible) -> None:
         """Record columns `first` onwards: `visible` is bool [B, n], False where a column is padding."""
         if visible.all():
             return
@@ -21,7 +63,7 @@ class Padding:
         new = [(first + np.flatnonzero(~row)).astype(np.int32) for row in visible]
         self._columns = [np.concatenate(pair) for pair in zip(self._columns, new, strict=True)]
 
-    def agrees(self, visible: npt.NDArray[np.bool_] | None) -> bool:
+    def agrees(self, visible: Visible | None) -> bool:
         """Whether a mask says of earlier columns what was recorded. visible: bool [B, n]; None: all."""
         if visible is None:
             return not any(columns.size for columns in self._columns)
@@ -39,3 +81,4 @@ class Padding:
     def crop(self, columns: int) -> None:
         """Forget what is beyond the first `columns` columns."""
         self._columns = [kept[kept < columns] for kept in self._columns]
+        self._noted = min(self._noted, columns)
