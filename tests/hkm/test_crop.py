@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_models import COMMON
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import hillinfer
@@ -15,32 +16,19 @@ from hillinfer.private_daemon import PrivateDaemon
 from hillinfer_core.errors import InvalidInput, PoolFull, UnsupportedModel
 
 ARENA = 1 << 20
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.2,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
+CONFIG = COMMON | {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 4096}
 
 
 def llama(seed=7):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**COMMON)).eval()
+    return LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
 
 
 def sliding(seed=7):
     """Its first layer slides: it stays in memory."""
     torch.manual_seed(seed)
     kinds = ["sliding_attention", "full_attention"]
-    config = Qwen3Config(**COMMON, use_sliding_window=True, sliding_window=64, layer_types=kinds)
+    config = Qwen3Config(**CONFIG, use_sliding_window=True, sliding_window=64, layer_types=kinds)
     return Qwen3ForCausalLM(config).eval()
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_models import COMMON
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -26,20 +27,6 @@ from hillinfer_core.errors import (
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
 PINNED, ROW_BYTES = 4 + 32, 2 * HEAD_DIM * 4
 ARENA = 1 << 20
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": HEAD_DIM,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.2,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON)),

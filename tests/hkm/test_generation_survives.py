@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from restartable import restartable
+from small_models import COMMON
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import hillinfer
@@ -25,20 +26,7 @@ def daemon():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
+    config = LlamaConfig(**COMMON | {"num_hidden_layers": 3})
     return LlamaForCausalLM(config).eval()
 
 

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from test_exactness import ARENA, COMMON, prompt
+from small_models import COMMON
+from test_exactness import ARENA, prompt
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hillinfer

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_models import COMMON
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,26 +29,13 @@ from hillinfer_core.errors import UnsupportedModel
 from hillinfer_core.layout import Precision
 from hillinfer_core.units import Budget
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.2,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
+CONFIG = COMMON | {"num_hidden_layers": 3}
 TOKENS, BUDGET = 600, 75
 
 
 def made(kind=LlamaForCausalLM, config=LlamaConfig):
     torch.manual_seed(3)
-    return kind(config(**COMMON)).eval()
+    return kind(config(**CONFIG)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +248,7 @@ def test_the_predicted_query_is_the_layers_own_where_layers_add_nothing(daemon, 
 
 
 def test_a_model_of_another_layout_says_so():
-    model = Phi3ForCausalLM(Phi3Config(**COMMON))
+    model = Phi3ForCausalLM(Phi3Config(**CONFIG))
     model.model.layers = torch.nn.ModuleDict({str(n): each for n, each in enumerate(model.model.layers)})
     with pytest.raises(UnsupportedModel, match="no single list of decoder layers"):
         NextLayerQuery(model)

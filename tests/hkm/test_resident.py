@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from small_models import COMMON
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import hillinfer
@@ -19,18 +20,8 @@ CHUNK = 500
 @pytest.fixture
 def model():
     torch.manual_seed(3)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=8192,
-        )
-    ).eval()
+    config = LlamaConfig(**COMMON | {"num_hidden_layers": 4, "max_position_embeddings": 8192})
+    return LlamaForCausalLM(config).eval()
 
 
 def alive(cache, session):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_models import COMMON
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -27,20 +28,6 @@ from hillinfer_core.errors import (
 
 ARENA = 1 << 20
 TIGHT = ARENA + 100 * 1024
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.2,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON)),

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_exactness import ARENA, COMMON, prompt
+from small_models import COMMON
+from test_exactness import ARENA, prompt
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hillinfer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,17 @@ from hillinfer_core.errors import UnsupportedModel
 Visible = npt.NDArray[np.bool_]
 
 
+def _none() -> None:
+    """Stand for a reference to no mask."""
+
+
 class Padding:
     """Padding columns of each sequence of a batch; 4 bytes for each. Not thread-safe."""
 
     def __init__(self) -> None:
         self._columns: list[npt.NDArray[np.int32]] = []  # of each sequence, ascending
         self._noted = 0  # columns of the latest step, and what was seen with its mask
-        self._mask: Any = None
+        self._mask: Callable[[], torch.Tensor | None] = _none
         self._visible: Visible | None = None
 
     def step(self, mask: torch.Tensor | None, columns: int, new: int) -> Visible | None:
@@ -30,7 +34,7 @@ class Padding:
         recorded, and those that come with the same mask have the same answer. Raises UnsupportedModel for
         a mask that says otherwise than what is recorded, and for one that ends with padding.
         """
-        if self._noted == columns and self._mask is not None and self._mask() is mask:
+        if mask is not None and self._noted == columns and self._mask() is mask:
             return self._visible
         array = None if mask is None else mask.cpu().numpy()
         if array is not None and array.shape[1] != columns:
@@ -51,7 +55,7 @@ class Padding:
             if before:
                 self.note(columns - new, visible)
         self._noted, self._visible = columns, visible
-        self._mask = None if mask is None else weakref.ref(mask)
+        self._mask = _none if mask is None else weakref.ref(mask)
         return visible
 
     def note(self, first: int, visible: Visible) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,22 +20,9 @@ from restarting import (
     fill,
     item,
     ranked,
-    with_book,
 )
 
 from hillinfer import Session, errors
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Restartable]:
-    with with_book() as running:
-        yield running
-
-
-@pytest.fixture
-def session(daemon: Restartable) -> Iterator[Session]:
-    with Session.connect(daemon.socket, timeout_s=20, restart_s=20) as connected:
-        yield connected
 
 
 @pytest.mark.parametrize("end", KILLED_OR_LONG)

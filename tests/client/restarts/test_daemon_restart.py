@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import restart_reader
 from restart_reader import LABELS, SHAPE, read
 from restartable import Restartable
 from restarting import (
@@ -27,26 +28,13 @@ from restarting import (
     fill,
     item,
     ranked,
-    with_book,
     write,
 )
 
 from hillinfer import Session, errors
 from hillinfer.link import Link
 
-READER = Path(__file__).with_name("restart_reader.py")
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Restartable]:
-    with with_book() as running:
-        yield running
-
-
-@pytest.fixture
-def session(daemon: Restartable) -> Iterator[Session]:
-    with Session.connect(daemon.socket, timeout_s=20, restart_s=20) as connected:
-        yield connected
+READER = Path(restart_reader.__file__)
 
 
 @pytest.fixture
