@@ -37,6 +37,10 @@ def main() -> None:
     except HillInferError as error:
         bad_input = error.status == "INVALID_ARGUMENT" or isinstance(error, ResidentTooSmall)
         _fail(str(error), 2 if bad_input else 1)
+    except OSError as error:  # a full disk, a directory that is not there
+        if error.strerror is None:
+            raise
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
 
 
 def _fail(message: str, code: int) -> None:
