@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from hillinfer_core.errors import HillInferError, ResidentTooSmall
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code, as shells tell it."""
 
 EXTRAS = {
     "matplotlib": "plots",
@@ -25,6 +29,8 @@ def main() -> None:
     # OpenMP's spinning threads starve the daemon of a shared core; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # As ^C does, a time limit's signal ends private daemons in order, and takes their pools away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         from hillinfer.commands import app
 
