@@ -122,7 +122,7 @@ def draw(axes: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set(title=each["axis"], xscale="log", yscale="log", xlabel="size")
         panel.set_xscale("log", base=2)
         panel.plot(sizes, [size / sizes[0] for size in sizes], color="grey", linestyle="--", label="linear")
-        along = np.geomspace(sizes[0], sizes[-1], 50)
+        along = np.geomspace(sizes[0], sizes[-1], 20)
         for number, (cost, fit) in enumerate(lines(each["points"]).items()):
             first, colour = each["points"][0][cost], f"C{number}"
             if first > 0:
