@@ -21,7 +21,9 @@ from hillinfer_core.ring import (
     ENTRY_BYTES,
     PAYLOAD_BYTES,
     RING_BYTES,
+    Consumer,
     Entry,
+    Producer,
     client_ends,
     create_ring,
     daemon_ends,
@@ -83,11 +85,8 @@ TestRing.settings = settings(max_examples=30, stateful_step_count=60, deadline=N
 
 
 def test_counters_wrap(memory: Arena) -> None:
-    (submit, _), (take, _) = client_ends(memory), daemon_ends(memory)
-    submit._put = take._taken = 2**32 - 2
-    for lane in (submit._lane, take._lane):
-        lane.set_put(2**32 - 2)
-        lane.set_taken(2**32 - 2)
+    memory.view(0, (1,), "<u4")[0] = memory.view(64, (1,), "<u4")[0] = 2**32 - 2
+    submit, take = Producer(memory, 0, 2**32 - 2), Consumer(memory, 0, 2**32 - 2)
     entries = [entry(number) for number in range(5)]
     for each in entries:
         submit.put(each)

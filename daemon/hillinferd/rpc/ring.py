@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -24,7 +25,6 @@ from hillinfer_core.ring import (
     RingFds,
     clear_doorbell,
     daemon_ends,
-    ring_doorbell,
 )
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
 
@@ -32,6 +32,7 @@ from ..logs import get_logger
 from ..service import requests
 from ..service.calls import Call
 from ..service.cold_pool import ColdPoolService
+from ..service.express import Flight, Run
 from ..service.sessions import Session
 from .servicer import ColdPoolServicer, evaluate_ask, evaluate_response
 
@@ -76,15 +77,32 @@ class RingServer:
     def start(self) -> None:
         """Begin to answer."""
         asyncio.get_running_loop().add_reader(self._fds.submitted, self._rung)
+        if (express := self._service.express) is not None:
+            express.add(self._session.session_id, self._submissions, self._completions, self._fds, self)
 
     def stop(self) -> None:
         """Take nothing more, and drop what has not been answered; the session's end frees the rest."""
         asyncio.get_running_loop().remove_reader(self._fds.submitted)
+        if self._service.express is not None:
+            self._service.express.remove(self._fds)
         for task in self._tasks:
             task.cancel()
         for call in list(self._calls.values()):
             call.give_up()
         self._calls.clear()
+
+    def note(self, drive: int, run: Run) -> None:
+        """Account what the express carried of this ring."""
+        self._service.drives[drive].evaluations.note(self._session, run)
+
+    def go_on(self, flight: Flight) -> None:
+        """Take over what the express has sent to the worker."""
+        self._evaluate(flight.entry, flight.began)
+        self._service.drives[flight.drive].evaluations.took_over(flight.answer)
+
+    def leave(self) -> None:
+        """End: the client does not listen any more."""
+        self._end()
 
     def _rung(self) -> None:
         if not clear_doorbell(self._fds.submitted):
@@ -107,8 +125,9 @@ class RingServer:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    def _evaluate(self, entry: Entry) -> None:
+    def _evaluate(self, entry: Entry, began: float | None = None) -> None:
         number = next(self._numbers)
+        ask: requests.Evaluate | None = None
 
         def answer(results: bytes, error: Exception | None) -> None:
             self._calls.pop(number, None)
@@ -119,18 +138,32 @@ class RingServer:
             else:
                 payload = pack_answer(time.monotonic(), results)
             self._complete(entry, payload, error)
+            if error is None and ask is not None and ask.packed:
+                self._permit(ask)
 
         try:
             if entry.code == Method.Evaluate:
                 ask = evaluate_ask(_request(entry))
             else:
                 ask = requests.Evaluate(*self._unpacker.unpack(entry.payload), entry.payload)
-            call = self._service.begin_evaluate(self._session, ask, _deadline(entry), answer)
+            deadline = _deadline(entry) if began is None else None
+            call = self._service.begin_evaluate(self._session, ask, deadline, answer, began)
         except Exception as error:
             self._complete(entry, b"", error)
             return
         if not call.done():
             self._calls[number] = call
+
+    def _permit(self, ask: requests.Evaluate) -> None:
+        """Have the express carry ``ask``, which was answered, when it is asked again."""
+        express, terms = self._service.express, ask.terms
+        if express is None or terms.term == express.term:
+            return
+        terms.term = express.term
+        with suppress(HillInferError):  # The context may be gone by now.
+            permit = self._service.permit(self._session, ask)
+            if permit is not None:
+                express.permit(self._fds, permit)
 
     async def _serve(self, entry: Entry) -> None:
         try:
@@ -153,8 +186,7 @@ class RingServer:
             payload = self._refusal(error)
         outcome = Outcome.answered if error is None else Outcome.refused
         try:
-            self._completions.put(Entry(entry.ticket, outcome, 0, payload))
-            ring_doorbell(self._fds.completed)
+            self._completions.put(Entry(entry.ticket, outcome, 0, payload), self._fds.completed)
         except HillInferError as broken:
             self._break(broken)
         except BrokenPipeError:

@@ -114,6 +114,23 @@ def evaluate(
     return request, contexts
 
 
+def lasting(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> list[int] | None:
+    """Return the tokens of each layer if those are all that need be checked of ``ask``, carried out, again.
+
+    That is for as long as no context, limit or arena changes, whatever the layer and the tokens. None for a
+    request of several evaluations, or where it can depend on these whether it is one too many.
+    """
+    terms = ask.terms
+    if len(terms.evaluations) != 1 or terms.admitted is None:
+        return None
+    context = catalogue.get(session.session_id, terms.evaluations[0].context_id)
+    held, shape = [layer.tokens for layer in context.layers], context.shape
+    if not context.loaded or [shape] != terms.admitted.shapes:
+        return None
+    scanned = scan_bytes(shape, 0, max(held), terms.query_heads, terms.reduction)
+    return held if scanned <= MAX_SCANNED else None
+
+
 def _check_tokens(held: int, layer: int, tokens: Tokens, k: int) -> None:
     first, end = tokens
     if not first < end <= held:

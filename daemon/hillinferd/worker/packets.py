@@ -57,10 +57,7 @@ class Packets:
             with open(fd, "rb") as file:
                 file.seek(0)
                 packet = memoryview(file.read())
-        if not packet:
-            return None
-        reply: Reply = _decoded_answer(packet) if packet[0] == _EVALUATED else pickle.loads(packet)
-        return reply
+        return decoded(packet) if packet else None
 
     def request(self) -> tuple[Request | None, int | None]:
         """Block for the next request and the descriptor that came with it; the request is None at hang-up."""
@@ -80,6 +77,12 @@ class Packets:
         nbytes, ancillary, _, _ = self._sock.recvmsg_into([self._buffer], _ONE_FD)
         fds = array("i", ancillary[0][2]) if ancillary else ()
         return memoryview(self._buffer)[:nbytes], fds[0] if fds else None
+
+
+def decoded(packet: memoryview) -> Reply:
+    """Return the reply in ``packet``, which is not empty and not in a file of its own."""
+    reply: Reply = _decoded_answer(packet) if packet[0] == _EVALUATED else pickle.loads(packet)
+    return reply
 
 
 def send_reply(sock: socket.socket, reply: Reply) -> None:
