@@ -258,6 +258,46 @@ class RingConsumer:
         self, ticket: int, doorbell: int, connection: int, timeout_s: float, /
     ) -> tuple[int, int, int, bytes] | int | str: ...
 
+class Repeats:
+    """What ``hillinferd.worker.repeats`` is made of."""
+
+    def __init__(self, few: int, many: int, many_from: int, /) -> None: ...
+    def keep(
+        self,
+        session: int,
+        asked: bytes,
+        arena: npt.NDArray[np.uint8],
+        query_at: int,
+        group: int,
+        sum: bool,
+        scale: npt.NDArray[np.float32],
+        zero: npt.NDArray[np.float32],
+        variant: int,
+        parts: Sequence[npt.NDArray[np.uint8]],
+        bits: int,
+        k: int,
+        ids_at: int,
+        scores_at: int | None,
+        held_at: int,
+        held_count: int,
+        extents: npt.NDArray[np.int64],
+        row_bytes: int,
+        tokens: int,
+        sums: npt.NDArray[np.uint32],
+        rows_at: int,
+        most: int,
+        generation: int,
+        key_bytes: int,
+        memory: npt.NDArray[np.uint8] | None,
+        fd: int,
+        direct: bool,
+        depth: int,
+        capacity: int,
+        /,
+    ) -> None: ...
+    def clear(self) -> None: ...
+    def next(self, sock: int, /) -> tuple[bytes, int]: ...
+
 class Express:
     """What ``hillinferd.service.express`` is made of; a rider is known by its doorbell's descriptor."""
 

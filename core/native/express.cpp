@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "packets.h"
 #include "ring.h"
 
 namespace nb = nanobind;
@@ -24,17 +25,6 @@ namespace {
 
 constexpr uint32_t kEvaluatePacked = 4, kAnswered = 0;  // Method and Outcome of hillinfer_core/ring.py
 
-// A request of one evaluation by hillinfer_core/packed.py: _HEADER, _ITEM.
-constexpr size_t kLayerAt = 0, kFirstAt = 24, kEndAt = 28, kAfterTokens = 32, kRequestBytes = 148;
-constexpr size_t kKAt = 32;
-
-// Packets by hillinferd/worker/packets.py: _REQUEST, _ANSWER.
-constexpr uint8_t kEvaluate = 1, kEvaluated = 2;
-constexpr size_t kSessionAt = 8, kPacketHeader = 16;
-constexpr size_t kTrafficAt = 16, kTraffic = 6, kWinnersAt = 64, kMissingAt = 72, kAnswerHeader = 80;
-constexpr size_t kMostPacket = 192 * 1024;
-
-constexpr size_t kMostPermits = 32;   // of a session; Unpacker keeps 16 requests
 constexpr size_t kMostTold = 4096;    // evaluations before Python is told of them
 constexpr int kMostEvents = 64;
 constexpr double kPatience = 1.0;  // seconds after which an evaluation is handed over to whoever looks for hung workers
@@ -45,13 +35,6 @@ double now() {
     return double(time.tv_sec) + double(time.tv_nsec) * 1e-9;
 }
 
-template <class T>
-T number(const uint8_t *at) {
-    T value;
-    std::memcpy(&value, at, sizeof value);
-    return value;
-}
-
 // A request that may be repeated, of other layers and tokens.
 struct Permit {
     std::vector<uint8_t> asked;
@@ -59,14 +42,8 @@ struct Permit {
     size_t drive;
     int worker;
 
-    // Whether it is the same but for layer and tokens.
-    bool repeats(const uint8_t *packed) const {
-        return !std::memcmp(packed + 4, asked.data() + 4, kFirstAt - 4) &&
-               !std::memcmp(packed + kAfterTokens, asked.data() + kAfterTokens, kRequestBytes - kAfterTokens);
-    }
-
     bool covers(const uint8_t *packed) const {
-        if (!repeats(packed)) return false;
+        if (!same_terms(packed, asked.data())) return false;
         const uint32_t layer = number<uint32_t>(packed + kLayerAt), first = number<uint32_t>(packed + kFirstAt);
         const uint32_t end = number<uint32_t>(packed + kEndAt), k = number<uint32_t>(packed + kKAt);
         return layer < held.size() && first < end && end <= held[layer] && k >= 1 && k <= end - first;
@@ -113,9 +90,9 @@ class Express {
         if (rider == riders_.end() || asked.size() != kRequestBytes) return false;
         const auto *bytes = static_cast<const uint8_t *>(asked.data());
         auto &permits = rider->second.permits;
-        const auto same = [&](const Permit &other) { return other.repeats(bytes); };
+        const auto same = [&](const Permit &other) { return same_terms(other.asked.data(), bytes); };
         permits.erase(std::remove_if(permits.begin(), permits.end(), same), permits.end());
-        if (permits.size() == kMostPermits) permits.clear();
+        if (permits.size() == kMostTerms) permits.clear();
         permits.push_back({{bytes, bytes + kRequestBytes}, std::move(held), drive, worker});
         permitted_ = true;
         return true;
@@ -206,9 +183,9 @@ class Express {
     }
 
     bool depart(Rider &rider, const Permit &permit, const RingEntry &entry) {
-        uint8_t packet[kPacketHeader + kRequestBytes] = {kEvaluate};
+        uint8_t packet[kRequestHeader + kRequestBytes] = {kEvaluate};
         std::memcpy(packet + kSessionAt, &rider.session, sizeof rider.session);
-        std::memcpy(packet + kPacketHeader, payload_, kRequestBytes);
+        std::memcpy(packet + kRequestHeader, payload_, kRequestBytes);
         const double began = now();
         if (send(permit.worker, packet, sizeof packet, MSG_DONTWAIT | MSG_NOSIGNAL) != ssize_t(sizeof packet)) return false;
         rider.submissions->take(1);
@@ -250,7 +227,7 @@ class Express {
             run.traffic[each] += number<uint64_t>(header + kTrafficAt + 8 * each);
         run.winners += number<uint64_t>(header + kWinnersAt);
         run.missing += number<uint64_t>(header + kMissingAt);
-        run.key_bytes = number<uint64_t>(header + 8);
+        run.key_bytes = number<uint64_t>(header + kKeyBytesAt);
         ++told_;
         flight_.reset();
         return true;
