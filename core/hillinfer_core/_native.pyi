@@ -275,6 +275,7 @@ class Repeats:
         variant: int,
         parts: Sequence[npt.NDArray[np.uint8]],
         bits: int,
+        origin: int,
         k: int,
         ids_at: int,
         scores_at: int | None,

@@ -52,7 +52,7 @@ class Repeats {
     // Answers the same request itself from now on, also of other tokens of the layer.
     void keep(uint64_t session, nb::bytes asked, Array<uint8_t, 1> arena, uint64_t query_at, size_t group, bool sum,
               Array<const float, 2> scale, Array<const float, 2> zero, int variant,
-              const std::vector<Strided<const uint8_t, 3>> &parts, int bits, uint64_t k, uint64_t ids_at,
+              const std::vector<Strided<const uint8_t, 3>> &parts, int bits, uint64_t origin, uint64_t k, uint64_t ids_at,
               std::optional<uint64_t> scores_at, uint64_t held_at, size_t held_count, Array<const int64_t, 2> extents,
               int64_t row_bytes, int64_t tokens, Strided<const uint32_t, 2> sums, uint64_t rows_at, size_t most,
               uint32_t generation, uint64_t key_bytes, std::optional<Array<const uint8_t, 1>> memory, int fd,
@@ -65,7 +65,7 @@ class Repeats {
             if (same_terms(there[at].asked.data(), bytes)) there.erase(there.begin() + at--);
         if (there.size() >= kMostTerms) there.clear();
         there.push_back({{bytes, bytes + kRequestBytes},
-                         {std::move(arena), query_at, group, sum, std::move(scale), std::move(zero), Variant(variant), parts, bits, 0, k,
+                         {std::move(arena), query_at, group, sum, std::move(scale), std::move(zero), Variant(variant), parts, bits, origin, k,
                           {ids_at, scores_at, held_at, held_count}, std::move(extents), row_bytes, tokens, std::move(sums), most},
                          rows_at, generation, key_bytes, {std::move(memory), fd, direct, depth, capacity}});
     }
@@ -208,7 +208,7 @@ void define_repeats(nb::module_ &module) {
     nb::class_<Repeats>(module, "Repeats")
         .def(nb::init<size_t, size_t, size_t>())
         .def("keep", &Repeats::keep, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg(),
+             nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(),
              nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg(),
              nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert().none(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg())

@@ -51,16 +51,17 @@ class Repeats:
             # Keys came or went: what is kept would say so wrongly, or hold on to some that went.
             self._key_bytes = keys.residency.used_bytes
             self.clear()
-        held = keys.held(store, 0, store.tokens)
-        if held is None or held.origin:
-            return
         (item,), shape, places = ask.evaluations, store.shape, store.places
+        held = keys.held(store, 0, store.tokens) or keys.held(store, item.first_token, item.end_token)
+        if held is None:
+            return
         self._native.keep(
             ask.session_id, ask.packed, arena.content, item.query.offset, ask.query_heads // shape.kv_heads,
             ask.reduction is Reduction.sum,
             np.ascontiguousarray(how.ranges.scale), np.ascontiguousarray(how.ranges.zero), kernel.variant(),
-            held.parts, held.bits, item.k,
-            item.ids.offset, item.scores.offset if item.scores.length else None, item.held.offset, item.held.length // (4 * shape.kv_heads),
+            held.parts, held.bits, held.origin, item.k,
+            item.ids.offset, item.scores.offset if item.scores.length else None,
+            item.held.offset, item.held.length // (4 * shape.kv_heads),
             places.extents, places.row_bytes, places.tokens, places.checksums,
             item.rows.offset, item.rows.length // shape.row_bytes, how.generation, self._key_bytes,
             source.memory, source.fd, source.direct, source.depth, source.capacity,
