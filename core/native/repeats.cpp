@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <utility>
@@ -18,7 +19,7 @@ namespace nb = nanobind;
 namespace hillinfer {
 namespace {
 
-constexpr size_t kMostKept = 8192;  // requests: all layers of more sessions than a machine has work for
+constexpr size_t kMostKept = 2048;  // requests, of some 3 KiB each: all layers of many sessions
 
 // Where rows are read from: a pool that lies in memory, or a file.
 struct RowSource {
@@ -59,18 +60,23 @@ class Repeats {
               bool direct, size_t depth, uint64_t capacity) {
         if (asked.size() != kRequestBytes) return;
         const auto *bytes = static_cast<const uint8_t *>(asked.data());
-        if (kept_.size() >= kMostKept) kept_.clear();
+        if (count_ >= kMostKept) clear();
         auto &there = kept_[{session, number<uint32_t>(bytes + kLayerAt)}];
-        for (size_t at = 0; at < there.size(); ++at)
-            if (same_terms(there[at].asked.data(), bytes)) there.erase(there.begin() + at--);
+        const auto same = [&](const Kept &other) { return same_terms(other.asked.data(), bytes); };
+        const size_t before = there.size();
+        there.erase(std::remove_if(there.begin(), there.end(), same), there.end());
         if (there.size() >= kMostTerms) there.clear();
+        count_ += there.size() + 1 - before;
         there.push_back({{bytes, bytes + kRequestBytes},
                          {std::move(arena), query_at, group, sum, std::move(scale), std::move(zero), Variant(variant), parts, bits, origin, k,
                           {ids_at, scores_at, held_at, held_count}, std::move(extents), row_bytes, tokens, std::move(sums), most},
                          rows_at, generation, key_bytes, {std::move(memory), fd, direct, depth, capacity}});
     }
 
-    void clear() { kept_.clear(); }
+    void clear() {
+        kept_.clear();
+        count_ = 0;
+    }
 
     // Waits for the next packet that is Python's; returns it, empty at hang-up, and the descriptor that came with it, or
     // -1. Raises OSError.
@@ -194,7 +200,7 @@ class Repeats {
         return std::equal(sums_.begin(), sums_.end(), checksums_.begin());
     }
 
-    size_t few_, many_, many_from_;
+    size_t few_, many_, many_from_, count_ = 0;
     std::map<std::pair<uint64_t, uint32_t>, std::vector<Kept>> kept_;  // by session and layer
     std::vector<uint8_t> packet_, answer_;
     std::vector<uint32_t> counts_, checksums_, sums_;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,9 +25,11 @@ from hillinfer_core.ring import (
     Consumer,
     Entry,
     Producer,
+    Waited,
     client_ends,
     create_ring,
     daemon_ends,
+    ring_doorbell,
 )
 
 
@@ -112,6 +115,35 @@ def test_a_senseless_counter_is_refused_on_either_side(memory: Arena) -> None:
     memory.view(64, (1,), "<u4")[0] = 1  # taken, though nothing was put
     with pytest.raises(InvalidInput):
         submit.put(entry(1))
+
+
+def test_a_client_waits_for_its_answer_and_drops_others(memory: Arena) -> None:
+    (_, collect), (_, complete) = client_ends(memory), daemon_ends(memory)
+    bell, rung = os.pipe2(os.O_NONBLOCK)
+    connection, theirs = socket.socketpair()
+    with connection, theirs:
+
+        def wait(ticket: int, timeout_s: float = 0.0) -> Entry | Waited:
+            return collect.wait_for(ticket, bell, connection.fileno(), timeout_s)
+
+        assert wait(1) is Waited.deadline
+        for number in (1, 2, 3, 4):
+            complete.put(entry(number, b"x" * number), rung)
+        assert wait(3, 60) == entry(3, b"xxx")
+        assert wait(4, 0.01) is Waited.deadline  # it went with those before it
+        complete.put(entry(5), rung)
+        theirs.send(b"end")
+        assert wait(5) == entry(5)  # what came before the end counts
+        assert wait(6) is Waited.hung_up
+        memory.view(128, (1,), "<u4")[0] += 100
+        ring_doorbell(rung)
+        with pytest.raises(InvalidInput, match="100 of its 16"):
+            wait(7)
+        os.close(bell)
+        memory.view(128, (1,), "<u4")[0] -= 100
+        with pytest.raises(BrokenPipeError):
+            complete.put(entry(8), rung)
+        os.close(rung)
 
 
 def test_a_senseless_length_is_refused(memory: Arena) -> None:

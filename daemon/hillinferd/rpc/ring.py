@@ -97,8 +97,10 @@ class RingServer:
 
     def go_on(self, flight: Flight) -> None:
         """Take over what the express has sent to the worker."""
-        self._evaluate(flight.entry, flight.began)
-        self._service.drives[flight.drive].evaluations.took_over(flight.answer)
+        try:
+            self._evaluate(flight.entry, flight.began)
+        finally:
+            self._service.drives[flight.drive].evaluations.took_over(flight.answer)
 
     def leave(self) -> None:
         """End: the client does not listen any more."""

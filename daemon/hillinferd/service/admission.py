@@ -42,6 +42,9 @@ MAX_EVALUATIONS = 256
 MAX_FETCHED_KEYS = 8 << 20
 """Bytes of evaluation keys brought by one request: well below ``pieces.PIECE_S``; protocol limit."""
 
+MAX_LASTING_LAYERS = 1024
+"""Of a context whose requests may be repeated unchecked: more than models have, and bounds what is kept."""
+
 SCALE_ITEM_BYTES = 4
 """Bytes of a float32 of the ranges' scale."""
 
@@ -125,7 +128,7 @@ def lasting(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> l
         return None
     context = catalogue.get(session.session_id, terms.evaluations[0].context_id)
     held, shape = [layer.tokens for layer in context.layers], context.shape
-    if not context.loaded or [shape] != terms.admitted.shapes:
+    if not context.loaded or [shape] != terms.admitted.shapes or len(held) > MAX_LASTING_LAYERS:
         return None
     scanned = scan_bytes(shape, 0, max(held), terms.query_heads, terms.reduction)
     return held if scanned <= MAX_SCANNED else None

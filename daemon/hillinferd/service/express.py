@@ -11,12 +11,18 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from hillinfer_core._native import Express as Native
 from hillinfer_core.ring import Consumer, Entry, Producer, RingFds
 
+from ..logs import get_logger
 from ..worker.messages import Traffic
+
+log = get_logger(__name__)
+
+_EPOLLIN, _EPOLLOUT = 0x001, 0x004  # sys/epoll.h
 
 
 class Permit(NamedTuple):
@@ -128,13 +134,19 @@ class Express(selectors.EpollSelector):
     def _tell(self) -> None:
         for submitted, drive, seconds, traffic, winners, missing, key_bytes in self._native.take_runs():
             run = Run(seconds, Traffic(*traffic), winners, missing, key_bytes)
-            self._riders[submitted].note(drive, run)
+            _guarded(partial(self._riders[submitted].note, drive, run))
         flight = self._native.take_flight()
         if flight is not None:
             submitted, drive, began, *entry, answer = flight
-            self._riders[submitted].go_on(Flight(drive, began, Entry._make(entry), answer))
+            flown = Flight(drive, began, Entry._make(entry), answer)
+            _guarded(partial(self._riders[submitted].go_on, flown))
         for submitted in self._native.take_left():
-            self._riders[submitted].leave()
+            _guarded(self._riders[submitted].leave)
 
 
-_EPOLLIN, _EPOLLOUT = 0x001, 0x004  # sys/epoll.h
+def _guarded(call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception:
+        # As the loop does with what its callbacks raise: what leaves a selector would end the loop.
+        log.exception("the express could not tell what it did")

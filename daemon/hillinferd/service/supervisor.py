@@ -178,7 +178,13 @@ class Supervisor:
 
     def hear(self, packet: bytes) -> None:
         """Take ``packet``, which somebody else has read of :meth:`fileno`, as the answer that is due."""
-        self._hear(packets.decoded(memoryview(packet)))
+        try:
+            reply = packets.decoded(memoryview(packet))
+        except Exception as error:
+            log.error("device worker answers what it should not", drive=self._name, error=repr(error))
+            self.replace()
+        else:
+            self._hear(reply)
 
     async def prepare(self, request: messages.Request, fd: int | None = None) -> messages.Done:
         """Like :meth:`call`, for ``on_ready``: before other requests are let through."""
