@@ -35,13 +35,15 @@ class Submitted(NamedTuple):
 class RingTransport:
     """Asks through the ring `fds`, which are the transport's from now on, for the session of `connection`.
 
-    Not thread-safe: the session's lock covers every call. Between `submit` and `answer` there is no other.
+    Not thread-safe: the session's lock covers every call. There may be as many requests between `submit` and
+    `answer` as the ring has entries; answers are waited for in any order.
     """
 
     def __init__(self, fds: RingFds, connection: socket.socket) -> None:
         self._fds = fds
         self._submissions, self._completions = client_ends(Arena(fds.memory, RING_BYTES, verify=True))
         self._tickets = itertools.count(1)
+        self._early: dict[int, Entry] = {}  # answers that came before they were waited for
         # The daemon sends nothing more on it: an event is its end.
         self._connection = connection.fileno()
 
@@ -65,30 +67,32 @@ class RingTransport:
         """Waits for the answer of a request, until its deadline at most.
 
         Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
-        when there will be none. An answer that comes after these is dropped by the next call.
+        when there will be none.
         """
         name = submitted.method.name
-        while True:
+        while submitted.ticket not in self._early:
             left = max(0.0, submitted.deadline - time.monotonic())
-            try:
-                entry = self._completions.wait_for(
-                    submitted.ticket, self._fds.completed, self._connection, left
-                )
-            except InvalidInput as error:
-                raise DaemonUnavailable(
-                    f"the daemon broke the ring's rules ({error}); connect a new session"
-                ) from None
-            if isinstance(entry, Entry):
-                return entry
-            if entry is Waited.hung_up:
+            found = self._wait(left)
+            if found is Waited.hung_up:
                 raise DaemonUnavailable(
                     f"{name}: the daemon ended the session; its contexts are gone, connect a new one"
                 )
-            if entry is Waited.deadline:
+            if found is Waited.deadline:
                 raise DeadlineExceeded(
                     f"{name}: no answer within {submitted.timeout_s:g} s; see the daemon's log"
                 )
+            if isinstance(found, list):
+                self._early.update((entry.ticket, entry) for entry in found)
+        return self._early.pop(submitted.ticket)
 
     def close(self) -> None:
         """Closes the descriptors."""
         self._fds.close()
+
+    def _wait(self, timeout_s: float) -> list[Entry] | Waited:
+        try:
+            return self._completions.wait(self._fds.completed, self._connection, timeout_s)
+        except InvalidInput as error:
+            raise DaemonUnavailable(
+                f"the daemon broke the ring's rules ({error}); connect a new session"
+            ) from None

@@ -160,18 +160,18 @@ class Consumer:
             raise InvalidInput(taken)
         return [Entry._make(each) for each in taken]
 
-    def wait_for(self, ticket: int, doorbell: int, connection: int, timeout_s: float) -> Entry | Waited:
-        """Wait for the entry ``ticket`` and drop all others; return it, or why there is none (yet).
+    def wait(self, doorbell: int, connection: int, timeout_s: float) -> list[Entry] | Waited:
+        """Wait for entries; return copies of all that are there, or why there are none (yet).
 
         The other side rings ``doorbell``; anything that comes by ``connection`` is its end. Blocks, for
         ``timeout_s`` seconds at most. Raises as :meth:`take`.
         """
-        found = self.native.wait_for(ticket, doorbell, connection, timeout_s)
-        if isinstance(found, tuple):
-            return Entry._make(found)
+        found = self.native.wait(doorbell, connection, timeout_s)
+        if isinstance(found, int):
+            return Waited(found)
         if isinstance(found, str):
             raise InvalidInput(found)
-        return Waited(found)
+        return [Entry._make(each) for each in found]
 
 
 def client_ends(memory: Arena) -> tuple[Producer, Consumer]:

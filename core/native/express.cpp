@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <map>
 #include <optional>
 #include <utility>
@@ -61,7 +62,7 @@ struct Rider {
 
 // What was done for one session on one drive.
 struct Run {
-    std::vector<double> seconds;
+    std::vector<double> waited, seconds;
     uint64_t traffic[kTraffic] = {}, winners = 0, missing = 0, key_bytes = 0;
 };
 
@@ -71,7 +72,7 @@ struct Flight {
     int worker;
     RingEntry entry;
     uint8_t payload[kRequestBytes];
-    double began;
+    double since, began;
 };
 
 class Express {
@@ -106,22 +107,26 @@ class Express {
     bool permitted() const { return permitted_; }
 
     // Waits as epoll_wait does, for `timeout_s` or for ever (below 0), and carries evaluations meanwhile; returns events
-    // that are Python's: (descriptor, events). None if interrupted. After it take_flight, take_runs and take_left.
+    // that are Python's: (descriptor, events). After it take_runs, take_flight, take_waiting and take_left.
     nb::list wait(int epoll, double timeout_s) {
         std::vector<epoll_event> others;
         {
             nb::gil_scoped_release released;
             const double until = timeout_s < 0 ? HUGE_VAL : now() + timeout_s;
-            while (others.empty() && answer_.empty() && left_.empty() && told_ < kMostTold) {
+            while (others.empty() && answer_.empty() && left_.empty() && told_ < kMostTold && !(waiting_ && !flight_)) {
                 const double due = flight_ ? std::min(until, flight_->began + kPatience) : until;
                 const double left = due - now();
                 epoll_event events[kMostEvents];
                 const int ms = due == HUGE_VAL ? -1 : int(std::ceil(std::clamp(left, 0.0, 1e6) * 1e3));
                 const int count = epoll_wait(epoll, events, kMostEvents, ms);
                 // A worker's answer first: the drive is free then.
+                const int worker = flight_ ? flight_->worker : -1, mine = flight_ ? flight_->rider->submitted : -1;
+                bool alone = true;
                 for (int each = 0; each < count; ++each)
-                    if (flight_ && events[each].data.fd == flight_->worker) {
-                        if (!arrived()) others.push_back(events[each]);
+                    alone &= events[each].data.fd == worker || events[each].data.fd == mine;
+                for (int each = 0; each < count; ++each)
+                    if (events[each].data.fd == worker) {
+                        if (!arrived(alone)) others.push_back(events[each]);
                         events[each].events = 0;
                     }
                 for (int each = 0; each < count; ++each)
@@ -148,12 +153,22 @@ class Express {
         return taken;
     }
 
-    // What was carried since this was last asked, by doorbell and drive: (doorbell, drive, seconds of each, traffic,
-    // winners, missing, bytes of keys).
+    // What waits in the ring of the session whose evaluation was under way, and is Python's now: (doorbell, since when each
+    // is there). The doorbell does not say so any more.
+    nb::object take_waiting() {
+        if (!waiting_) return nb::none();
+        nb::object taken = nb::make_tuple(waiting_->submitted, std::vector<double>(since_.begin(), since_.end()));
+        waiting_ = nullptr;
+        since_.clear();
+        return taken;
+    }
+
+    // What was carried since this was last asked, by doorbell and drive: (doorbell, drive, seconds that each waited and
+    // that each took, traffic, winners, missing, bytes of keys).
     nb::list take_runs() {
         nb::list taken;
         for (const auto &[whose, run] : runs_)
-            taken.append(nb::make_tuple(whose.first, whose.second, run.seconds,
+            taken.append(nb::make_tuple(whose.first, whose.second, run.waited, run.seconds,
                                         std::vector<uint64_t>(run.traffic, run.traffic + kTraffic), run.winners,
                                         run.missing, run.key_bytes));
         runs_.clear();
@@ -165,18 +180,35 @@ class Express {
     std::vector<int> take_left() { return std::exchange(left_, {}); }
 
   private:
-    // Whether an event is done with.
+    // Whether an event is done with. A session whose evaluation is under way may submit more: these are carried after it,
+    // in order, as nobody else has anything to do.
     bool begin(const epoll_event &event) {
         const auto found = riders_.find(event.data.fd);
-        if (found == riders_.end() || event.events != EPOLLIN || flight_) return false;
+        if (found == riders_.end() || event.events != EPOLLIN) return false;
         Rider &rider = found->second;
+        if (flight_ ? flight_->rider != &rider : waiting_ != nullptr) return false;
         if (!clear_doorbell(rider.submitted)) return false;
         const uint32_t waiting = rider.submissions->waiting();
+        if (waiting + (flight_ ? 1 : 0) > kRingEntries || waiting < since_.size()) return false;
+        since_.resize(waiting, now());
         if (waiting == 0) return true;
-        RingEntry entry;
-        if (waiting != 1 || !rider.submissions->copy(0, entry, payload_) || entry.code != kEvaluatePacked ||
-            entry.length != kRequestBytes)
+        if (!flight_ && !next(rider)) {
+            since_.clear();
             return false;
+        }
+        waiting_ = since_.empty() ? nullptr : &rider;
+        return true;
+    }
+
+    // Whether the first of what waits is carried from now on.
+    bool next(Rider &rider) {
+        const uint32_t waiting = rider.submissions->waiting();
+        RingEntry entry;
+        if (waiting == 0 || waiting > kRingEntries || !rider.submissions->copy(0, entry, payload_) ||
+            entry.code != kEvaluatePacked || entry.length != kRequestBytes)
+            return false;
+        // Late: Python refuses it.
+        if (entry.timeout_ms && now() - since_.front() >= entry.timeout_ms * 1e-3) return false;
         for (const Permit &permit : rider.permits)
             if (permit.covers(payload_)) return depart(rider, permit, entry);
         return false;
@@ -189,13 +221,14 @@ class Express {
         const double began = now();
         if (send(permit.worker, packet, sizeof packet, MSG_DONTWAIT | MSG_NOSIGNAL) != ssize_t(sizeof packet)) return false;
         rider.submissions->take(1);
-        flight_.emplace(Flight{&rider, permit.drive, permit.worker, entry, {}, began});
+        flight_.emplace(Flight{&rider, permit.drive, permit.worker, entry, {}, since_.front(), began});
+        since_.pop_front();
         std::memcpy(flight_->payload, payload_, kRequestBytes);
         return true;
     }
 
     // Whether the worker's event is done with; what is not an answer to a plain evaluation is kept for Python.
-    bool arrived() {
+    bool arrived(bool alone) {
         packet_.resize(kMostPacket);
         const ssize_t count = recv(flight_->worker, packet_.data(), packet_.size(), MSG_DONTWAIT);
         if (count < 0 && errno == EAGAIN) return true;
@@ -222,6 +255,7 @@ class Express {
             return true;
         }
         Run &run = runs_[{rider.submitted, flight_->drive}];
+        run.waited.push_back(flight_->began - flight_->since);
         run.seconds.push_back(at - flight_->began);
         for (size_t each = 0; each < kTraffic; ++each)
             run.traffic[each] += number<uint64_t>(header + kTrafficAt + 8 * each);
@@ -230,6 +264,9 @@ class Express {
         run.key_bytes = number<uint64_t>(header + kKeyBytesAt);
         ++told_;
         flight_.reset();
+        // What it submitted meanwhile. Where somebody else wants something too, or it is not carried, `waiting_` without
+        // a flight ends the wait.
+        if (waiting_ && alone && next(rider) && since_.empty()) waiting_ = nullptr;
         return true;
     }
 
@@ -238,6 +275,8 @@ class Express {
     std::optional<Flight> flight_;
     std::vector<uint8_t> packet_, answer_;
     std::vector<int> left_;
+    Rider *waiting_ = nullptr;   // whose flight it is, if it has submitted more
+    std::deque<double> since_;  // when what waits in its ring was seen there
     uint8_t payload_[kRingPayloadBytes];
     size_t told_ = 0;
     bool permitted_ = false;
@@ -255,6 +294,7 @@ void define_express(nb::module_ &module) {
         .def_prop_ro("permitted", &Express::permitted)
         .def("wait", &Express::wait)
         .def("take_flight", &Express::take_flight)
+        .def("take_waiting", &Express::take_waiting)
         .def("take_runs", &Express::take_runs)
         .def("take_left", &Express::take_left);
 }

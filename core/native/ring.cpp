@@ -91,16 +91,13 @@ nb::object take(RingConsumer &ring) {
 
 enum class Waited : int { deadline = 0, hung_up = 1, interrupted = 2 };
 
-// Waits for the answer to `ticket`, and drops others. Returns it, or a Waited, or a str that says what makes no sense.
-// An event of `connection` is the daemon's end.
-nb::object wait_for(RingConsumer &ring, uint64_t ticket, int doorbell, int connection, double timeout_s) {
+// Waits for entries. Returns all that are there, or a Waited, or a str that says what makes no sense. An event of
+// `connection` is the other side's end.
+nb::object wait(RingConsumer &ring, int doorbell, int connection, double timeout_s) {
     using Clock = std::chrono::steady_clock;
     const auto until = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s));
-    thread_local std::vector<uint8_t> payload(kRingPayloadBytes);
-    RingEntry entry;
-    std::string wrong;
-    bool found = false;
     Waited waited = Waited::deadline;
+    bool there = false;
     {
         nb::gil_scoped_release released;
         while (true) {
@@ -114,19 +111,8 @@ nb::object wait_for(RingConsumer &ring, uint64_t ticket, int doorbell, int conne
                 break;
             }
             const bool rung = fds[0].revents && clear_doorbell(doorbell);
-            if (rung) {
-                const uint32_t waiting = ring.waiting();
-                if (waiting > kRingEntries) wrong = in_use(waiting);
-                for (uint32_t number = 0; wrong.empty() && !found && number < waiting; ++number) {
-                    if (!ring.copy(0, entry, payload.data())) {
-                        wrong = holds(entry);
-                        break;
-                    }
-                    found = entry.ticket == ticket;
-                    ring.take(found ? waiting - number : 1);
-                }
-                if (found || !wrong.empty()) break;
-            }
+            there = rung && ring.waiting();
+            if (there) break;
             if (ready && !rung) {
                 waited = Waited::hung_up;
                 break;
@@ -134,8 +120,7 @@ nb::object wait_for(RingConsumer &ring, uint64_t ticket, int doorbell, int conne
             if (left == Clock::duration::zero()) break;
         }
     }
-    if (found) return as_tuple(entry, payload.data());
-    return wrong.empty() ? nb::object(nb::int_(int(waited))) : text(wrong);
+    return there ? take(ring) : nb::object(nb::int_(int(waited)));
 }
 
 int64_t put(RingProducer &ring, uint64_t ticket, uint32_t code, uint32_t timeout_ms, nb::bytes payload, int doorbell) {
@@ -153,7 +138,7 @@ void define_ring(nb::module_ &module) {
     nb::class_<RingConsumer>(module, "RingConsumer")
         .def(nb::init<Array<uint8_t, 1>, int, uint32_t>(), nb::arg().noconvert(), nb::arg(), nb::arg())
         .def("take", &take)
-        .def("wait_for", &wait_for);
+        .def("wait", &wait);
 }
 
 }  // namespace hillinfer

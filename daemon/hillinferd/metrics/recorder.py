@@ -79,9 +79,9 @@ class Recorder(Collector):
             series.errors[_error_name(piece.error)] += 1
 
     def observe_run(self, drive: Drive, run: Run) -> None:
-        """Count evaluations that did not wait in a queue."""
+        """Count evaluations that the express carried."""
         series = self._of(drive, "evaluate", Priority.decode)
-        series.queue.add_all([0.0] * len(run.seconds))
+        series.queue.add_all(run.waited)
         series.service.add_all(run.seconds)
         series.moved.add(run.traffic)
 

@@ -70,18 +70,22 @@ class RingServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count()
+        self._since: list[float] = []
+        self._taking = False
         self._unpacker = Unpacker(_terms)
         self.broken = asyncio.Event()
         """Set when the client broke the ring's rules or left it: nothing more is taken, end the session."""
 
     def start(self) -> None:
         """Begin to answer."""
+        self._taking = True
         asyncio.get_running_loop().add_reader(self._fds.submitted, self._rung)
         if (express := self._service.express) is not None:
             express.add(self._session.session_id, self._submissions, self._completions, self._fds, self)
 
     def stop(self) -> None:
         """Take nothing more, and drop what has not been answered; the session's end frees the rest."""
+        self._taking = False
         asyncio.get_running_loop().remove_reader(self._fds.submitted)
         if self._service.express is not None:
             self._service.express.remove(self._fds)
@@ -98,9 +102,13 @@ class RingServer:
     def go_on(self, flight: Flight) -> None:
         """Take over what the express has sent to the worker."""
         try:
-            self._evaluate(flight.entry, flight.began)
+            self._evaluate(flight.entry, None, flight.began)
         finally:
             self._service.drives[flight.drive].evaluations.took_over(flight.answer)
+
+    def expect(self, since: list[float]) -> None:
+        """Take times at which entries that wait were seen in the ring: deadlines count from there."""
+        self._since = since
 
     def leave(self) -> None:
         """End: the client does not listen any more."""
@@ -117,17 +125,27 @@ class RingServer:
         except HillInferError as error:
             self._break(error)
             return
-        for entry in entries:
+        since, self._since = self._since + [time.monotonic()] * len(entries), []
+        loop, following = asyncio.get_running_loop(), False
+        for entry, at in zip(entries, since, strict=False):
             if self.broken.is_set():
                 return
+            deadline = at + entry.timeout_ms / 1000 if entry.timeout_ms else None
             if entry.code in (Method.Evaluate, Method.EvaluatePacked):
-                self._evaluate(entry)
+                if following:
+                    loop.call_soon(self._evaluate, entry, deadline)
+                else:
+                    self._evaluate(entry, deadline)
             else:
-                task = asyncio.create_task(self._serve(entry))
+                # A task enters the queue in the loop's next turn: what was submitted after it follows it.
+                following = True
+                task = asyncio.create_task(self._serve(entry, deadline))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    def _evaluate(self, entry: Entry, began: float | None = None) -> None:
+    def _evaluate(self, entry: Entry, deadline: float | None, began: float | None = None) -> None:
+        if not self._taking:
+            return
         number = next(self._numbers)
         ask: requests.Evaluate | None = None
 
@@ -148,7 +166,6 @@ class RingServer:
                 ask = evaluate_ask(_request(entry))
             else:
                 ask = requests.Evaluate(*self._unpacker.unpack(entry.payload), entry.payload)
-            deadline = _deadline(entry) if began is None else None
             call = self._service.begin_evaluate(self._session, ask, deadline, answer, began)
         except Exception as error:
             self._complete(entry, b"", error)
@@ -167,11 +184,11 @@ class RingServer:
             if permit is not None:
                 express.permit(self._fds, permit)
 
-    async def _serve(self, entry: Entry) -> None:
+    async def _serve(self, entry: Entry, deadline: float | None) -> None:
         try:
             if entry.code not in self._methods:
                 raise InvalidInput(f"the ring has no method {entry.code}")
-            message = await self._methods[entry.code](self._session, _request(entry), _deadline(entry))
+            message = await self._methods[entry.code](self._session, _request(entry), deadline)
             answer = message.SerializeToString()
         except Exception as error:
             self._complete(entry, b"", error)
@@ -232,7 +249,3 @@ def _terms(request: Request) -> requests.Terms:
         for item in request.items
     ]
     return requests.Terms(request.query_heads, Reduction.from_proto(request.reduction), evaluations)
-
-
-def _deadline(entry: Entry) -> float | None:
-    return time.monotonic() + entry.timeout_ms / 1000 if entry.timeout_ms else None

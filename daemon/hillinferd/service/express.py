@@ -1,9 +1,10 @@
 """The express: evaluations that repeat go from a ring to the worker and back in native code.
 
 It is the selector of the daemon's event loop. While that sleeps and nobody has anything under way or waiting,
-it carries what a :class:`Permit` covers itself; anything else makes the loop go on as ever, with all that
-happened meanwhile told before anything else runs: accounts, and an evaluation that is under way, which goes
-on as a piece of the work queue. So the queue decides whenever there is anything to decide.
+it carries what a :class:`Permit` covers itself, also several of one session, one after another. Anything else
+makes the loop go on as ever, with all that happened meanwhile told before anything else runs: accounts, and
+an evaluation that is under way, which goes on as a piece of the work queue. So the queue decides whenever
+there is anything to decide.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ class Permit(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Evaluations of one session on one drive, one after another: the ``seconds`` that each took.
+    """Evaluations of one session on one drive, one after another: ``seconds`` that each took on the device.
 
-    ``key_bytes`` are those in fast memory after the last.
+    It ``waited`` as many for those that the same session had asked before. ``key_bytes`` are those in fast
+    memory after the last.
     """
 
+    waited: list[float]
     seconds: list[float]
     traffic: Traffic
     winners: int
@@ -70,6 +73,9 @@ class Rider(Protocol):
 
     def go_on(self, flight: Flight) -> None:
         """Take over what is under way."""
+
+    def expect(self, since: list[float]) -> None:
+        """Be told that the doorbell was rung for as many entries as ``since`` says, at these times."""
 
     def leave(self) -> None:
         """End: the client does not listen any more."""
@@ -119,7 +125,7 @@ class Express(selectors.EpollSelector):
         if not self._native.permitted or (timeout is not None and timeout <= 0) or not self.idle():
             return super().select(timeout)
         events = self._native.wait(self.fileno(), -1.0 if timeout is None else timeout)
-        self._tell()
+        self._tell(events)
         keys = self.get_map()
         ready = []
         for fd, event in events:
@@ -131,15 +137,20 @@ class Express(selectors.EpollSelector):
                 ready.append((key, (reads | writes) & key.events))
         return ready
 
-    def _tell(self) -> None:
-        for submitted, drive, seconds, traffic, winners, missing, key_bytes in self._native.take_runs():
-            run = Run(seconds, Traffic(*traffic), winners, missing, key_bytes)
+    def _tell(self, events: list[tuple[int, int]]) -> None:
+        for submitted, drive, waited, seconds, traffic, *counts in self._native.take_runs():
+            run = Run(waited, seconds, Traffic(*traffic), *counts)
             _guarded(partial(self._riders[submitted].note, drive, run))
         flight = self._native.take_flight()
         if flight is not None:
             submitted, drive, began, *entry, answer = flight
             flown = Flight(drive, began, Entry._make(entry), answer)
             _guarded(partial(self._riders[submitted].go_on, flown))
+        waiting = self._native.take_waiting()
+        if waiting is not None:
+            submitted, since = waiting
+            _guarded(partial(self._riders[submitted].expect, since))
+            events.append((submitted, _EPOLLIN))
         for submitted in self._native.take_left():
             _guarded(self._riders[submitted].leave)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hillinfer_core.arena import create_arena
 from hillinfer_core.errors import DaemonUnavailable, ForeignToken, InvalidInput, NotAllowed, QuotaExceeded
 from hillinfer_core.layout import PAGE
-from hillinfer_core.ring import RingFds, create_ring
+from hillinfer_core.ring import ENTRIES, RingFds, create_ring
 from hillinfer_core.units import format_bytes
 
 from ..domain.durable import Durable
@@ -193,13 +193,13 @@ class Sessions:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is in flight, and :meth:`begin` would let in one of any session."""
+        """Whether no request is in flight, and :meth:`begin` would let in a ring full of them."""
         limits = self._limits
         return (
             self._in_flight == 0
             and self._finished is None
-            and limits.session_request_limit > 0
-            and limits.user_request_limit > 0
+            and limits.session_request_limit >= ENTRIES
+            and limits.user_request_limit >= ENTRIES
         )
 
     async def finish(self, timeout_s: float) -> bool:

@@ -32,8 +32,9 @@ class Usage:
         self.traffic.add(moved)
 
     def add_run(self, run: Run) -> None:
-        """Count evaluations that the express carried: without a queue."""
+        """Count evaluations that the express carried."""
         self.pieces += len(run.seconds)
+        self.queue_s += sum(run.waited)
         self.device_s += sum(run.seconds)
         self.traffic.add(run.traffic)
         self.rank(run.winners, run.missing)
