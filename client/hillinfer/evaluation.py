@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hillinfer.wire import ALIGNMENT, Staging, number
 from hillinfer_core.errors import InvalidInput
-from hillinfer_core.layout import Reduction
+from hillinfer_core.layout import PAGE, Reduction
 from hillinfer_core.packed import Answer, Item, Region, Request, ask_again, pack_request
 from hillinfer_core.v1 import cold_pool_pb2
 
@@ -207,6 +207,18 @@ def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction, bring: bool =
         bring,
         *((item.context, item.query.shape, item.query.dtype, item.k, item.held.shape) for item in items),
     )
+
+
+def bytes_needed(items: Sequence[EvaluateItem], bring: bool) -> int:
+    """Bytes of shared memory for an evaluation if no winner's row is held, at most: as `Plan` lays it out."""
+    fixed, rows = PAGE, 0
+    for item in items:
+        shape = item.context.shape
+        winners = shape.kv_heads * item.k
+        # Ids, and scores in place of rows; four regions, each aligned.
+        fixed += item.query.nbytes + item.held.nbytes + (4 if bring else 8) * winners + 4 * ALIGNMENT
+        rows = max(rows, winners * shape.row_bytes + ALIGNMENT if bring else 0)
+    return fixed + len(items) * rows
 
 
 def check_kept(items: Sequence[Any]) -> None:

@@ -37,13 +37,15 @@ class Submitted(NamedTuple):
 class RingTransport:
     """Asks through the ring `fds`, which are the transport's from now on, for the session of `connection`.
 
-    Not thread-safe: the session's lock covers every call. Between `submit` and `answer` there is no other.
+    Not thread-safe: the session's lock covers every call. There may be as many requests between `submit` and
+    `answer` as the ring has entries; answers are waited for in any order.
     """
 
     def __init__(self, fds: RingFds, connection: socket.socket) -> None:
         self._fds = fds
         self._submissions, self._completions = client_ends(Arena(fds.memory, RING_BYTES, verify=True))
         self._tickets = itertools.count(1)
+        self._early: dict[int, Entry] = {}  # answers that came before they were waited for
         self._poll = select.poll()
         self._poll.register(fds.completed, select.POLLIN)
         # The daemon sends nothing more on it: an event is its end.
@@ -71,18 +73,18 @@ class RingTransport:
         """Waits for the answer of a request, until its deadline at most.
 
         Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
-        when there will be none. An answer that comes after these is dropped by the next call.
+        when there will be none.
         """
         name = submitted.method.name
-        while True:
+        while submitted.ticket not in self._early:
             left = submitted.deadline - time.monotonic()
             ready = self._poll.poll(max(0.0, left) * 1000)
             rung = any(fd == self._fds.completed for fd, _ in ready)
             if rung:
                 rung = clear_doorbell(self._fds.completed)
-                for entry in self._taken():
-                    if entry.ticket == submitted.ticket:
-                        return entry
+                self._early.update((entry.ticket, entry) for entry in self._taken())
+                if submitted.ticket in self._early:
+                    break
             if ready and not rung:
                 raise DaemonUnavailable(
                     f"{name}: the daemon ended the session; its contexts are gone, connect a new one"
@@ -91,6 +93,7 @@ class RingTransport:
                 raise DeadlineExceeded(
                     f"{name}: no answer within {submitted.timeout_s:g} s; see the daemon's log"
                 )
+        return self._early.pop(submitted.ticket)
 
     def close(self) -> None:
         """Closes the descriptors."""

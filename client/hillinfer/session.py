@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +15,12 @@ from typing import Any, Self
 import numpy as np
 
 from hillinfer import apart, evaluation, wire
-from hillinfer.ahead import Asked
+from hillinfer.ahead import Asked, Questions
 from hillinfer.apart import Apart, ApartItem
 from hillinfer.context import Context
 from hillinfer.counters import Counters
 from hillinfer.durable import DurableContext
-from hillinfer.evaluation import Brought, EvaluateItem, Plan
+from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.link import Link
 from hillinfer.stream import EvaluateStream
 from hillinfer.survival import RESTART_S, again, survives
@@ -82,8 +82,7 @@ class Session:
         self.restarts = 0
         """Restarts of the daemon that the session went through."""
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self._plan: Plan | None = None
-        self._ahead: Asked | None = None
+        self._questions = Questions(self.counters)
         self._away_since = 0.0
         self._ended = ""
 
@@ -229,18 +228,14 @@ class Session:
     def ask_ahead(self, layer: int, items: Sequence[EvaluateItem]) -> Asked | None:
         """Begins what `evaluate_and_bring` does and does not wait for it: `collect` brings what comes of it.
 
-        One such evaluation is under way at a time. Whatever else uses the shared memory before `collect`,
-        another `ask_ahead` too, first waits for its answer and keeps that. None, and nothing begun, without
-        a ring and where one request does not do.
+        Two such evaluations are under way at a time if each has room in half of the shared memory, else one.
+        A further one first waits for the answer of the oldest, and keeps it; whatever else uses the shared
+        memory waits for all of them (`waited_s`). None, and nothing begun, without a ring and where one
+        request does not do.
         """
         with self.lock:
             evaluation.check_kept(items)
-            try:
-                plan = self._filled_plan(items, Reduction.sum, bring=True)
-            except wire.ArenaTooSmall:
-                return None
-            self._ahead = Asked.send(self._attached(), plan, layer, items, self.timeout_s)
-            return self._ahead
+            return self._questions.send(self._attached(), layer, items, self.timeout_s)
 
     @survives
     def collect(self, asked: Asked) -> list[Brought]:
@@ -257,12 +252,16 @@ class Session:
             evaluation.bring_left_behind(asked.layer, asked.items, asked.brought)
             return asked.brought
 
-    def settle(self, asked: Asked | None) -> None:
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which calls waited for answers to what was asked ahead, to use the shared memory."""
+        return self._questions.waited_s
+
+    def settle(self, asked: Asked) -> None:
         """Waits until the daemon is done with what `ask_ahead` began, whatever came of it."""
         with self.lock:
-            if asked is not None and asked is self._ahead:
-                self._ahead = None
-                self._count(asked.settle(self._attached()))
+            if asked.under_way is not None:
+                self._questions.settle(self._attached(), asked)
 
     @survives
     def rank(
@@ -287,31 +286,12 @@ class Session:
         bring: bool,
         meanwhile: Callable[[], None] | None = None,
     ) -> list[Brought]:
-        if not items:
-            if meanwhile is not None:
-                meanwhile()
-            return []
         with self.lock:
             evaluation.check_kept(items)
-            try:
-                plan = self._filled_plan(items, reduction, bring)
-            except wire.ArenaTooSmall:
-                if len(items) == 1:
-                    raise
-                half = len(items) // 2
-                return self._evaluate(layer, items[:half], reduction, bring, meanwhile) + self._evaluate(
-                    layer, items[half:], reduction, bring
-                )
-            answer = self._attached().evaluate(plan, layer, items, self.timeout_s, meanwhile)
-            self._count(answer.results)
-            return plan.taken(answer)
-
-    def _filled_plan(self, items: Sequence[EvaluateItem], reduction: Reduction, bring: bool) -> Plan:
-        staging, shapes = self.staging(), evaluation.shapes_of(items, reduction, bring)
-        if self._plan is None or self._plan.shapes != shapes:
-            self._plan = Plan(staging, items, reduction, shapes, bring)
-        self._plan.fill(items)
-        return self._plan
+            link, timeout_s = self._attached(), self.timeout_s
+            return self._questions.ask(
+                link, layer, items, reduction, timeout_s, bring=bring, meanwhile=meanwhile
+            )
 
     @survives
     def rank_apart(self, layer: int, items: Sequence[ApartItem]) -> list[Apart]:
@@ -362,8 +342,9 @@ class Session:
         Whoever is about to touch the arena asks for it anew: it raises
         `DaemonUnavailable` when the daemon may still use the arena.
         """
-        self.settle(self._ahead)
-        return self._attached().staging()
+        link = self._attached()
+        self._questions.settle_all(link)
+        return link.staging()
 
     def call(self, method: str, request: Any) -> Any:
         """For the library's own use: a call with deadline and typed errors, by the ring where it takes it."""
@@ -373,13 +354,8 @@ class Session:
     def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: an evaluation, counted."""
         response = self._attached().ask(request, self.timeout_s)
-        self._count(response.results)
+        self._questions.count(response.results)
         return response
-
-    def _count(self, results: Iterable[Any]) -> None:
-        for result in results:
-            self.counters.evaluated_bytes += result.evaluated_bytes
-            self.counters.read_bytes += result.read_bytes
 
     def new_stream(self) -> EvaluateStream:
         """For the library's own use: another evaluation stream of this session, not counted, not locked."""
@@ -430,10 +406,7 @@ class Session:
         self.restarts += 1
 
     def _drop_link(self) -> None:
-        self._plan = None
-        if self._ahead is not None:
-            self._ahead.lose()
-            self._ahead = None
+        self._questions.lose()
         if self._link is not None:
             link, self._link = self._link, None
             link.close()

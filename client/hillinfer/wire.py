@@ -137,30 +137,37 @@ class ArenaTooSmall(errors.InvalidInput):
 
 
 class Staging:
-    """Hands out regions of the arena one after another; `reset` takes all of them back.
+    """Hands out regions of the arena, or of a part of it, one after another; `reset` takes all of them back.
 
     Not thread-safe: the session's lock covers a call from its `reset` to the
     last look at what the daemon wrote.
     """
 
-    def __init__(self, arena: Arena, generation: int) -> None:
+    def __init__(self, arena: Arena, generation: int, first: int = 0, end: int | None = None) -> None:
         self._arena = arena
         self.generation = generation
-        self._used = 0
+        self._first, self._end = first, arena.nbytes if end is None else end
+        self._used = first
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arena."""
-        return self._arena.nbytes
+        """Bytes of the arena, or of the part."""
+        return self._end - self._first
 
     @property
     def free(self) -> int:
         """Bytes left from the next page boundary on."""
-        return max(0, self._arena.nbytes - _round_up(self._used, PAGE))
+        return max(0, self._end - _round_up(self._used, PAGE))
+
+    def halves(self) -> tuple[Staging, Staging]:
+        """Both halves, divided at a page boundary."""
+        middle = self._first + _round_up(self.nbytes // 2, PAGE)
+        lower = Staging(self._arena, self.generation, self._first, middle)
+        return lower, Staging(self._arena, self.generation, middle, self._end)
 
     def reset(self) -> None:
         """Takes back every region."""
-        self._used = 0
+        self._used = self._first
 
     def take(
         self, shape: Sequence[int], dtype: Any, alignment: int = ALIGNMENT
@@ -173,10 +180,10 @@ class Staging:
         if length == 0:
             return cold_pool_pb2.Region(), np.empty(shape, dtype)
         offset = _round_up(self._used, alignment)
-        if offset + length > self._arena.nbytes:
+        if offset + length > self._end:
             raise ArenaTooSmall(
-                f"the session's arena of {self._arena.nbytes} bytes is too small for this call: "
-                f"connect with arena_bytes of {offset + length} or more"
+                f"the session's arena of {self.nbytes} bytes is too small for this call: "
+                f"connect with arena_bytes of {offset + length - self._first} or more"
             )
         self._used = offset + length
         region = cold_pool_pb2.Region(offset=offset, length=length, generation=self.generation)

@@ -118,11 +118,12 @@ def test_no_answer_in_time_ends_the_use_of_the_arena(daemon: PrivateDaemon) -> N
         fill(context)
         os.kill(daemon.pid, signal.SIGSTOP)
         try:
-            asked = ask(session, 0, [item(context)])
+            first, second = (ask(session, 0, [item(context, seed)]) for seed in range(2))
             with pytest.raises(errors.DaemonUnavailable, match="may still be in use"):
                 session.evaluate_and_bring(0, [item(context)])
-            with pytest.raises(errors.DeadlineExceeded):
-                session.collect(asked)
+            for asked in (first, second):
+                with pytest.raises(errors.DeadlineExceeded):
+                    session.collect(asked)
         finally:
             os.kill(daemon.pid, signal.SIGCONT)
         with pytest.raises(errors.DaemonUnavailable, match="may still be in use"):

@@ -175,7 +175,7 @@ def test_an_answer_for_another_step_is_not_used(model, session, predictor):
             pipeline.attended(layer, query, None)
         assert pipeline.pending == [1]
         layer.slots.lengths += 1
-        assert pipeline.take(layer) is None
+        assert pipeline.take(layer, query) is None
         layer.slots.lengths -= 1
 
 
@@ -246,7 +246,7 @@ def test_requests_ahead_bring_what_the_thread_does(model, daemon, predictor):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("policy", "waits"), [(None, True), (InItsThread(), False)])
-def test_a_request_is_waited_for_before_the_next_one_and_a_thread_is_not(model, session, policy, waits):
+def test_of_three_requests_the_first_is_waited_for_and_of_a_thread_none(model, session, policy, waits):
     ids, _ = prompt(1, 500, False)
     options = {"budget": 100, "predictor": "next_layer", "policy": policy}
     with hillinfer.attach(model, session=session, **options) as attachment:
@@ -254,12 +254,13 @@ def test_a_request_is_waited_for_before_the_next_one_and_a_thread_is_not(model, 
         decode(model, cache, ids, 3)
         pipeline = cache.pipeline
         pipeline.drop()
-        for layer in cache.full_layers[1:3]:
-            pipeline.before(layer, lambda: torch.zeros(1, 4, 1, 16))
-        first, second = (pipeline._jobs[index] for index in (1, 2))
-        assert (first.waited is not None) == waits
-        assert second.waited is None
-        assert pipeline.take(cache.full_layers[1]) is not None
+        query = torch.zeros(1, 4, 1, 16)
+        for layer in cache.full_layers[1:]:
+            pipeline.before(layer, lambda: query)
+        waited = [pipeline._jobs[index].waited is not None for index in (1, 2, 3)]
+        assert waited == [waits, False, False]
+        for layer in cache.full_layers[1:]:
+            assert pipeline.take(layer, query) is not None
 
 
 @torch.inference_mode()

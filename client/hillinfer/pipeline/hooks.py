@@ -47,7 +47,10 @@ class PredictionHooks:
             if pipeline is None or hidden_of(args, kwargs).shape[1] != 1:
                 return
             if number == 0:
+                cache.check_usable()
                 pipeline.timeline.mark = perf_counter()
+            if not self._known[number] and pipeline.asks_own and not cache.layers[number].is_sliding:
+                pipeline.before_own(cache.layers[number], lambda: self._queries[number](args, kwargs))
             if following < len(self._layers) and self._known[following]:
                 computing, target = cache.layers[number], cache.layers[following]
                 if not target.is_sliding:  # the others have nothing to rank

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from hillinfer.pipeline.device import Uploaded
 from hillinfer.session import Brought, EvaluateItem
@@ -46,8 +47,8 @@ class Answer(Protocol):
         """Return what has come so far and waits for its layer."""
         ...
 
-    def wait_for_others(self) -> bool:
-        """Wait for it if nothing else can be asked for before; say whether that is so."""
+    def is_kept(self) -> bool:
+        """Whether it came because something else had to wait for it, and is kept for its layer."""
         ...
 
     def drop(self) -> None:
@@ -72,6 +73,8 @@ class Job:
     ends: list[int]
     append: list[int]
     sampled: bool
+    own: torch.Tensor | None = None
+    """The query [B, H, 1, D], if it is meant to be the layer's own: the answer is good for no other."""
     began: float = 0.0
     waited: float | None = None
     """When the thread of the model began to wait for it, if that was before the layer took it."""
