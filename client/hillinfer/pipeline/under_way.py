@@ -17,6 +17,8 @@ from hillinfer.pipeline import device
 from hillinfer.pipeline.job import Job, Prefetched
 from hillinfer.session import Brought, EvaluateItem, Session
 
+_TO_PERF_COUNTER = perf_counter() - time.monotonic()
+
 Query = Callable[[], npt.NDArray[np.float32]]
 """Waits for a query float32 [B, H, D], in any thread."""
 
@@ -46,9 +48,8 @@ class Request:
         brought = self._session.collect(self._asked)
         ended = max(each.answered_at for each in brought)
         # Where nothing says when the answer came, it was asked for again, and is there now.
-        since = perf_counter() - time.monotonic()
-        begun = max(self._asked.asked_at, self._asked.begun_at) + since
-        ended = (ended or time.monotonic()) + since
+        begun = max(self._asked.asked_at, self._asked.begun_at) + _TO_PERF_COUNTER
+        ended = (ended or time.monotonic()) + _TO_PERF_COUNTER
         return Prefetched(self._rows, brought, [None] * len(brought), begun, begun, ended)
 
     def come(self) -> Sequence[Brought]:
