@@ -72,6 +72,7 @@ def test_everything_attended_is_plain_transformers(model, session, predictor):
 def test_the_exact_query_selects_the_same_with_and_without_prefetch(model, session, monkeypatch):
     """With every step sampled each one ranks with its own query, on top of what was prefetched."""
     monkeypatch.setattr(choice, "SAMPLE_EVERY", 1)
+    monkeypatch.setattr(choice, "SAMPLE_AT_MOST", 1)
     monkeypatch.setattr(choice, "ENTER_HIDDEN", 0.0)
     monkeypatch.setattr(choice, "ENTER_LOSS", dict.fromkeys(choice.ENTER_LOSS, 1.0))
     ids, _ = prompt(2, 600, False)
@@ -308,6 +309,7 @@ def measured(loss, slack=2.0, samples=10, previous=0.5):
         ("exact", measured(0.1), 82, "next_layer"),
         ("exact", measured(0.1), 41, "exact"),  # too few tokens for a predicted query
         ("exact", measured(0.1, samples=2), 82, "exact"),  # too little known
+        ("exact", measured(0.07, samples=1), 82, "next_layer"),  # clear at once
         ("exact", measured(0.18), 82, "exact"),  # loses more than it may to be chosen
         ("next_layer", measured(0.18), 82, "next_layer"),  # but not more than it may to stay
         ("next_layer", measured(0.3), 82, "exact"),
@@ -321,6 +323,18 @@ def measured(loss, slack=2.0, samples=10, previous=0.5):
 )
 def test_the_choice(current, seen, attended, expected):
     assert choose(Predictor(current), seen, attended) == expected
+
+
+def test_samples_become_rare_while_they_clearly_confirm_the_choice():
+    seen, sampled = Measured(), []
+    for step in range(600):
+        if choice.is_sampled(seen, step):
+            loss = 0.12 if step < 3 else 0.2 if step > 300 else 0.02
+            seen.lost({Predictor.next_layer: loss})
+            sampled.append(step)
+            seen.look_again(step, 2, confirmed=seen.is_clear(Predictor.next_layer))
+    # Three while it is in doubt, then every 32nd, less often once it is clear, and every 32nd in doubt again.
+    assert sampled == [0, 1, 2, 30, 62, 94, 158, 286, 414, 446, 478, 510, 542, 574]
 
 
 def test_losses_and_times_run_with_what_is_measured():

@@ -84,7 +84,7 @@ class Pipeline:
         So does a query that is still on its way from an accelerator.
         """
         state = self.layers[layer.index]
-        sampled = self._is_sampled(state, layer.index)
+        sampled = self._is_sampled(state)
         if not layer.is_initialized or not (state.predictor is Predictor.next_layer or sampled):
             return
         if not state.known or layer.index in self._jobs:
@@ -118,7 +118,7 @@ class Pipeline:
             return
         if not Request.serves(self.policy) or on_accelerator(layer.slots.keys):
             return
-        job = make_job(layer, state.step, self._is_sampled(state, layer.index), ahead=True)
+        job = make_job(layer, state.step, self._is_sampled(state), ahead=True)
         if job is None:
             return
         start = perf_counter()
@@ -170,10 +170,14 @@ class Pipeline:
         if losses is not None:
             state.measured.lost(losses)
         if self.predictor is Predictor.auto:
-            state.predictor = choice.choose(state.predictor, state.measured, layer.slots.attended)
+            chosen = choice.choose(state.predictor, state.measured, layer.slots.attended)
+            same, state.predictor = chosen is state.predictor, chosen
+            if losses is not None or not same:
+                confirmed = same and state.measured.is_clear(chosen)
+                state.measured.look_again(state.step, layer.index, confirmed=confirmed)
         state.step += 1
         if state.predictor is Predictor.previous_step:
-            job = make_job(layer, state.step, self._is_sampled(state, layer.index), ahead=False)
+            job = make_job(layer, state.step, self._is_sampled(state), ahead=False)
             if job is not None:
                 self._begin(job, query, device.to_host(query[:, :, 0]))
 
@@ -191,7 +195,7 @@ class Pipeline:
 
     def samples(self, layer: int) -> bool:
         """Whether the step in progress of `layer` is sampled."""
-        return self._is_sampled(self.layers[layer], layer)
+        return self._is_sampled(self.layers[layer])
 
     def drop(self, layer: int | None = None) -> None:
         """Forget what was asked for `layer` (None: all), once nothing of it is under way.
@@ -211,8 +215,8 @@ class Pipeline:
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._jobs.clear()
 
-    def _is_sampled(self, state: LayerState, layer: int) -> bool:
-        return self.predictor is Predictor.auto and choice.is_sampled(state.measured, state.step, layer)
+    def _is_sampled(self, state: LayerState) -> bool:
+        return self.predictor is Predictor.auto and choice.is_sampled(state.measured, state.step)
 
     def _note_amid_compute(self, name: str, job: Job, start: float, end: float) -> None:
         timeline, of = self.timeline, (job.step, job.layer.index)
