@@ -13,6 +13,7 @@ import hillinfer
 from hillinfer.hkm.slots import Slots
 from hillinfer.pipeline import choice, prefetch
 from hillinfer.pipeline.choice import Measured, Predictor, choose
+from hillinfer.pipeline.first import FirstQuery
 from hillinfer.pipeline.timeline import EVALUATE, LATE, MODEL, WORKER
 from hillinfer_core.errors import DaemonUnavailable, InvalidInput, UnsupportedModel
 
@@ -27,6 +28,14 @@ def model():
 def session(daemon):
     with hillinfer.Session.connect(daemon.socket, arena_bytes=ARENA, name="pipeline") as session:
         yield session
+
+
+@pytest.fixture(scope="module")
+def durable_daemon(tmp_path_factory):
+    with hillinfer.PrivateDaemon(
+        pool_capacity=128 << 20, pool_dir=tmp_path_factory.mktemp("pool")
+    ) as running:
+        yield running
 
 
 def workers():
@@ -262,6 +271,65 @@ def test_of_three_requests_the_first_is_waited_for_and_of_a_thread_none(model, s
         assert waited == [waits, False, False]
         for layer in cache.full_layers[1:]:
             assert pipeline.take(layer, query) is not None
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("end", ["crop", "save", "a prompt", "close"])
+def test_two_requests_under_way_are_waited_for(model, durable_daemon, end):
+    """What they asked for is forgotten; the cache goes on as one of which nothing was asked."""
+    ids, _ = prompt(1, 500, False)
+    query, seen = torch.zeros(1, 4, 1, 16), []
+    for number, asked in enumerate((True, False)):
+        with (
+            hillinfer.Session.connect(durable_daemon.socket, arena_bytes=ARENA) as session,
+            hillinfer.attach(model, session=session, budget=100, predictor="next_layer") as attachment,
+        ):
+            cache = attachment.new_cache(durable=f"{end} {number}")
+            decode(model, cache, ids, 3)
+            if end == "crop":
+                cache.save()
+            for layer in cache.full_layers[1:3] if asked else ():
+                cache.pipeline.before(layer, lambda: query)
+            assert cache.pipeline.pending == ([1, 2] if asked else [])
+            if end == "close":
+                cache.close()
+                continue
+            if end == "crop":
+                cache.crop(-40)
+            elif end == "save":
+                cache.save()
+            else:
+                model(ids[:, :30], past_key_values=cache)
+            assert not cache.pipeline.pending
+            logits = [model(ids[:, step : step + 1], past_key_values=cache).logits for step in range(20)]
+            seen.append(torch.stack(logits))
+    assert end == "close" or torch.equal(*seen)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("told", ["its own", "another's", "none"])
+def test_the_first_layer_ranks_with_its_own_query_whatever_is_said_to_be_it(session, monkeypatch, told):
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**{**COMMON, "num_hidden_layers": 1})).eval()
+    ids, _ = prompt(2, 500, False)
+
+    def say(first, kwargs):
+        if told == "none":
+            raise UnsupportedModel("nothing to say")
+        return make(first, kwargs) if told == "its own" else torch.ones_like(make(first, kwargs))
+
+    seen, make = [], FirstQuery.__call__
+    monkeypatch.setattr(FirstQuery, "__call__", say)
+    for predictor in ("exact", "next_layer", "auto"):
+        with hillinfer.attach(model, session=session, budget=100, predictor=predictor) as attachment:
+            cache = attachment.new_cache()
+            seen.append(decode(model, cache, ids, 20))
+            assert attachment._predictions._first.usable == (predictor != "exact")
+            assert cache.pipeline.layers[0].own == (predictor == "exact" or told == "its own")
+            ahead = cache.pipeline.timeline.sums[WORKER, EVALUATE] > 0
+            assert ahead == (predictor != "exact")
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
 
 
 @torch.inference_mode()
