@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 from hillinfer import evaluation, wire
 from hillinfer.counters import Counters
@@ -14,9 +17,14 @@ from hillinfer.link import Link
 from hillinfer.ring import Submitted
 from hillinfer.survival import DaemonGone
 from hillinfer_core.errors import HillInferError
-from hillinfer_core.layout import Reduction
+from hillinfer_core.layout import PAGE, Reduction
+from hillinfer_core.v1 import cold_pool_pb2
 
-_HALVES = (0, 1)
+_HALVES, _FOR_APPENDS = (0, 1), 2
+"""Parts of the arena."""
+
+_APPENDS = 8
+"""Appends under way, at most: with the evaluations fewer than the ring has entries. Our choice."""
 
 
 @dataclass(eq=False, slots=True)
@@ -39,17 +47,26 @@ class Asked:
     """With which it ended instead."""
 
 
+class Appending(NamedTuple):
+    """An append under way. ended: called once, with the answer, or None if it failed or is lost."""
+
+    submitted: Submitted
+    ended: Callable[[cold_pool_pb2.AppendResponse | None], None]
+
+
 class Questions:
     """Plans of evaluations, and those under way: two, in one half of the arena each, or one in all of it.
 
     So the daemon can go from one to the next without waiting for this process. It answers them in the order
-    in which they were sent. The session's lock covers every call; each is given the attachment of the moment.
+    in which they were sent. Beside them small appends are under way, in a part of the arena of their own.
+    The session's lock covers every call; each is given the attachment of the moment.
     """
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
         self._asked: list[Asked] = []
         """Under way, the oldest first."""
+        self._appending: list[Appending] = []
         self._users: list[Asked | None] = [None for _ in _HALVES]
         self._plans: dict[int | None, Plan] = {}
         """Of each half, and of the whole arena."""
@@ -104,15 +121,55 @@ class Questions:
             self._users[half] = asked
         return asked
 
+    def room_to_append(
+        self, link: Link, shape: tuple[int, ...], dtype: npt.DTypeLike
+    ) -> tuple[cold_pool_pb2.Region, npt.NDArray[Any]] | None:
+        """Return where rows lie that `append` is to send; None where there is no room for them."""
+        for _ in range(2):
+            staging = link.staging(_FOR_APPENDS, self._under_way)
+            if not self._appending:
+                staging.reset()
+            if len(self._appending) < _APPENDS:
+                with suppress(wire.ArenaTooSmall):
+                    return staging.take(shape, dtype, PAGE)
+            self.settle_appends(link)
+        return None
+
+    def append(
+        self,
+        link: Link,
+        request: cold_pool_pb2.AppendRequest,
+        timeout_s: float,
+        ended: Callable[[cold_pool_pb2.AppendResponse | None], None],
+    ) -> bool:
+        """Send an append of rows that are there and do not wait. Say whether it was sent; see `Appending`."""
+        submitted = link.submit_append(request, timeout_s)
+        if submitted is not None:
+            self._appending.append(Appending(submitted, ended))
+        return submitted is not None
+
+    def settle_appends(self, link: Link) -> None:
+        """Wait until the daemon is done with all appends. Raises nothing."""
+        while self._appending:
+            appending = self._appending.pop(0)
+            response = None
+            try:
+                # Whoever appends the same then, or needs the daemon next, finds out what was wrong.
+                with suppress(HillInferError):
+                    response = link.answer_append(appending.submitted)
+            finally:
+                appending.ended(response)
+
     def settle(self, link: Link, asked: Asked) -> None:
         """Wait until the daemon is done with it and with all sent before; keep what came. Raises nothing."""
         while asked in self._asked:
             self._settle_oldest(link)
 
     def settle_all(self, link: Link) -> None:
-        """As `settle`, of everything under way: nothing of the arena is in use then."""
+        """As `settle`, of everything under way, appends too: nothing of the arena is in use then."""
         while self._asked:
             self._make_room(link)
+        self.settle_appends(link)
 
     def lose(self) -> None:
         """The daemon is gone, or no longer of this session."""
@@ -121,12 +178,18 @@ class Questions:
         self._asked.clear()
         self._users = [None for _ in _HALVES]
         self._plans.clear()
+        while self._appending:
+            self._appending.pop().ended(None)
 
     def count(self, results: Iterable[Any]) -> None:
         """Count what the daemon scanned and read."""
         for result in results:
             self._counters.evaluated_bytes += result.evaluated_bytes
             self._counters.read_bytes += result.read_bytes
+
+    @property
+    def _under_way(self) -> int:
+        return len(self._asked) + len(self._appending)
 
     def _make_room(self, link: Link) -> None:
         start = time.perf_counter()
@@ -165,7 +228,7 @@ class Questions:
         half = self._users.index(None)
         place: int | None = half
         halves: Sequence[int] = (half,)
-        staging = link.staging(half, len(self._asked))
+        staging = link.staging(half, self._under_way)
         plan = self._plans.get(half)
         if plan is None or plan.shapes != shapes:
             if evaluation.bytes_needed(items, bring) > staging.nbytes:

@@ -51,6 +51,8 @@ class Context:
         self.checksum_bytes = opened.checksum_bytes
         """Row checksums of this context in the daemon's DRAM, as of the last append."""
         self._append_limit = opened.append_limit
+        self._appending: set[int] = set()
+        """Layers of which `append_ahead` has a request under way."""
         self._flushed = list(opened.layer_tokens) or [0] * shape.layers
         self._tail_tokens = [0] * shape.layers
         self._tails = np.zeros(
@@ -83,7 +85,10 @@ class Context:
         return self.flushed(layer) + self._tail_tokens[layer]
 
     def flushed(self, layer: int) -> int:
-        """Tokens of the layer that the cold pool holds; the rest is the tail."""
+        """Tokens of the layer that the cold pool holds; the rest is the tail. Waits for `append_ahead`."""
+        if layer in self._appending:
+            with self.session.lock:
+                self.session.questions.settle_appends(self.session.attached())
         if not 0 <= layer < self.shape.layers:
             raise InvalidInput(f"the context has layers 0 to {self.shape.layers - 1}, not {layer}")
         return self._flushed[layer]
@@ -124,6 +129,39 @@ class Context:
             self._tail_tokens[layer] = held + tokens - taken
 
     @survives
+    def append_ahead(self, layer: int, keys: Array, values: Array) -> None:
+        """Begins to append n tokens as `append` does if that is one request of whole units; does not wait.
+
+        Whatever needs to know does, and finds that they are there or, after any failure, not: then they are
+        to be appended again. Raises `InvalidInput` for another shape or dtype.
+        """
+        keys, values = storage_rows(self.shape, keys, "keys"), storage_rows(self.shape, values, "values")
+        shape, session, tokens = self.shape, self.session, keys.shape[1]
+        with session.lock:
+            self.flushed(layer)
+            whole = not self._tail_tokens[layer] and tokens % self.append_unit == 0
+            if not whole or self.saved or tokens > (self._append_limit or tokens):
+                return
+            link, questions = session.attached(), session.questions
+            found = questions.room_to_append(link, (shape.kv_heads, tokens, 2, shape.head_dim), keys.dtype)
+            if found is None:
+                return
+            region, rows = found
+            rows[:, :, 0], rows[:, :, 1] = keys, values
+
+            def ended(response: cold_pool_pb2.AppendResponse | None) -> None:
+                self._appending.discard(layer)
+                if response is not None:
+                    self._note_appended(region, response)
+                    self._origin.keep(layer, rows)
+                    self._flushed[layer] = response.layer_tokens
+
+            self._appending.add(layer)
+            request = self._append_request(layer, tokens, region)
+            if not questions.append(link, request, session.timeout_s, ended):
+                self._appending.discard(layer)
+
+    @survives
     def _begin_append(self) -> None:
         self._check_writable()
         self.check_kept()
@@ -160,7 +198,15 @@ class Context:
     def _append(
         self, layer: int, tokens: int, rows: cold_pool_pb2.Region, *, tail: bool = False
     ) -> cold_pool_pb2.AppendResponse:
-        request = cold_pool_pb2.AppendRequest(
+        request = self._append_request(layer, tokens, rows, tail=tail)
+        response: cold_pool_pb2.AppendResponse = self.session.call("Append", request)
+        self._note_appended(rows, response)
+        return response
+
+    def _append_request(
+        self, layer: int, tokens: int, rows: cold_pool_pb2.Region, *, tail: bool = False
+    ) -> cold_pool_pb2.AppendRequest:
+        return cold_pool_pb2.AppendRequest(
             context_id=self.context_id,
             layer=layer,
             first_token=self._flushed[layer],
@@ -168,11 +214,11 @@ class Context:
             rows=rows,
             tail=tail,
         )
-        response: cold_pool_pb2.AppendResponse = self.session.call("Append", request)
+
+    def _note_appended(self, rows: cold_pool_pb2.Region, response: cold_pool_pb2.AppendResponse) -> None:
         self.evaluation_key_bytes = response.evaluation_key_bytes
         self.checksum_bytes = response.checksum_bytes
         self.session.counters.written_bytes += rows.length
-        return response
 
     @survives
     def save(self, group: str | int | None = None) -> None:

@@ -46,7 +46,7 @@ class Link:
         self._stopping_s = stopping_s
         self.arena_bytes = 0 if arena is None else arena.nbytes
         self._staging = None if arena is None else wire.Staging(arena, self.accepted.arena_generation)
-        self._halves = () if self._staging is None else self._staging.halves()
+        self._parts = () if self._staging is None else self._staging.divided()
         self._metadata = ((protocol.TOKEN_KEY, self.accepted.token),)
         # Own subchannels: another session's backoff after a dead daemon must not delay this one.
         options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
@@ -56,11 +56,11 @@ class Link:
         self._ring = None if fds is None else RingTransport(fds, self._connection)
         self._unfinished = 0  # calls that may use the arena and were not answered (yet)
 
-    def staging(self, half: int | None = None, under_way: int = 0) -> wire.Staging:
-        """Return the allocator of the arena, or of one `half` of it, 0 or 1.
+    def staging(self, part: int | None = None, under_way: int = 0) -> wire.Staging:
+        """Return the allocator of the arena, or of one `part`: 0 and 1, as large, and 2, which is small.
 
-        under_way: evaluations that were sent and not yet answered, in the other half. Raises
-        `DaemonUnavailable` when the daemon may use the arena for anything else, `DaemonGone` if it is gone.
+        under_way: calls that were sent and not yet answered, in other parts. Raises `DaemonUnavailable` when
+        the daemon may use the arena for anything else, `DaemonGone` if it is gone.
         """
         if self._staging is None:
             raise InvalidInput("the session has no arena; connect with arena_bytes above 0")
@@ -70,7 +70,7 @@ class Link:
             raise DaemonUnavailable(
                 "a call did not finish, the shared memory may still be in use; connect a new session"
             )
-        return self._staging if half is None else self._halves[half]
+        return self._staging if part is None else self._parts[part]
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
         """Make a call with deadline and typed errors, by the ring where it takes it."""
@@ -136,6 +136,20 @@ class Link:
             payload = _payload(self._ring.answer(submitted))
         return unpack_answer(payload)
 
+    def submit_append(self, request: cold_pool_pb2.AppendRequest, timeout_s: float) -> Submitted | None:
+        """As `submit`, of an append."""
+        if self._ring is None or not self._ring.takes(request):
+            return None
+        self._unfinished += 1
+        return self._ring.submit(Method.Append, request.SerializeToString(), timeout_s)
+
+    def answer_append(self, submitted: Submitted) -> cold_pool_pb2.AppendResponse:
+        """As `answer`, of an append."""
+        assert self._ring is not None
+        with self._awaiting(submitted.method.name, counted=True):
+            payload = _payload(self._ring.answer(submitted))
+        return cold_pool_pb2.AppendResponse.FromString(payload)
+
     def _ask_stream(
         self,
         request: cold_pool_pb2.EvaluateRequest,
@@ -159,7 +173,7 @@ class Link:
         if self._ring is not None:
             self._ring.close()
         self._connection.close()
-        self._staging, self._halves = None, ()
+        self._staging, self._parts = None, ()
 
     def _ask_ring(self, method: str, request: Any, timeout_s: float) -> Any:
         assert self._ring is not None

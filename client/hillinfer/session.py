@@ -82,7 +82,8 @@ class Session:
         self.restarts = 0
         """Restarts of the daemon that the session went through."""
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self._questions = Questions(self.counters)
+        self.questions = Questions(self.counters)
+        """For the library's own use, under `lock`."""
         self._away_since = 0.0
         self._ended = ""
 
@@ -235,7 +236,7 @@ class Session:
         """
         with self.lock:
             evaluation.check_kept(items)
-            return self._questions.send(self._attached(), layer, items, self.timeout_s)
+            return self.questions.send(self.attached(), layer, items, self.timeout_s)
 
     @survives
     def collect(self, asked: Asked) -> list[Brought]:
@@ -255,13 +256,13 @@ class Session:
     @property
     def waited_s(self) -> float:
         """Seconds in which calls waited for answers to what was asked ahead, to use the shared memory."""
-        return self._questions.waited_s
+        return self.questions.waited_s
 
     def settle(self, asked: Asked) -> None:
         """Waits until the daemon is done with what `ask_ahead` began, whatever came of it."""
         with self.lock:
             if asked.under_way is not None:
-                self._questions.settle(self._attached(), asked)
+                self.questions.settle(self.attached(), asked)
 
     @survives
     def rank(
@@ -288,8 +289,8 @@ class Session:
     ) -> list[Brought]:
         with self.lock:
             evaluation.check_kept(items)
-            link, timeout_s = self._attached(), self.timeout_s
-            return self._questions.ask(
+            link, timeout_s = self.attached(), self.timeout_s
+            return self.questions.ask(
                 link, layer, items, reduction, timeout_s, bring=bring, meanwhile=meanwhile
             )
 
@@ -342,24 +343,24 @@ class Session:
         Whoever is about to touch the arena asks for it anew: it raises
         `DaemonUnavailable` when the daemon may still use the arena.
         """
-        link = self._attached()
-        self._questions.settle_all(link)
+        link = self.attached()
+        self.questions.settle_all(link)
         return link.staging()
 
     def call(self, method: str, request: Any) -> Any:
         """For the library's own use: a call with deadline and typed errors, by the ring where it takes it."""
         with self.lock:
-            return self._attached().call(method, request, self.timeout_s)
+            return self.attached().call(method, request, self.timeout_s)
 
     def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: an evaluation, counted."""
-        response = self._attached().ask(request, self.timeout_s)
-        self._questions.count(response.results)
+        response = self.attached().ask(request, self.timeout_s)
+        self.questions.count(response.results)
         return response
 
     def new_stream(self) -> EvaluateStream:
         """For the library's own use: another evaluation stream of this session, not counted, not locked."""
-        return self._attached().new_stream(self.timeout_s)
+        return self.attached().new_stream(self.timeout_s)
 
     def note_gone(self) -> None:
         """For the library's own use, under `lock`: the daemon is gone; the next use waits for another."""
@@ -377,7 +378,8 @@ class Session:
         arena_bytes, name = self._asked
         return Link(self.socket, arena_bytes, name, timeout_s, self._with_ring, self.restart_s)
 
-    def _attached(self) -> Link:
+    def attached(self) -> Link:
+        """For the library's own use, under `lock`: the attachment; another if the daemon was restarted."""
         if self._link is None and not self._ended:
             again(self._reattach, self._away_since, self.restart_s)
         if self._link is None:
@@ -406,7 +408,7 @@ class Session:
         self.restarts += 1
 
     def _drop_link(self) -> None:
-        self._questions.lose()
+        self.questions.lose()
         if self._link is not None:
             link, self._link = self._link, None
             link.close()

@@ -159,11 +159,13 @@ class Staging:
         """Bytes left from the next page boundary on."""
         return max(0, self._end - _round_up(self._used, PAGE))
 
-    def halves(self) -> tuple[Staging, Staging]:
-        """Both halves, divided at a page boundary."""
-        middle = self._first + _round_up(self.nbytes // 2, PAGE)
-        lower = Staging(self._arena, self.generation, self._first, middle)
-        return lower, Staging(self._arena, self.generation, middle, self._end)
+    def divided(self) -> tuple[Staging, Staging, Staging]:
+        """Two halves of most of it, and an eighth, or as much less as makes whole pages."""
+        rest = self._end - self.nbytes // 8 // PAGE * PAGE
+        middle = min(self._first + _round_up((rest - self._first) // 2, PAGE), rest)
+        ends = (self._first, middle), (middle, rest), (rest, self._end)
+        one, two, three = (Staging(self._arena, self.generation, *each) for each in ends)
+        return one, two, three
 
     def reset(self) -> None:
         """Takes back every region."""

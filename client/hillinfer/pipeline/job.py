@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hillinfer.hkm.tensors import to_storage
 from hillinfer.pipeline.device import Uploaded
 from hillinfer.session import Brought, EvaluateItem
 
@@ -128,6 +129,22 @@ def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool)
             for context, n in zip(cache.contexts, lengths, strict=True)
         ]
     return Job(layer, step, wanted, lengths, held(layer), ends, append, sampled)
+
+
+def append_for_next(layer: HierarchicalLayer) -> bool:
+    """Begin to append what the next decode step of `layer` would, and wait for; say if there is anything.
+
+    What comes of it the layer's next `Job` sees, which appends what was not.
+    """
+    slots, index, any_sent = layer.slots, layer.index, False
+    for row, (context, length) in enumerate(zip(layer.cache.contexts, slots.lengths.tolist(), strict=True)):
+        first = context.length(index)
+        end = min(layer.append_end(context, length + 1, layer.waiting), length)
+        if end > first:
+            keys, values = slots.pinned_rows(row, first, end - first)
+            context.append_ahead(index, to_storage(keys), to_storage(values))
+            any_sent = True
+    return any_sent
 
 
 def held(layer: HierarchicalLayer) -> Ids:

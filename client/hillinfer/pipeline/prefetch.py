@@ -17,7 +17,7 @@ from hillinfer.hkm.background import Background
 from hillinfer.hkm.staging import on_accelerator
 from hillinfer.pipeline import choice, device
 from hillinfer.pipeline.choice import Measured, Predictor
-from hillinfer.pipeline.job import Job, Prefetched, make_job
+from hillinfer.pipeline.job import Job, Prefetched, append_for_next, make_job
 from hillinfer.pipeline.timeline import APPEND, COMPUTE, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
 from hillinfer.pipeline.under_way import InThread, Query, Request
 from hillinfer.session import Brought, EvaluateItem, Session
@@ -176,6 +176,10 @@ class Pipeline:
                 confirmed = same and state.measured.is_clear(chosen)
                 state.measured.look_again(state.step, layer.index, confirmed=confirmed)
         state.step += 1
+        if Request.serves(self.policy) and not on_accelerator(query):
+            start = perf_counter()
+            if append_for_next(layer):
+                self._note_amid_compute(APPEND, state.step - 1, layer.index, start, perf_counter())
         if state.predictor is Predictor.previous_step:
             job = make_job(layer, state.step, self._is_sampled(state), ahead=False)
             if job is not None:
@@ -218,8 +222,8 @@ class Pipeline:
     def _is_sampled(self, state: LayerState) -> bool:
         return self.predictor is Predictor.auto and choice.is_sampled(state.measured, state.step)
 
-    def _note_amid_compute(self, name: str, job: Job, start: float, end: float) -> None:
-        timeline, of = self.timeline, (job.step, job.layer.index)
+    def _note_amid_compute(self, name: str, step: int, layer: int, start: float, end: float) -> None:
+        timeline, of = self.timeline, (step, layer)
         if timeline.mark:
             timeline.note(MODEL, COMPUTE, *of, timeline.mark, start)
         timeline.note(MODEL, name, *of, start, end)
@@ -233,7 +237,7 @@ class Pipeline:
         for other in self._jobs.values():
             if other.answer is not None and other.waited is None and other.answer.is_kept():
                 other.waited = start
-        self._note_amid_compute(WAIT, job, start, start + waited)
+        self._note_amid_compute(WAIT, job.step, job.layer.index, start, start + waited)
         return start + waited
 
     def _begin(self, job: Job, query: torch.Tensor, host: Query) -> None:
@@ -243,7 +247,7 @@ class Pipeline:
             job.append_ahead()
             begun = self._note_waiting(job, start, waited)
             start, waited = perf_counter(), self._session.waited_s
-            self._note_amid_compute(APPEND, job, begun, start)
+            self._note_amid_compute(APPEND, job.step, job.layer.index, begun, start)
         job.answer = Request.send(self._session, self.policy, job, host)
         job.began = self._note_waiting(job, start, waited)
         if job.answer is None:
