@@ -245,6 +245,47 @@ def check_query(
         )
 
 
+def evaluate_alone(
+    context: Context,
+    layer: int,
+    query: npt.NDArray[np.float32],
+    k: int,
+    first: int,
+    end: int | None,
+    reduction: Reduction,
+) -> Selection:
+    """See `Context.evaluate`."""
+    shape = context.shape
+    check_query(query, shape.kv_heads, shape.head_dim)
+    flushed = context.flushed(layer)
+    end = flushed if end is None else end
+    if not 0 <= first <= end <= flushed:
+        raise InvalidInput(f"cannot rank tokens {first} to {end}: the layer has {flushed} flushed tokens")
+    if not 1 <= k <= end - first:
+        raise InvalidInput(f"k must be 1 to {end - first}, the number of tokens to rank, not {k}")
+    with context.session.lock:
+        staging = context.session.staging()
+        staging.reset()
+        query_region, staged = staging.take(query.shape, np.float32)
+        ids_region, ids = staging.take((shape.kv_heads, k), np.uint32)
+        scores_region, scores = staging.take((shape.kv_heads, k), np.int32)
+        staged[...] = query
+        request = cold_pool_pb2.EvaluateRequest(
+            layer=layer, query_heads=query.shape[0], reduction=number(reduction)
+        )
+        request.evaluations.add(
+            context_id=context.context_id,
+            first_token=first,
+            end_token=end,
+            k=k,
+            query=query_region,
+            ids=ids_region,
+            scores=scores_region,
+        )
+        result = context.session.ask(request).results[0]
+        return Selection(ids.copy(), scores.copy(), result.evaluated_bytes)
+
+
 def bring_left_behind(layer: int, items: Sequence[EvaluateItem], brought: Sequence[Brought]) -> None:
     """Fetches the missing rows that the arena had no room for. Under the session's lock; blocks."""
     for item, answer in zip(items, brought, strict=True):

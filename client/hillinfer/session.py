@@ -19,7 +19,7 @@ from hillinfer.ahead import Asked, Questions
 from hillinfer.apart import Apart, ApartItem
 from hillinfer.context import Context
 from hillinfer.counters import Counters
-from hillinfer.durable import DurableContext
+from hillinfer.durable import DurableContext, check_names
 from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.link import Link
 from hillinfer.stream import EvaluateStream
@@ -152,12 +152,7 @@ class Session:
         saved; `UnknownContext` when there is none to begin with.
         """
         shape.validate()
-        if durable is not None and base is not None:
-            raise InvalidInput("a context is durable or has a base, not both")
-        if "" in (durable, base):
-            raise InvalidInput("the name of a context cannot be empty")
-        if labels and durable is None and base is None:
-            raise InvalidInput("labels are for contexts with a name: give durable or base")
+        check_names(durable, base, labels)
         needed = shape.kv_heads * shape.append_unit * (shape.row_bytes + np.uint32().itemsize)
         with self.lock:
             if self.staging().nbytes < needed:
@@ -303,19 +298,9 @@ class Session:
         first such call, if keys lie outside their ranges. Raises
         `InvalidInput` for wrong shapes or a query that is not finite.
         """
-        if not items:
-            return []
         with self.lock:
             evaluation.check_kept(items)
-            try:
-                request, answers = apart.stage(self.staging(), layer, items)
-            except wire.ArenaTooSmall:
-                if len(items) == 1:
-                    raise
-                half = len(items) // 2
-                return self.rank_apart(layer, items[:half]) + self.rank_apart(layer, items[half:])
-            self.ask(request)
-            return [apart.taken(answer) for answer in answers]
+            return apart.rank(self, layer, items)
 
     @survives
     def status(self) -> cold_pool_pb2.StatusResponse:
