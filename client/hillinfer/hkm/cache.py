@@ -328,7 +328,8 @@ class HierarchicalCache(Cache):
 
     def divide(self, slots: Slots, selected: int) -> Division:
         """Divide the resident budget for a step that selects `selected` tokens (see `resident.divide`)."""
-        return self.divide_among(slots, selected * len(self.full_layers))
+        # Each layer may append before the next one is asked how much there is room for.
+        return self.divide_among(slots, selected * len(self.full_layers), self.contexts[0].append_unit)
 
     def make_room(self, tokens: int) -> None:
         """Shrink what all layers hold to what is left once each sequence has `tokens` more. Blocks."""

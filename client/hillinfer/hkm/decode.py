@@ -28,7 +28,7 @@ def decode(
     if timeline.mark:
         timeline.note(MODEL, COMPUTE, step, layer.index, timeline.mark)
         timeline.mark = 0.0
-    ready = pipeline.take(layer)
+    ready = pipeline.take(layer, query)
     start, waiting = perf_counter(), layer.waiting
     for row in range(key.shape[0]):
         layer.store(row, key[row], value[row], waiting)
@@ -65,12 +65,14 @@ def _use(
     before = slots.ids.copy() if job.sampled else None
     if found.brought is not None:
         for row, brought, uploaded in zip(found.rows, found.brought, found.uploaded, strict=True):
-            _place(layer, row, brought, uploaded, final=not job.sampled)
+            _place(layer, row, brought, uploaded, final=job.own is not None or not job.sampled)
     timeline.note(MODEL, PLACE, job.step, layer.index, start)
     if before is not None:
-        predicted = slots.ids.copy()
-        wanted = [layer.cache.selection_size(int(n), slots) for n in slots.lengths]
-        _select(layer, query, wanted, LATE)
+        predicted = None
+        if job.own is None:
+            predicted = slots.ids.copy()
+            wanted = [layer.cache.selection_size(int(n), slots) for n in slots.lengths]
+            _select(layer, query, wanted, LATE)
         layer.sample = Sample.of(layer, query, scaling, before, predicted)
     return True
 
