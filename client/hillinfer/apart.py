@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hillinfer.evaluation import check_query
-from hillinfer.wire import Staging, number
+from hillinfer.wire import ArenaTooSmall, Staging, number
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import Reduction
 from hillinfer_core.mass import ScoreScale
@@ -19,6 +19,7 @@ from hillinfer_core.v1 import cold_pool_pb2
 
 if TYPE_CHECKING:
     from hillinfer.context import Context
+    from hillinfer.session import Session
 
 
 class ApartItem(NamedTuple):
@@ -86,6 +87,21 @@ def stage(
         )
         answers.append((ids_out, scores_out, histogram_out, scales_out))
     return request, answers
+
+
+def rank(session: Session, layer: int, items: Sequence[ApartItem]) -> list[Apart]:
+    """See `Session.rank_apart`; under the session's lock."""
+    if not items:
+        return []
+    try:
+        request, answers = stage(session.staging(), layer, items)
+    except ArenaTooSmall:
+        if len(items) == 1:
+            raise
+        half = len(items) // 2
+        return rank(session, layer, items[:half]) + rank(session, layer, items[half:])
+    session.ask(request)
+    return [taken(answer) for answer in answers]
 
 
 def taken(answer: tuple[npt.NDArray[Any], ...]) -> Apart:

@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from hillinfer_core.errors import HillInferError, ResidentTooSmall
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code, as shells tell it."""
 
 EXTRAS = {
     "matplotlib": "plots",
@@ -25,6 +29,8 @@ def main() -> None:
     # OpenMP's spinning threads starve the daemon of a shared core; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # As ^C does, a time limit's signal ends private daemons in order, and takes their pools away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         from hillinfer.commands import app
 
@@ -37,6 +43,10 @@ def main() -> None:
     except HillInferError as error:
         bad_input = error.status == "INVALID_ARGUMENT" or isinstance(error, ResidentTooSmall)
         _fail(str(error), 2 if bad_input else 1)
+    except OSError as error:  # a full disk, a directory that is not there
+        if error.strerror is None:
+            raise
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
 
 
 def _fail(message: str, code: int) -> None:

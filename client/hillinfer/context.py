@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from hillinfer.evaluation import Selection, check_query
+from hillinfer.evaluation import Selection, evaluate_alone
+from hillinfer.fetching import fetch_range, fetch_rows
 from hillinfer.keys import MirroredKeys, fetch_keys
 from hillinfer.origin import Origin
 from hillinfer.rows import Array, check_finite, storage_rows
 from hillinfer.survival import DaemonGone, survives
 from hillinfer.users import gid_of
-from hillinfer.wire import number
 from hillinfer_core.errors import CorruptData, HillInferError, InvalidInput
 from hillinfer_core.layout import PAGE, Reduction, Shape
 from hillinfer_core.v1 import cold_pool_pb2
@@ -51,6 +51,8 @@ class Context:
         self.checksum_bytes = opened.checksum_bytes
         """Row checksums of this context in the daemon's DRAM, as of the last append."""
         self._append_limit = opened.append_limit
+        self._appending: set[int] = set()
+        """Layers of which `append_ahead` has a request under way."""
         self._flushed = list(opened.layer_tokens) or [0] * shape.layers
         self._tail_tokens = [0] * shape.layers
         self._tails = np.zeros(
@@ -83,7 +85,10 @@ class Context:
         return self.flushed(layer) + self._tail_tokens[layer]
 
     def flushed(self, layer: int) -> int:
-        """Tokens of the layer that the cold pool holds; the rest is the tail."""
+        """Tokens of the layer that the cold pool holds; the rest is the tail. Waits for `append_ahead`."""
+        if layer in self._appending:
+            with self.session.lock:
+                self.session.questions.settle_appends(self.session.attached())
         if not 0 <= layer < self.shape.layers:
             raise InvalidInput(f"the context has layers 0 to {self.shape.layers - 1}, not {layer}")
         return self._flushed[layer]
@@ -124,6 +129,39 @@ class Context:
             self._tail_tokens[layer] = held + tokens - taken
 
     @survives
+    def append_ahead(self, layer: int, keys: Array, values: Array) -> None:
+        """Begins to append n tokens as `append` does if that is one request of whole units; does not wait.
+
+        Whatever needs to know does, and finds that they are there or, after any failure, not: then they are
+        to be appended again. Raises `InvalidInput` for another shape or dtype.
+        """
+        keys, values = storage_rows(self.shape, keys, "keys"), storage_rows(self.shape, values, "values")
+        shape, session, tokens = self.shape, self.session, keys.shape[1]
+        with session.lock:
+            self.flushed(layer)
+            whole = not self._tail_tokens[layer] and tokens % self.append_unit == 0
+            if not whole or self.saved or tokens > (self._append_limit or tokens):
+                return
+            link, questions = session.attached(), session.questions
+            found = questions.room_to_append(link, (shape.kv_heads, tokens, 2, shape.head_dim), keys.dtype)
+            if found is None:
+                return
+            region, rows = found
+            rows[:, :, 0], rows[:, :, 1] = keys, values
+
+            def ended(response: cold_pool_pb2.AppendResponse | None) -> None:
+                self._appending.discard(layer)
+                if response is not None:
+                    self._note_appended(region, response)
+                    self._origin.keep(layer, rows)
+                    self._flushed[layer] = response.layer_tokens
+
+            self._appending.add(layer)
+            request = self._append_request(layer, tokens, region)
+            if not questions.append(link, request, session.timeout_s, ended):
+                self._appending.discard(layer)
+
+    @survives
     def _begin_append(self) -> None:
         self._check_writable()
         self.check_kept()
@@ -160,7 +198,15 @@ class Context:
     def _append(
         self, layer: int, tokens: int, rows: cold_pool_pb2.Region, *, tail: bool = False
     ) -> cold_pool_pb2.AppendResponse:
-        request = cold_pool_pb2.AppendRequest(
+        request = self._append_request(layer, tokens, rows, tail=tail)
+        response: cold_pool_pb2.AppendResponse = self.session.call("Append", request)
+        self._note_appended(rows, response)
+        return response
+
+    def _append_request(
+        self, layer: int, tokens: int, rows: cold_pool_pb2.Region, *, tail: bool = False
+    ) -> cold_pool_pb2.AppendRequest:
+        return cold_pool_pb2.AppendRequest(
             context_id=self.context_id,
             layer=layer,
             first_token=self._flushed[layer],
@@ -168,11 +214,11 @@ class Context:
             rows=rows,
             tail=tail,
         )
-        response: cold_pool_pb2.AppendResponse = self.session.call("Append", request)
+
+    def _note_appended(self, rows: cold_pool_pb2.Region, response: cold_pool_pb2.AppendResponse) -> None:
         self.evaluation_key_bytes = response.evaluation_key_bytes
         self.checksum_bytes = response.checksum_bytes
         self.session.counters.written_bytes += rows.length
-        return response
 
     @survives
     def save(self, group: str | int | None = None) -> None:
@@ -254,35 +300,7 @@ class Context:
         another shape, numbers that are not finite, a range beyond what is
         flushed, and k outside 1 .. end - first.
         """
-        shape = self.shape
-        check_query(query, shape.kv_heads, shape.head_dim)
-        flushed = self.flushed(layer)
-        end = flushed if end is None else end
-        if not 0 <= first <= end <= flushed:
-            raise InvalidInput(f"cannot rank tokens {first} to {end}: the layer has {flushed} flushed tokens")
-        if not 1 <= k <= end - first:
-            raise InvalidInput(f"k must be 1 to {end - first}, the number of tokens to rank, not {k}")
-        with self.session.lock:
-            staging = self.session.staging()
-            staging.reset()
-            query_region, staged = staging.take(query.shape, np.float32)
-            ids_region, ids = staging.take((shape.kv_heads, k), np.uint32)
-            scores_region, scores = staging.take((shape.kv_heads, k), np.int32)
-            staged[...] = query
-            request = cold_pool_pb2.EvaluateRequest(
-                layer=layer, query_heads=query.shape[0], reduction=number(reduction)
-            )
-            request.evaluations.add(
-                context_id=self.context_id,
-                first_token=first,
-                end_token=end,
-                k=k,
-                query=query_region,
-                ids=ids_region,
-                scores=scores_region,
-            )
-            result = self.session.ask(request).results[0]
-            return Selection(ids.copy(), scores.copy(), result.evaluated_bytes)
+        return evaluate_alone(self, layer, query, k, first, end, reduction)
 
     def fetch(self, layer: int, ids: Array | Sequence[Array]) -> tuple[Any, Any]:
         """Keys and values of the tokens `ids`, in the order asked, in the shape's storage dtype.
@@ -302,44 +320,7 @@ class Context:
     @survives
     def fetch_rows(self, layer: int, ids: Array | Sequence[Array]) -> Array:
         """As `fetch`, but K and V together and head after head: [sum of m_h, 2, head_dim]."""
-        if len(ids) != self.shape.kv_heads or any(np.ndim(wanted) != 1 for wanted in ids):
-            raise InvalidInput(f"ids must be a 1-d array for each of the {self.shape.kv_heads} KV heads")
-        counts = np.array([len(wanted) for wanted in ids])
-        flat = np.concatenate(list(ids)) if counts.sum() else np.empty(0, np.uint32)
-        if flat.dtype.kind not in "ui":
-            raise InvalidInput(f"ids must be integers, not {flat.dtype}")
-        with self.session.lock:
-            length, flushed = self.length(layer), self._flushed[layer]
-            if len(flat) and (flat.min() < 0 or flat.max() >= length):
-                raise InvalidInput(
-                    f"ids must be 0 to {length - 1}, the tokens appended; got {flat.min()} to {flat.max()}"
-                )
-            rows = np.empty((len(flat), 2, self.shape.head_dim), self.shape.dtype.storage)
-            heads = np.repeat(np.arange(len(counts)), counts)
-            cold = flat < flushed
-            if cold.all():
-                self._fetch_cold(layer, heads, flat, rows)
-            else:
-                brought = np.empty((int(cold.sum()), *rows.shape[1:]), rows.dtype)
-                self._fetch_cold(layer, heads[cold], flat[cold], brought)
-                rows[cold] = brought
-                rows[~cold] = self._tails[layer][heads[~cold], flat[~cold] - flushed]
-            return rows
-
-    def _fetch_cold(self, layer: int, heads: Array, ids: Array, out: Array) -> None:
-        """Fetches flushed rows, sorted by head, into `out`, as many at a time as the arena takes."""
-        staging = self.session.staging()
-        piece = (staging.nbytes - PAGE) // (self.shape.row_bytes + ids.itemsize)
-        for start in range(0, len(ids), piece):
-            part = slice(start, min(start + piece, len(ids)))
-            staging.reset()
-            rows_region, rows = staging.take(out[part].shape, out.dtype)
-            ids_region, staged = staging.take(ids[part].shape, np.uint32)
-            staged[...] = ids[part]
-            count_per_head = np.bincount(heads[part], minlength=self.shape.kv_heads)
-            which = cold_pool_pb2.Ids(count_per_head=count_per_head.tolist(), ids=ids_region)
-            self.fetch_into(layer, rows_region, by_ids=which)
-            out[part] = rows
+        return fetch_rows(self, layer, ids)
 
     @survives
     def fetch_range(self, layer: int, first: int, count: int) -> Array:
@@ -348,26 +329,7 @@ class Context:
         Raises `InvalidInput` for a range beyond `length`, `CorruptData` for a
         row that does not match its checksum.
         """
-        shape = self.shape
-        with self.session.lock:
-            length, flushed = self.length(layer), self._flushed[layer]
-            if first < 0 or count < 0 or first + count > length:
-                raise InvalidInput(f"cannot fetch {count} tokens from {first}: the layer has {length} tokens")
-            out = np.empty((shape.kv_heads, count, 2, shape.head_dim), shape.dtype.storage)
-            staging = self.session.staging()
-            piece = staging.nbytes // (shape.kv_heads * shape.row_bytes)
-            cold = max(0, min(count, flushed - first))
-            for start in range(0, cold, piece):
-                part = out[:, start : min(start + piece, cold)]
-                staging.reset()
-                region, rows = staging.take(part.shape, part.dtype)
-                which = cold_pool_pb2.TokenRange(first_token=first + start, count=part.shape[1])
-                self.fetch_into(layer, region, range=which)
-                part[...] = rows
-            if cold < count:
-                in_tail = first + cold - flushed
-                out[:, cold:] = self._tails[layer, :, in_tail : in_tail + count - cold]
-            return out
+        return fetch_range(self, layer, first, count)
 
     @survives
     def fetch_keys(self, layer: int, first: int, end: int) -> MirroredKeys:
@@ -379,6 +341,11 @@ class Context:
         checksum of their sealing, and the client what arrives to the daemon's.
         """
         return fetch_keys(self, layer, first, end)
+
+    def tail(self, layer: int) -> Array:
+        """For the library's own use: rows [kv_heads, append_unit, 2, head_dim] beyond the flushed ones."""
+        tail: Array = self._tails[layer]
+        return tail
 
     def fetch_into(self, layer: int, rows: cold_pool_pb2.Region, **which: Any) -> cold_pool_pb2.FetchResponse:
         """For the library's own use, under the session's lock: a fetch, counted."""

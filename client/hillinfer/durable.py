@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hillinfer_core.errors import InvalidInput
 from hillinfer_core.layout import DType, Precision, Shape
 from hillinfer_core.v1 import cold_pool_pb2
 
@@ -54,3 +55,13 @@ class DurableContext:
             drive=listed.drive,
             gid=listed.gid if listed.HasField("gid") else None,
         )
+
+
+def check_names(durable: str | None, base: str | None, labels: Mapping[str, str] | None) -> None:
+    """Raise `InvalidInput` for what `Session.open_context` cannot be asked for together."""
+    if durable is not None and base is not None:
+        raise InvalidInput("a context is durable or has a base, not both")
+    if "" in (durable, base):
+        raise InvalidInput("the name of a context cannot be empty")
+    if labels and durable is None and base is None:
+        raise InvalidInput("labels are for contexts with a name: give durable or base")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hillinfer.wire import ALIGNMENT, Staging, number
 from hillinfer_core.errors import InvalidInput
-from hillinfer_core.layout import Reduction
+from hillinfer_core.layout import PAGE, Reduction
 from hillinfer_core.packed import Answer, Item, Region, Request, ask_again, pack_request
 from hillinfer_core.v1 import cold_pool_pb2
 
@@ -209,6 +209,18 @@ def shapes_of(items: Sequence[EvaluateItem], reduction: Reduction, bring: bool =
     )
 
 
+def bytes_needed(items: Sequence[EvaluateItem], bring: bool) -> int:
+    """Bytes of shared memory for an evaluation if no winner's row is held, at most: as `Plan` lays it out."""
+    fixed, rows = PAGE, 0
+    for item in items:
+        shape = item.context.shape
+        winners = shape.kv_heads * item.k
+        # Ids, and scores in place of rows; four regions, each aligned.
+        fixed += item.query.nbytes + item.held.nbytes + (4 if bring else 8) * winners + 4 * ALIGNMENT
+        rows = max(rows, winners * shape.row_bytes + ALIGNMENT if bring else 0)
+    return fixed + len(items) * rows
+
+
 def check_kept(items: Sequence[Any]) -> None:
     """Raises `ContextLost` for items with a lost context, before there is any waiting for a daemon."""
     for item in items:
@@ -231,6 +243,47 @@ def check_query(
             f"the query must be float32 [query_heads, {head_dim}] with query_heads a multiple of {kv_heads} "
             f"and the same for every item, not {query.dtype} {list(query.shape)}"
         )
+
+
+def evaluate_alone(
+    context: Context,
+    layer: int,
+    query: npt.NDArray[np.float32],
+    k: int,
+    first: int,
+    end: int | None,
+    reduction: Reduction,
+) -> Selection:
+    """See `Context.evaluate`."""
+    shape = context.shape
+    check_query(query, shape.kv_heads, shape.head_dim)
+    flushed = context.flushed(layer)
+    end = flushed if end is None else end
+    if not 0 <= first <= end <= flushed:
+        raise InvalidInput(f"cannot rank tokens {first} to {end}: the layer has {flushed} flushed tokens")
+    if not 1 <= k <= end - first:
+        raise InvalidInput(f"k must be 1 to {end - first}, the number of tokens to rank, not {k}")
+    with context.session.lock:
+        staging = context.session.staging()
+        staging.reset()
+        query_region, staged = staging.take(query.shape, np.float32)
+        ids_region, ids = staging.take((shape.kv_heads, k), np.uint32)
+        scores_region, scores = staging.take((shape.kv_heads, k), np.int32)
+        staged[...] = query
+        request = cold_pool_pb2.EvaluateRequest(
+            layer=layer, query_heads=query.shape[0], reduction=number(reduction)
+        )
+        request.evaluations.add(
+            context_id=context.context_id,
+            first_token=first,
+            end_token=end,
+            k=k,
+            query=query_region,
+            ids=ids_region,
+            scores=scores_region,
+        )
+        result = context.session.ask(request).results[0]
+        return Selection(ids.copy(), scores.copy(), result.evaluated_bytes)
 
 
 def bring_left_behind(layer: int, items: Sequence[EvaluateItem], brought: Sequence[Brought]) -> None:

@@ -46,6 +46,7 @@ class Link:
         self._stopping_s = stopping_s
         self.arena_bytes = 0 if arena is None else arena.nbytes
         self._staging = None if arena is None else wire.Staging(arena, self.accepted.arena_generation)
+        self._parts = () if self._staging is None else self._staging.divided()
         self._metadata = ((protocol.TOKEN_KEY, self.accepted.token),)
         # Own subchannels: another session's backoff after a dead daemon must not delay this one.
         options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
@@ -53,22 +54,23 @@ class Link:
         self._stub = cold_pool_pb2_grpc.ColdPoolStub(self._channel)  # type: ignore[no-untyped-call]
         self._stream: EvaluateStream | None = None
         self._ring = None if fds is None else RingTransport(fds, self._connection)
-        self._unfinished = False
+        self._unfinished = 0  # calls that may use the arena and were not answered (yet)
 
-    def staging(self) -> wire.Staging:
-        """Return the arena's allocator.
+    def staging(self, part: int | None = None, under_way: int = 0) -> wire.Staging:
+        """Return the allocator of the arena, or of one `part`: 0 and 1, as large, and 2, which is small.
 
-        Raises `DaemonUnavailable` when the daemon may still use the arena, `DaemonGone` if it is gone.
+        under_way: calls that were sent and not yet answered, in other parts. Raises `DaemonUnavailable` when
+        the daemon may use the arena for anything else, `DaemonGone` if it is gone.
         """
         if self._staging is None:
             raise InvalidInput("the session has no arena; connect with arena_bytes above 0")
-        if self._unfinished:
+        if self._unfinished != under_way:
             if self._hung_up(0):
                 raise DaemonGone("the daemon ended the session")
             raise DaemonUnavailable(
                 "a call did not finish, the shared memory may still be in use; connect a new session"
             )
-        return self._staging
+        return self._staging if part is None else self._parts[part]
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
         """Make a call with deadline and typed errors, by the ring where it takes it."""
@@ -117,21 +119,36 @@ class Link:
     ) -> Submitted | None:
         """Send the evaluation of `plan`, which is filled, and do not wait for its `answer`.
 
-        Until then the daemon may use the arena. None for one that the ring does not take, which is not sent.
+        Until then the daemon may use its part of the arena. None for one that the ring does not take: it is
+        not sent.
         """
         packed = b"" if self._ring is None else plan.packed(layer, items)
         if self._ring is None or len(packed) > PAYLOAD_BYTES:
             return None
         # First, as in `_awaiting`; `answer` takes it back.
-        self._unfinished = True
+        self._unfinished += 1
         return self._ring.submit(Method.EvaluatePacked, packed, timeout_s)
 
     def answer(self, submitted: Submitted) -> Answer:
         """Wait for the answer of an evaluation that was sent, until its deadline at most."""
         assert self._ring is not None
-        with self._awaiting(submitted.method.name, finished_before=True):
+        with self._awaiting(submitted.method.name, counted=True):
             payload = _payload(self._ring.answer(submitted))
         return unpack_answer(payload)
+
+    def submit_append(self, request: cold_pool_pb2.AppendRequest, timeout_s: float) -> Submitted | None:
+        """As `submit`, of an append."""
+        if self._ring is None or not self._ring.takes(request):
+            return None
+        self._unfinished += 1
+        return self._ring.submit(Method.Append, request.SerializeToString(), timeout_s)
+
+    def answer_append(self, submitted: Submitted) -> cold_pool_pb2.AppendResponse:
+        """As `answer`, of an append."""
+        assert self._ring is not None
+        with self._awaiting(submitted.method.name, counted=True):
+            payload = _payload(self._ring.answer(submitted))
+        return cold_pool_pb2.AppendResponse.FromString(payload)
 
     def _ask_stream(
         self,
@@ -156,7 +173,7 @@ class Link:
         if self._ring is not None:
             self._ring.close()
         self._connection.close()
-        self._staging = None
+        self._staging, self._parts = None, ()
 
     def _ask_ring(self, method: str, request: Any, timeout_s: float) -> Any:
         assert self._ring is not None
@@ -165,14 +182,14 @@ class Link:
         return _ON_RING[method].FromString(payload)
 
     @contextmanager
-    def _awaiting(self, method: str, *, finished_before: bool = False) -> Iterator[None]:
+    def _awaiting(self, method: str, *, counted: bool = False) -> Iterator[None]:
         """Note for `staging` whether the call inside ended with an answer, and type its error.
 
-        finished_before: whatever `staging` says now, it is of this very call.
+        counted: among those that are unfinished, already.
         """
-        before = self._unfinished and not finished_before
-        # Set first and taken back by an answer, so that an interruption at any point leaves it set.
-        self._unfinished = before or method not in _WITHOUT_ARENA
+        uses_arena = method not in _WITHOUT_ARENA
+        # Counted first and taken back by an answer, so that an interruption at any point leaves it counted.
+        self._unfinished += uses_arena and not counted
         try:
             yield
         except grpc.RpcError as error:
@@ -184,10 +201,10 @@ class Link:
         except DaemonUnavailable as error:
             typed, answered, stopping = error, False, False
         else:
-            self._unfinished = before
+            self._unfinished -= uses_arena
             return
         if answered:
-            self._unfinished = before
+            self._unfinished -= uses_arena
         # A refusal with DaemonUnavailable, or a call broken off, means that it is about to stop, if not gone.
         patience = max(self._stopping_s, _HANG_UP_S) if stopping else _HANG_UP_S
         if isinstance(typed, (DaemonUnavailable, ForeignToken)) and self._hung_up(patience):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import select
 import socket
 import time
 from contextlib import suppress
@@ -19,9 +18,8 @@ from hillinfer_core.ring import (
     Entry,
     Method,
     RingFds,
-    clear_doorbell,
+    Waited,
     client_ends,
-    ring_doorbell,
 )
 
 
@@ -37,18 +35,17 @@ class Submitted(NamedTuple):
 class RingTransport:
     """Asks through the ring `fds`, which are the transport's from now on, for the session of `connection`.
 
-    Not thread-safe: the session's lock covers every call. Between `submit` and `answer` there is no other.
+    Not thread-safe: the session's lock covers every call. There may be as many requests between `submit` and
+    `answer` as the ring has entries; answers are waited for in any order.
     """
 
     def __init__(self, fds: RingFds, connection: socket.socket) -> None:
         self._fds = fds
         self._submissions, self._completions = client_ends(Arena(fds.memory, RING_BYTES, verify=True))
         self._tickets = itertools.count(1)
-        self._poll = select.poll()
-        self._poll.register(fds.completed, select.POLLIN)
+        self._early: dict[int, Entry] = {}  # answers that came before they were waited for
         # The daemon sends nothing more on it: an event is its end.
         self._connection = connection.fileno()
-        self._poll.register(self._connection, select.POLLIN)
 
     def takes(self, request: Message) -> bool:
         """Whether `request` fits in an entry of the ring."""
@@ -62,43 +59,39 @@ class RingTransport:
         """Sends the request in `payload`, which may take `timeout_s` seconds; does not block."""
         submitted = Submitted(next(self._tickets), method, timeout_s, time.monotonic() + timeout_s)
         timeout_ms = max(1, int(timeout_s * 1000))
-        self._submissions.put(Entry(submitted.ticket, method, timeout_ms, payload))
         with suppress(BrokenPipeError):  # The end of the connection says it in `answer`.
-            ring_doorbell(self._fds.submitted)
+            self._submissions.put(Entry(submitted.ticket, method, timeout_ms, payload), self._fds.submitted)
         return submitted
 
     def answer(self, submitted: Submitted) -> Entry:
         """Waits for the answer of a request, until its deadline at most.
 
         Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
-        when there will be none. An answer that comes after these is dropped by the next call.
+        when there will be none.
         """
         name = submitted.method.name
-        while True:
-            left = submitted.deadline - time.monotonic()
-            ready = self._poll.poll(max(0.0, left) * 1000)
-            rung = any(fd == self._fds.completed for fd, _ in ready)
-            if rung:
-                rung = clear_doorbell(self._fds.completed)
-                for entry in self._taken():
-                    if entry.ticket == submitted.ticket:
-                        return entry
-            if ready and not rung:
+        while submitted.ticket not in self._early:
+            left = max(0.0, submitted.deadline - time.monotonic())
+            found = self._wait(left)
+            if found is Waited.hung_up:
                 raise DaemonUnavailable(
                     f"{name}: the daemon ended the session; its contexts are gone, connect a new one"
                 )
-            if left <= 0:
+            if found is Waited.deadline:
                 raise DeadlineExceeded(
                     f"{name}: no answer within {submitted.timeout_s:g} s; see the daemon's log"
                 )
+            if isinstance(found, list):
+                self._early.update((entry.ticket, entry) for entry in found)
+        return self._early.pop(submitted.ticket)
 
     def close(self) -> None:
         """Closes the descriptors."""
         self._fds.close()
 
-    def _taken(self) -> list[Entry]:
+    def _wait(self, timeout_s: float) -> list[Entry] | Waited:
         try:
-            return self._completions.take()
+            return self._completions.wait(self._fds.completed, self._connection, timeout_s)
         except InvalidInput as error:
             raise DaemonUnavailable(
                 f"the daemon broke the ring's rules ({error}); connect a new session"

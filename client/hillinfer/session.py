@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +15,12 @@ from typing import Any, Self
 import numpy as np
 
 from hillinfer import apart, evaluation, wire
-from hillinfer.ahead import Asked
+from hillinfer.ahead import Asked, Questions
 from hillinfer.apart import Apart, ApartItem
 from hillinfer.context import Context
 from hillinfer.counters import Counters
-from hillinfer.durable import DurableContext
-from hillinfer.evaluation import Brought, EvaluateItem, Plan
+from hillinfer.durable import DurableContext, check_names
+from hillinfer.evaluation import Brought, EvaluateItem
 from hillinfer.link import Link
 from hillinfer.stream import EvaluateStream
 from hillinfer.survival import RESTART_S, again, survives
@@ -82,8 +82,8 @@ class Session:
         self.restarts = 0
         """Restarts of the daemon that the session went through."""
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self._plan: Plan | None = None
-        self._ahead: Asked | None = None
+        self.questions = Questions(self.counters)
+        """For the library's own use, under `lock`."""
         self._away_since = 0.0
         self._ended = ""
 
@@ -152,12 +152,7 @@ class Session:
         saved; `UnknownContext` when there is none to begin with.
         """
         shape.validate()
-        if durable is not None and base is not None:
-            raise InvalidInput("a context is durable or has a base, not both")
-        if "" in (durable, base):
-            raise InvalidInput("the name of a context cannot be empty")
-        if labels and durable is None and base is None:
-            raise InvalidInput("labels are for contexts with a name: give durable or base")
+        check_names(durable, base, labels)
         needed = shape.kv_heads * shape.append_unit * (shape.row_bytes + np.uint32().itemsize)
         with self.lock:
             if self.staging().nbytes < needed:
@@ -229,18 +224,14 @@ class Session:
     def ask_ahead(self, layer: int, items: Sequence[EvaluateItem]) -> Asked | None:
         """Begins what `evaluate_and_bring` does and does not wait for it: `collect` brings what comes of it.
 
-        One such evaluation is under way at a time. Whatever else uses the shared memory before `collect`,
-        another `ask_ahead` too, first waits for its answer and keeps that. None, and nothing begun, without
-        a ring and where one request does not do.
+        Two such evaluations are under way at a time if each has room in half of the shared memory, else one.
+        A further one first waits for the answer of the oldest, and keeps it; whatever else uses the shared
+        memory waits for all of them (`waited_s`). None, and nothing begun, without a ring and where one
+        request does not do.
         """
         with self.lock:
             evaluation.check_kept(items)
-            try:
-                plan = self._filled_plan(items, Reduction.sum, bring=True)
-            except wire.ArenaTooSmall:
-                return None
-            self._ahead = Asked.send(self._attached(), plan, layer, items, self.timeout_s)
-            return self._ahead
+            return self.questions.send(self.attached(), layer, items, self.timeout_s)
 
     @survives
     def collect(self, asked: Asked) -> list[Brought]:
@@ -257,12 +248,16 @@ class Session:
             evaluation.bring_left_behind(asked.layer, asked.items, asked.brought)
             return asked.brought
 
-    def settle(self, asked: Asked | None) -> None:
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which calls waited for answers to what was asked ahead, to use the shared memory."""
+        return self.questions.waited_s
+
+    def settle(self, asked: Asked) -> None:
         """Waits until the daemon is done with what `ask_ahead` began, whatever came of it."""
         with self.lock:
-            if asked is not None and asked is self._ahead:
-                self._ahead = None
-                self._count(asked.settle(self._attached()))
+            if asked.under_way is not None:
+                self.questions.settle(self.attached(), asked)
 
     @survives
     def rank(
@@ -287,31 +282,12 @@ class Session:
         bring: bool,
         meanwhile: Callable[[], None] | None = None,
     ) -> list[Brought]:
-        if not items:
-            if meanwhile is not None:
-                meanwhile()
-            return []
         with self.lock:
             evaluation.check_kept(items)
-            try:
-                plan = self._filled_plan(items, reduction, bring)
-            except wire.ArenaTooSmall:
-                if len(items) == 1:
-                    raise
-                half = len(items) // 2
-                return self._evaluate(layer, items[:half], reduction, bring, meanwhile) + self._evaluate(
-                    layer, items[half:], reduction, bring
-                )
-            answer = self._attached().evaluate(plan, layer, items, self.timeout_s, meanwhile)
-            self._count(answer.results)
-            return plan.taken(answer)
-
-    def _filled_plan(self, items: Sequence[EvaluateItem], reduction: Reduction, bring: bool) -> Plan:
-        staging, shapes = self.staging(), evaluation.shapes_of(items, reduction, bring)
-        if self._plan is None or self._plan.shapes != shapes:
-            self._plan = Plan(staging, items, reduction, shapes, bring)
-        self._plan.fill(items)
-        return self._plan
+            link, timeout_s = self.attached(), self.timeout_s
+            return self.questions.ask(
+                link, layer, items, reduction, timeout_s, bring=bring, meanwhile=meanwhile
+            )
 
     @survives
     def rank_apart(self, layer: int, items: Sequence[ApartItem]) -> list[Apart]:
@@ -322,19 +298,9 @@ class Session:
         first such call, if keys lie outside their ranges. Raises
         `InvalidInput` for wrong shapes or a query that is not finite.
         """
-        if not items:
-            return []
         with self.lock:
             evaluation.check_kept(items)
-            try:
-                request, answers = apart.stage(self.staging(), layer, items)
-            except wire.ArenaTooSmall:
-                if len(items) == 1:
-                    raise
-                half = len(items) // 2
-                return self.rank_apart(layer, items[:half]) + self.rank_apart(layer, items[half:])
-            self.ask(request)
-            return [apart.taken(answer) for answer in answers]
+            return apart.rank(self, layer, items)
 
     @survives
     def status(self) -> cold_pool_pb2.StatusResponse:
@@ -362,28 +328,24 @@ class Session:
         Whoever is about to touch the arena asks for it anew: it raises
         `DaemonUnavailable` when the daemon may still use the arena.
         """
-        self.settle(self._ahead)
-        return self._attached().staging()
+        link = self.attached()
+        self.questions.settle_all(link)
+        return link.staging()
 
     def call(self, method: str, request: Any) -> Any:
         """For the library's own use: a call with deadline and typed errors, by the ring where it takes it."""
         with self.lock:
-            return self._attached().call(method, request, self.timeout_s)
+            return self.attached().call(method, request, self.timeout_s)
 
     def ask(self, request: cold_pool_pb2.EvaluateRequest) -> cold_pool_pb2.EvaluateResponse:
         """For the library's own use, under `lock`: an evaluation, counted."""
-        response = self._attached().ask(request, self.timeout_s)
-        self._count(response.results)
+        response = self.attached().ask(request, self.timeout_s)
+        self.questions.count(response.results)
         return response
-
-    def _count(self, results: Iterable[Any]) -> None:
-        for result in results:
-            self.counters.evaluated_bytes += result.evaluated_bytes
-            self.counters.read_bytes += result.read_bytes
 
     def new_stream(self) -> EvaluateStream:
         """For the library's own use: another evaluation stream of this session, not counted, not locked."""
-        return self._attached().new_stream(self.timeout_s)
+        return self.attached().new_stream(self.timeout_s)
 
     def note_gone(self) -> None:
         """For the library's own use, under `lock`: the daemon is gone; the next use waits for another."""
@@ -401,7 +363,8 @@ class Session:
         arena_bytes, name = self._asked
         return Link(self.socket, arena_bytes, name, timeout_s, self._with_ring, self.restart_s)
 
-    def _attached(self) -> Link:
+    def attached(self) -> Link:
+        """For the library's own use, under `lock`: the attachment; another if the daemon was restarted."""
         if self._link is None and not self._ended:
             again(self._reattach, self._away_since, self.restart_s)
         if self._link is None:
@@ -430,10 +393,7 @@ class Session:
         self.restarts += 1
 
     def _drop_link(self) -> None:
-        self._plan = None
-        if self._ahead is not None:
-            self._ahead.lose()
-            self._ahead = None
+        self.questions.lose()
         if self._link is not None:
             link, self._link = self._link, None
             link.close()

@@ -137,30 +137,39 @@ class ArenaTooSmall(errors.InvalidInput):
 
 
 class Staging:
-    """Hands out regions of the arena one after another; `reset` takes all of them back.
+    """Hands out regions of the arena, or of a part of it, one after another; `reset` takes all of them back.
 
     Not thread-safe: the session's lock covers a call from its `reset` to the
     last look at what the daemon wrote.
     """
 
-    def __init__(self, arena: Arena, generation: int) -> None:
+    def __init__(self, arena: Arena, generation: int, first: int = 0, end: int | None = None) -> None:
         self._arena = arena
         self.generation = generation
-        self._used = 0
+        self._first, self._end = first, arena.nbytes if end is None else end
+        self._used = first
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arena."""
-        return self._arena.nbytes
+        """Bytes of the arena, or of the part."""
+        return self._end - self._first
 
     @property
     def free(self) -> int:
         """Bytes left from the next page boundary on."""
-        return max(0, self._arena.nbytes - _round_up(self._used, PAGE))
+        return max(0, self._end - _round_up(self._used, PAGE))
+
+    def divided(self) -> tuple[Staging, Staging, Staging]:
+        """Two halves of most of it, and an eighth, or as much less as makes whole pages."""
+        rest = self._end - self.nbytes // 8 // PAGE * PAGE
+        middle = min(self._first + _round_up((rest - self._first) // 2, PAGE), rest)
+        ends = (self._first, middle), (middle, rest), (rest, self._end)
+        one, two, three = (Staging(self._arena, self.generation, *each) for each in ends)
+        return one, two, three
 
     def reset(self) -> None:
         """Takes back every region."""
-        self._used = 0
+        self._used = self._first
 
     def take(
         self, shape: Sequence[int], dtype: Any, alignment: int = ALIGNMENT
@@ -173,10 +182,10 @@ class Staging:
         if length == 0:
             return cold_pool_pb2.Region(), np.empty(shape, dtype)
         offset = _round_up(self._used, alignment)
-        if offset + length > self._arena.nbytes:
+        if offset + length > self._end:
             raise ArenaTooSmall(
-                f"the session's arena of {self._arena.nbytes} bytes is too small for this call: "
-                f"connect with arena_bytes of {offset + length} or more"
+                f"the session's arena of {self.nbytes} bytes is too small for this call: "
+                f"connect with arena_bytes of {offset + length - self._first} or more"
             )
         self._used = offset + length
         region = cold_pool_pb2.Region(offset=offset, length=length, generation=self.generation)

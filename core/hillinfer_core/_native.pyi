@@ -249,3 +249,83 @@ def read_range(fd: int, offset: int, out: npt.NDArray[np.uint8], direct: bool, /
 def write_range(fd: int, offset: int, data: npt.NDArray[np.uint8], direct: bool, /) -> None: ...
 def direct_alignment(fd: int, /) -> tuple[int, int] | None: ...
 def punch_hole(fd: int, offset: int, length: int, /) -> None: ...
+
+class RingProducer:
+    """What :class:`hillinfer_core.ring.Producer` is made of."""
+
+    def __init__(self, memory: npt.NDArray[np.uint8], number: int, at: int, /) -> None: ...
+    def put(self, ticket: int, code: int, timeout_ms: int, payload: bytes, doorbell: int, /) -> int: ...
+
+class RingConsumer:
+    """What :class:`hillinfer_core.ring.Consumer` is made of."""
+
+    def __init__(self, memory: npt.NDArray[np.uint8], number: int, at: int, /) -> None: ...
+    def take(self) -> list[tuple[int, int, int, bytes]] | str: ...
+    def wait(
+        self, doorbell: int, connection: int, timeout_s: float, /
+    ) -> list[tuple[int, int, int, bytes]] | int | str: ...
+
+class Repeats:
+    """What ``hillinferd.worker.repeats`` is made of."""
+
+    def __init__(self, few: int, many: int, many_from: int, /) -> None: ...
+    def keep(
+        self,
+        session: int,
+        asked: bytes,
+        arena: npt.NDArray[np.uint8],
+        query_at: int,
+        group: int,
+        sum: bool,
+        scale: npt.NDArray[np.float32],
+        zero: npt.NDArray[np.float32],
+        variant: int,
+        parts: Sequence[npt.NDArray[np.uint8]],
+        bits: int,
+        origin: int,
+        k: int,
+        ids_at: int,
+        scores_at: int | None,
+        held_at: int,
+        held_count: int,
+        extents: npt.NDArray[np.int64],
+        row_bytes: int,
+        tokens: int,
+        sums: npt.NDArray[np.uint32],
+        rows_at: int,
+        most: int,
+        generation: int,
+        key_bytes: int,
+        memory: npt.NDArray[np.uint8] | None,
+        fd: int,
+        direct: bool,
+        depth: int,
+        capacity: int,
+        /,
+    ) -> None: ...
+    def clear(self) -> None: ...
+    def next(self, sock: int, /) -> tuple[bytes, int]: ...
+
+class Express:
+    """What ``hillinferd.service.express`` is made of; a rider is known by its doorbell's descriptor."""
+
+    def __init__(self) -> None: ...
+    def add(
+        self,
+        session: int,
+        submissions: RingConsumer,
+        completions: RingProducer,
+        submitted: int,
+        completed: int,
+        /,
+    ) -> None: ...
+    def remove(self, submitted: int, /) -> None: ...
+    def permit(self, submitted: int, asked: bytes, held: list[int], drive: int, worker: int, /) -> bool: ...
+    def revoke(self) -> None: ...
+    @property
+    def permitted(self) -> bool: ...
+    def wait(self, epoll: int, timeout_s: float, /) -> list[tuple[int, int]]: ...
+    def take_flight(self) -> tuple[int, int, float, int, int, int, bytes, bytes] | None: ...
+    def take_waiting(self) -> tuple[int, list[float]] | None: ...
+    def take_runs(self) -> list[tuple[int, int, list[float], list[float], list[int], int, int, int]]: ...
+    def take_left(self) -> list[int]: ...

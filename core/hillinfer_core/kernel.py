@@ -62,7 +62,9 @@ FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2
 
 _BEAT = 64  # bytes; layout.py
 _MAX_THREADS = 1024
-_SEVERAL_THREADS_BYTES = 512 << 10  # of keys; for less `rank` takes one thread however many it may use
+SEVERAL_THREADS_BYTES = 512 << 10
+"""Bytes of keys; for less :func:`rank` takes one thread however many it may use. Our choice."""
+
 _BLOCK_BYTES = 8 << 20  # keys of a block of rank_blocks: far more work than there is in starting it
 
 
@@ -95,8 +97,14 @@ def code_and_threads(parts: Sequence[U8]) -> tuple[int, int]:
     """Return the kind of code that ranks keys, by its native number, and on how many threads."""
     asked = _threads_asked()
     if not asked:
-        asked = threads() if sum(part.nbytes for part in parts) >= _SEVERAL_THREADS_BYTES else 1
+        asked = threads() if sum(part.nbytes for part in parts) >= SEVERAL_THREADS_BYTES else 1
     return variant(), asked
+
+
+def thread_counts() -> tuple[int, int]:
+    """Return on how many threads little is ranked, and much: from :data:`SEVERAL_THREADS_BYTES` on."""
+    asked = _threads_asked()
+    return asked or 1, asked or threads()
 
 
 def _threads_asked() -> int:

@@ -3,7 +3,8 @@
 As NVMe and io_uring do, the client puts an entry into the submission ring and rings the daemon's doorbell;
 the daemon puts the answer into the completion ring and rings the client's. An entry is a message of
 proto/hillinfer/v1 in its serialised form, or an evaluation by :mod:`.packed`, at most :data:`PAYLOAD_BYTES`
-long; larger ones go by gRPC.
+long; larger ones go by gRPC. What reads and writes the memory is native code (ring.h), which the daemon's
+own (hillinferd/service/express.py) shares.
 
 Memory: a page of four counters of 32 bits, each on a cache line of its own, then the entries of both rings.
 Counters only grow (modulo 2**32); each is written by one side, which never reads it back: the other side
@@ -15,12 +16,12 @@ eventfds because whoever shares an open file can make it blocking: of a pipe eac
 from __future__ import annotations
 
 import os
-import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+from . import _native
 from .arena import Arena, create_arena
 from .errors import InvalidInput, QuotaExceeded
 from .layout import PAGE
@@ -31,15 +32,14 @@ ENTRIES = 16
 ENTRY_BYTES = 8192
 """Of an entry, its header included: an evaluation takes about 100 bytes for each sequence. Our choice."""
 
-_HEADER = struct.Struct("<QIII")  # ticket, code, timeout in ms, payload bytes
-_LINE = 16  # counters in a cache line
-_WRAP = 1 << 32
-
-PAYLOAD_BYTES = ENTRY_BYTES - _HEADER.size
-"""Longest message that an entry takes."""
+PAYLOAD_BYTES = ENTRY_BYTES - 20
+"""Longest message that an entry takes; before it are ticket, code, timeout and length."""
 
 RING_BYTES = PAGE + 2 * ENTRIES * ENTRY_BYTES
 """Of the shared memory."""
+
+# Outcomes of ring.h
+_TOO_LONG, _NOBODY_LISTENS = -1, -2
 
 _RING = (1).to_bytes(8, "little")  # what rings an eventfd, so that clients that take it for one go on
 
@@ -59,6 +59,14 @@ class Outcome(IntEnum):
 
     answered = 0
     refused = 1
+
+
+class Waited(IntEnum):
+    """Why no entry came: in time; ever, as the other side has gone; or yet, as there was a signal."""
+
+    deadline = 0
+    hung_up = 1
+    interrupted = 2
 
 
 class Entry(NamedTuple):
@@ -103,89 +111,77 @@ def create_ring(name: str) -> tuple[RingFds, RingFds]:
 
 
 class Producer:
-    """The side of one ring that puts entries in. One thread at a time."""
+    """The side of one ring that puts entries in. One thread at a time.
 
-    def __init__(self, lane: _Lane) -> None:
-        self._lane = lane
-        self._put = 0
+    ``number`` is that of the ring in ``memory``, ``at`` what its counters are.
+    """
 
-    def put(self, entry: Entry) -> None:
-        """Put an entry in; ring the doorbell after it.
+    def __init__(self, memory: Arena, number: int, at: int = 0) -> None:
+        self.native = _native.RingProducer(memory.content, number, at)
 
-        Raises :class:`QuotaExceeded` when the other side has not taken the earlier ones, and
-        :class:`InvalidInput` for a payload that is too long, or when the other side's counter is senseless.
+    def put(self, entry: Entry, doorbell: int = -1) -> None:
+        """Put an entry in and ring the ``doorbell`` unless it is -1; never blocks.
+
+        Raises :class:`QuotaExceeded` when the other side has not taken the earlier ones,
+        :class:`InvalidInput` for a payload that is too long, or when the other side's counter is senseless,
+        and, with the entry put in, ``BrokenPipeError`` if nobody can hear the doorbell any more.
         """
-        if len(entry.payload) > PAYLOAD_BYTES:
-            raise InvalidInput(f"a message of {len(entry.payload)} bytes does not fit in a ring's entry")
-        if _ahead(self._put, self._lane.taken()) == ENTRIES:
-            raise QuotaExceeded(f"{ENTRIES} entries of the ring wait already; take some first")
-        self._lane.write(self._put, entry)
-        self._put = (self._put + 1) % _WRAP
-        self._lane.set_put(self._put)
+        ticket, code, timeout_ms, payload = entry
+        outcome = self.native.put(ticket, code, timeout_ms, payload, doorbell)
+        if outcome:
+            raise self._error(outcome, payload)
+
+    def _error(self, outcome: int, payload: bytes) -> Exception:
+        if outcome == _TOO_LONG:
+            return InvalidInput(f"a message of {len(payload)} bytes does not fit in a ring's entry")
+        if outcome == _NOBODY_LISTENS:
+            return BrokenPipeError("the other side of the ring has gone")
+        if outcome == ENTRIES:
+            return QuotaExceeded(f"{ENTRIES} entries of the ring wait already; take some first")
+        return InvalidInput(f"the ring's counters say that {outcome} of its {ENTRIES} entries are in use")
 
 
 class Consumer:
-    """The side of one ring that takes entries out. One thread at a time."""
+    """The side of one ring that takes entries out. One thread at a time.
 
-    def __init__(self, lane: _Lane) -> None:
-        self._lane = lane
-        self._taken = 0
+    ``number`` is that of the ring in ``memory``, ``at`` what its counters are.
+    """
+
+    def __init__(self, memory: Arena, number: int, at: int = 0) -> None:
+        self.native = _native.RingConsumer(memory.content, number, at)
 
     def take(self) -> list[Entry]:
         """Return copies of the entries that wait, in order; none when there are none.
 
         Raises :class:`InvalidInput` when the other side's counter or an entry's length is senseless.
         """
-        waiting = _ahead(self._lane.put(), self._taken)
-        entries = [self._lane.read((self._taken + number) % _WRAP) for number in range(waiting)]
-        self._taken = (self._taken + waiting) % _WRAP
-        self._lane.set_taken(self._taken)
-        return entries
+        taken = self.native.take()
+        if isinstance(taken, str):
+            raise InvalidInput(taken)
+        return [Entry._make(each) for each in taken]
 
+    def wait(self, doorbell: int, connection: int, timeout_s: float) -> list[Entry] | Waited:
+        """Wait for entries; return copies of all that are there, or why there are none (yet).
 
-class _Lane:
-    """Memory of one ring: its two counters and its entries."""
-
-    def __init__(self, memory: Arena, number: int) -> None:
-        # An array stores at once; struct.pack_into writes zeros before, which the other side would see.
-        self._counters = memory.buffer(number * 128, 128).cast("I")
-        self._entries = memory.buffer(PAGE + number * ENTRIES * ENTRY_BYTES, ENTRIES * ENTRY_BYTES)
-
-    def put(self) -> int:
-        return self._counters[0]
-
-    def set_put(self, count: int) -> None:
-        self._counters[0] = count
-
-    def taken(self) -> int:
-        return self._counters[_LINE]
-
-    def set_taken(self, count: int) -> None:
-        self._counters[_LINE] = count
-
-    def write(self, count: int, entry: Entry) -> None:
-        at = count % ENTRIES * ENTRY_BYTES
-        _HEADER.pack_into(self._entries, at, entry.ticket, entry.code, entry.timeout_ms, len(entry.payload))
-        start = at + _HEADER.size
-        self._entries[start : start + len(entry.payload)] = entry.payload
-
-    def read(self, count: int) -> Entry:
-        at = count % ENTRIES * ENTRY_BYTES
-        ticket, code, timeout_ms, length = _HEADER.unpack_from(self._entries, at)
-        if length > PAYLOAD_BYTES:
-            raise InvalidInput(f"an entry of the ring says that it holds {length} bytes")
-        start = at + _HEADER.size
-        return Entry(ticket, code, timeout_ms, bytes(self._entries[start : start + length]))
+        The other side rings ``doorbell``; anything that comes by ``connection`` is its end. Blocks, for
+        ``timeout_s`` seconds at most. Raises as :meth:`take`.
+        """
+        found = self.native.wait(doorbell, connection, timeout_s)
+        if isinstance(found, int):
+            return Waited(found)
+        if isinstance(found, str):
+            raise InvalidInput(found)
+        return [Entry._make(each) for each in found]
 
 
 def client_ends(memory: Arena) -> tuple[Producer, Consumer]:
     """Return the client's ends: of submissions and completions."""
-    return Producer(_Lane(memory, 0)), Consumer(_Lane(memory, 1))
+    return Producer(memory, 0), Consumer(memory, 1)
 
 
 def daemon_ends(memory: Arena) -> tuple[Consumer, Producer]:
     """Return the daemon's ends: of submissions and completions."""
-    return Consumer(_Lane(memory, 0)), Producer(_Lane(memory, 1))
+    return Consumer(memory, 0), Producer(memory, 1)
 
 
 def ring_doorbell(fd: int) -> None:
@@ -204,10 +200,3 @@ def clear_doorbell(fd: int) -> bool:
         return bool(os.read(fd, PAGE))
     except BlockingIOError:
         return True
-
-
-def _ahead(put: int, taken: int) -> int:
-    ahead = (put - taken) % _WRAP
-    if ahead > ENTRIES:
-        raise InvalidInput(f"the ring's counters say that {ahead} of its {ENTRIES} entries are in use")
-    return ahead

@@ -14,23 +14,12 @@
 #include <utility>
 #include <vector>
 
-#include "bindings.h"
-#include "native.h"
+#include "evaluation.h"
 
 namespace nb = nanobind;
 
 namespace hillinfer {
 namespace {
-
-// `count` numbers at a byte offset of the arena, null if they do not lie in it.
-template <class T>
-T *region(Array<uint8_t, 1> &arena, uint64_t offset, uint64_t count) {
-    const uint64_t size = arena.shape(0);
-    if (offset % sizeof(T) || offset > size || count > (size - offset) / sizeof(T)) return nullptr;
-    return reinterpret_cast<T *>(arena.data() + offset);
-}
-
-enum class Outcome : int { done = 0, outside = 1, not_finite = 2, misfit = 3 };
 
 Outcome quantise_query_at(Array<uint8_t, 1> &arena, uint64_t offset, Array<const float, 2> &scale,
                           Array<const float, 2> &zero, bool sum, size_t group, int8_t *q, int32_t *offsets) {
@@ -49,14 +38,6 @@ int quantise_query_of(Array<uint8_t, 1> arena, uint64_t offset, Array<const floa
                       Array<const float, 2> zero, bool sum, Array<int8_t, 3> q, Array<int32_t, 2> offsets, size_t group) {
     return int(quantise_query_at(arena, offset, scale, zero, sum, group, q.data(), offsets.data()));
 }
-
-// Where winners go in the arena, and what of it says which are held.
-struct Places {
-    uint64_t ids_at;
-    std::optional<uint64_t> scores_at;
-    uint64_t held_at;
-    size_t held_count;
-};
 
 // Where a layer's rows lie; rows of `sums` may lie apart.
 RowPlaces rows_of(Array<const int64_t, 2> &extents, int64_t row_bytes, int64_t tokens, Strided<const uint32_t, 2> &sums) {
@@ -100,21 +81,6 @@ std::optional<Arrived> hand_over(
     return Arrived(std::move(counts), lacking.found);
 }
 
-// Whether tokens first .. end - 1 of keys that begin with token `origin` can be ranked for k of them.
-bool fits(const std::vector<Strided<const uint8_t, 3>> &parts, size_t heads, size_t dim, int bits, uint64_t origin,
-          uint64_t first, uint64_t end, uint64_t k) {
-    const size_t tile = kTileTokens * dim * size_t(bits) / 8;
-    uint64_t reached = origin;
-    for (const auto &part : parts) {
-        if (part.shape(0) != heads || part.shape(1) == 0 || part.shape(2) != tile || part.stride(2) != 1 ||
-            part.stride(1) != int64_t(tile))
-            return false;
-        reached += part.shape(1) * kTileTokens;
-    }
-    return dim && dim <= kMaxDim && dim % 8 == 0 && origin % kTileTokens == 0 && origin <= first && first <= end &&
-           end <= reached && reached <= uint64_t(1) << 32 && k <= end - first;
-}
-
 // All of an evaluation but the rows, of keys that lie in memory: as quantise_query_of, rank and hand_over one after
 // another. Returns an Outcome, what hand_over does, and the seconds that ranking took.
 std::tuple<int, Arrived, double> evaluate(
@@ -124,28 +90,55 @@ std::tuple<int, Arrived, double> evaluate(
     std::optional<uint64_t> scores_at, uint64_t held_at, size_t held_count, Array<const int64_t, 2> extents,
     int64_t row_bytes, int64_t tokens, Strided<const uint32_t, 2> sums, size_t most, Array<int64_t, 2> found,
     Array<uint64_t, 1> offsets, Array<uint32_t, 1> checksums) {
-    const size_t heads = scale.shape(0), dim = scale.shape(1), queries = sum ? 1 : group;
-    const auto failed = [](Outcome outcome) { return std::tuple(int(outcome), Arrived(), 0.0); };
-    if (!fits(parts, heads, dim, bits, origin, first, end, k) || offsets.size() < heads * k) return failed(Outcome::misfit);
+    Evaluation evaluation{arena,  query_at, group,   sum,       scale,  zero, Variant(variant),
+                          parts,  bits,     origin,  k,         {ids_at, scores_at, held_at, held_count},
+                          extents, row_bytes, tokens, sums,     most};
+    const size_t room = evaluation.heads() * k;
+    if (!evaluation.fits(first, end) || offsets.size() < room) return {int(Outcome::misfit), Arrived(), 0.0};
     nb::gil_scoped_release released;
+    std::vector<uint32_t> counts(evaluation.heads());
+    Lacking lacking{counts.data(), found.data(), found.data() + room, offsets.data(), checksums.data()};
+    double seconds = 0;
+    const Outcome outcome = evaluation.carry_out(first, end, threads, lacking, seconds);
+    if (outcome != Outcome::done) return {int(outcome), Arrived(), 0.0};
+    return {int(Outcome::done), Arrived(std::move(counts), lacking.found), seconds};
+}
+
+}  // namespace
+
+bool Evaluation::fits(uint64_t first, uint64_t end) const {
+    const size_t dim = scale.shape(1), tile = kTileTokens * dim * size_t(bits) / 8;
+    uint64_t reached = origin;
+    for (const auto &part : parts) {
+        if (part.shape(0) != heads() || part.shape(1) == 0 || part.shape(2) != tile || part.stride(2) != 1 ||
+            part.stride(1) != int64_t(tile))
+            return false;
+        reached += part.shape(1) * kTileTokens;
+    }
+    return dim && dim <= kMaxDim && dim % 8 == 0 && origin % kTileTokens == 0 && origin <= first && first <= end &&
+           end <= reached && reached <= uint64_t(1) << 32 && k <= end - first;
+}
+
+Outcome Evaluation::carry_out(uint64_t first, uint64_t end, size_t threads, Lacking &lacking, double &seconds) {
+    const size_t dim = scale.shape(1), queries = sum ? 1 : group;
     thread_local std::vector<int8_t> q;
     thread_local std::vector<int32_t> q_offsets, scores;
     thread_local std::vector<uint32_t> ids;
-    q.resize(heads * queries * dim);
-    q_offsets.resize(heads * queries);
-    scores.resize(heads * k);
-    ids.resize(heads * k);
+    q.resize(heads() * queries * dim);
+    q_offsets.resize(heads() * queries);
+    scores.resize(heads() * k);
+    ids.resize(heads() * k);
     const Outcome read = quantise_query_at(arena, query_at, scale, zero, sum, group, q.data(), q_offsets.data());
-    if (read != Outcome::done) return failed(read);
+    if (read != Outcome::done) return read;
 
     const auto began = std::chrono::steady_clock::now();
     RankRequest<int8_t> request{};
-    request.variant = Variant(variant);
+    request.variant = variant;
     request.threads = threads;
     for (const auto &part : parts) request.parts.push_back({part.data(), part.stride(0), part.shape(1)});
     request.q = q.data();
     request.offsets = q_offsets.data();
-    request.heads = request.rows = heads;
+    request.heads = request.rows = heads();
     request.queries = queries;
     request.dim = dim;
     request.bits = bits;
@@ -156,17 +149,12 @@ std::tuple<int, Arrived, double> evaluate(
     request.ids = ids.data();
     request.scores = scores.data();
     rank(request);
-    const std::chrono::duration<double> ranked = std::chrono::steady_clock::now() - began;
+    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
 
-    std::vector<uint32_t> counts(heads);
-    Lacking lacking{counts.data(), found.data(), found.data() + heads * k, offsets.data(), checksums.data()};
-    if (!hand_over_to(arena, {ids_at, scores_at, held_at, held_count}, ids.data(), scores.data(), heads, k,
-                      uint32_t(end), rows_of(extents, row_bytes, tokens, sums), most, lacking))
-        return failed(Outcome::outside);
-    return {int(Outcome::done), Arrived(std::move(counts), lacking.found), ranked.count()};
+    const RowPlaces rows = rows_of(extents, row_bytes, tokens, sums);
+    const bool done = hand_over_to(arena, places, ids.data(), scores.data(), heads(), k, uint32_t(end), rows, most, lacking);
+    return done ? Outcome::done : Outcome::outside;
 }
-
-}  // namespace
 
 void define_arena(nb::module_ &module) {
     module.def("quantise_query_of", &quantise_query_of, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),

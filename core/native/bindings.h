@@ -15,6 +15,9 @@ using Strided = nanobind::ndarray<T, nanobind::ndim<kDims>, nanobind::device::cp
 using Bytes1 = Array<const uint8_t, 1>;
 
 void define_arena(nanobind::module_ &module);
+void define_express(nanobind::module_ &module);
 void define_moves(nanobind::module_ &module);
+void define_repeats(nanobind::module_ &module);
+void define_ring(nanobind::module_ &module);
 
 }  // namespace hillinfer

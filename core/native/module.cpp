@@ -306,7 +306,10 @@ void define_rank(nb::module_ &module) {
 
 NB_MODULE(_native, module) {
     define_arena(module);
+    define_express(module);
     define_moves(module);
+    define_repeats(module);
+    define_ring(module);
     module.def("supported", [](int variant) { return supported(Variant(variant)); });
     module.def("environment", &environment);
     module.def("extremes", &extremes, nb::arg().noconvert());

@@ -173,6 +173,10 @@ struct RankRequest {
 template <class Query>
 bool rank(const RankRequest<Query> &request);
 
+// Ranks what has few tokens and asks for no more than ids and scores; returns false, with nothing done, for the rest.
+template <class Query>
+bool rank_short(const RankRequest<Query> &request);
+
 // Reads all of `data` as fast as memory allows, whole cache lines; returns the sum of its 64-bit words.
 uint64_t stream_read(Variant variant, const uint8_t *data, size_t bytes, size_t threads);
 

@@ -17,6 +17,7 @@ from . import __version__, config, systemd
 from .logs import set_up
 from .process import RuntimeLock, die_with_parent, make_runtime_dir, raise_descriptor_limit
 from .reload import Reloader
+from .service.express import Express
 from .serving import serve
 
 app = typer.Typer(add_completion=False)
@@ -77,7 +78,9 @@ def _serve(
     listening = systemd.listening_socket(attach_socket(settings.runtime_dir))
     make_runtime_dir(settings.runtime_dir)
     lock = RuntimeLock(settings.runtime_dir)
-    asyncio.run(serve(settings, Reloader(config_file, overrides, given), listening))
+    express = Express()
+    with asyncio.Runner(loop_factory=express.new_loop) as runner:
+        runner.run(serve(settings, Reloader(config_file, overrides, given), listening, express))
     del lock
 
 

@@ -21,6 +21,7 @@ from .metrics.metrics import Metrics
 from .reload import Reloader
 from .rpc.server import Transports
 from .service.cold_pool import ColdPoolService
+from .service.express import Express
 from .service.hotplug import Hotplug
 from .service.progress import Progress
 
@@ -32,10 +33,13 @@ STATUS_S = 5.0
 _FEEDS = 3  # as many times within the watchdog's time, so that a slow one does not count
 
 
-async def serve(settings: config.Config, reloader: Reloader, listening: socket.socket | None) -> None:
+async def serve(
+    settings: config.Config, reloader: Reloader, listening: socket.socket | None, express: Express
+) -> None:
     """Serve until SIGTERM, SIGINT, or nobody having been attached for ``exit_when_idle``; SIGHUP reloads.
 
-    ``listening`` is the attach socket if systemd has it. Raises what keeps all drives from serving.
+    ``listening`` is the attach socket if systemd has it, ``express`` the loop's selector. Raises what keeps
+    all drives from serving.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -43,7 +47,7 @@ async def serve(settings: config.Config, reloader: Reloader, listening: socket.s
         loop.add_signal_handler(number, stop.set)
 
     drives = [drive_settings(drive, settings) for drive in settings.drives]
-    service = ColdPoolService(drives, settings.limits, settings.log_level)
+    service = ColdPoolService(drives, settings.limits, settings.log_level, express)
     await service.start()
     try:
         transports = Transports(service, settings.runtime_dir, listening)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from hillinfer.bench import kernel as bench
 from hillinfer.bench import peers, sharing, split, split_rig
 from hillinfer.bench.recall import as_markdown, measure, untrained_qwen3
+from hillinfer.cli import main
 from hillinfer.commands import app
 from hillinfer.demo import make_demo
 from hillinfer.model_directory import ModelDirectory, bundled_model
@@ -167,6 +168,15 @@ def test_the_transports_are_compared(tmp_path):
         assert 0 < each["p50_us"] <= each["p99_us"]
         assert 0 < each["above_p50_us"] < each["p50_us"]
         assert each["per_s"] > 0
+
+
+def test_a_directory_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hillinfer", "bench", "transport", "--pool-dir", "/nowhere"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    err = capsys.readouterr().err
+    assert (ended.value.code, err.count("\n")) == (1, 1)
+    assert err.startswith("hillinfer: No such file or directory: /nowhere/")
 
 
 def test_the_split_bench_slows_either_side_and_says_how_the_boundary_followed(tmp_path):

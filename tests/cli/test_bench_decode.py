@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hillinfer.bench.decode.growth import as_markdown as as_growth
-from hillinfer.bench.decode.growth import exponents
+from hillinfer.bench.decode.growth_fits import COSTS, exponents, faster, lines
+from hillinfer.bench.decode.growth_fits import as_markdown as as_growth
 from hillinfer.bench.decode.processes import children, cpu_s
 from hillinfer.bench.decode.report import Rows, as_markdown, as_object, ratios
 from hillinfer.bench.decode.subject import of_shape, twin
@@ -222,6 +222,12 @@ def test_growth_counts_every_layer_and_application(monkeypatch, capsys, tmp_path
         code, _, err = run("--axes", "wisdom", option, tmp_path / "nowhere" / "growth.svg")
         assert code == 2
         assert "nowhere" in err
+    picture.write_text("not what it keeps")
+    code, _, err = run("--axes", "layers", "--keep", picture)
+    assert code == 2
+    assert "no axes of this benchmark" in err
+    code, _, err = run("--axes", "tokens", "--sizes", "4")
+    assert (code, err.count("Traceback")) == (2, 0), err
     code, _, err = run("--axes", "wisdom")
     assert code == 2
     assert "tokens, 160 attended" in err
@@ -244,19 +250,25 @@ def test_exponents_are_those_of_the_powers():
         "step_ms": 1.0, "evaluated_bytes": 2.0, "read_bytes": pytest.approx(0), "row_reads": None,
         "drive_cpu_ms": 0.5,
     }  # fmt: skip
-    told = as_growth([{"axis": "tokens", "points": _growth_points(), "exponents": found}])
-    assert "above 1.1): evaluated_bytes against tokens." in told
 
 
-def _growth_points():
-    names = (
-        "size",
-        "step_ms",
-        "least_ms",
-        "greatest_ms",
-        "evaluated_bytes",
-        "read_bytes",
-        "row_reads",
-        "drive_cpu_ms",
-    )
-    return [dict.fromkeys(names, 1)]
+def _growth_points(cost):
+    return [
+        {"size": n, "least_ms": 1, "greatest_ms": 1} | dict.fromkeys(COSTS, cost(n))
+        for n in (4096, 8192, 16384, 32768, 65536)
+    ]
+
+
+def test_a_line_that_begins_below_zero_is_told_from_growth_faster_than_linear():
+    straight, bent = _growth_points(lambda n: n - 1800), _growth_points(lambda n: n**1.5)
+    assert exponents(straight)["read_bytes"] > 1.15
+    assert lines(straight)["read_bytes"] == pytest.approx({"fixed": -1800, "each": 1, "off": 0}, abs=1e-6)
+    assert lines(bent)["read_bytes"]["off"] > 0.3
+    assert faster(straight) == []
+    assert faster(bent) == list(COSTS)
+    assert faster(_growth_points(lambda n: n**0.5)) == []
+    assert lines(bent[:2])["read_bytes"] is None, "two points are always on a line"
+    told = as_growth([{"axis": "a", "points": straight}, {"axis": "b", "points": bent}])
+    assert "straight line): step_ms against b, evaluated_bytes against b" in told
+    assert "against a" not in told
+    assert "-3%, 0%" in told

@@ -183,6 +183,13 @@ def test_the_share_of_steps_that_attended_a_predicted_selection_is_told(evaluate
             assert f"88% of {told['layer_steps']} layer-steps attended a predicted selection" in text
 
 
+def test_answers_of_before_stay_until_there_are_new_ones(evaluated, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("of a long run")
+    code, _, _ = evaluated("--answers", answers, "--tasks", "riddles")
+    assert (code, answers.read_text()) == (2, "of a long run")
+
+
 def test_answers_that_come_again_count_once(evaluated, tmp_path):
     one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
     # Another turn, prompt, text or budget is another answer.
@@ -306,6 +313,7 @@ def test_the_picture_has_every_length_and_turn(tmp_path):
         (["--model", "/nowhere"], "not a directory"),
         (["--plot", "picture.gif"], ".png or .svg"),
         (["--plot", "/nowhere/picture.png"], "not a directory"),
+        (["--plot", "/proc/picture.png"], "cannot write /proc/picture.png"),
     ],
 )
 def test_what_cannot_work_says_so_in_one_line(evaluated, arguments, said):

@@ -18,7 +18,7 @@ DEFAULTS = [
     ("run", "--dtype", "the model's own"),
     ("eval", "--dtype", "the model's; bundled: float32"),
     ("bench recall", "--model", "the bundled one"),
-    ("bench decode", "--readings", "1, paced none"),
+    ("bench decode", "--readings", "1; paced or with a recording none"),
     ("bench kvpath", "--systems", "all; an unknown name lists them"),
 ]
 

@@ -114,3 +114,33 @@ def test_the_command_prints_a_row_for_each_system(recording, tmp_path, monkeypat
     assert "no such system: magic" in err
     file.write_bytes(b"nothing")
     assert "is not a recording" in run()[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--budget", "0.01%"), 2, "18 tokens or more"),
+        (("--profile", "magic"), 1, "'magic' is not allowed"),
+        (("--pool-dir", "/nowhere"), 1, "/nowhere"),
+        (("--plot", "/proc/picture.svg"), 2, "/proc/picture.svg"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_recorded(options, code, said, monkeypatch, capsys):
+    def record(*_):
+        raise AssertionError("recorded")
+
+    monkeypatch.setattr("hillinfer.bench.kvpath.recording.record", record)
+    monkeypatch.setattr(sys, "argv", ["hillinfer", "bench", "kvpath", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert said in capsys.readouterr().err
+
+
+def test_few_tokens_are_selected_too(recording, tmp_path):
+    workload = make_workload(recording, SHAPES["8b"], seed=1)
+    with rig(workload, "none", Precision.int4, 48 << 20, tmp_path) as ready:
+        cache = ready.cache(Budget(tokens=21), SYSTEMS["hillinfer"](ready))
+        (layer,) = cache.full_layers
+        assert bring(layer, torch.from_numpy(workload.queries[0, 0])[None, :, None], 0.1)
+        assert (layer.slots.ids != EMPTY).sum(-1).tolist() == [[4] * 8]

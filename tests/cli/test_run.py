@@ -1,8 +1,14 @@
 """Whole runs with a private daemon, their output caught in a pipe."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -115,6 +121,28 @@ def test_without_a_budget_a_short_text_is_answered_too(hillinfer):
     tokenizer = AutoTokenizer.from_pretrained(bundled_model(), local_files_only=True)
     for task, answer in zip(make_demo(tokenizer, 512).tasks, answers, strict=True):
         assert task.is_right(answer["text"]), (task, answer)
+
+
+@pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_leaves_no_pool_and_no_daemon(tmp_path, ending, code):
+    # One of eval, whose pool lies in a file of its own from the beginning.
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # sockets' names are short
+    command = [Path(sys.executable).with_name("hillinfer"), "eval", "--prompts", "90", "--tasks", "single"]
+    environment = os.environ | {"TMPDIR": str(temporary), "HILLINFER_RUNTIME_DIR": str(tmp_path)}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        waits = time.monotonic() + 60
+        while not any(temporary.glob("hillinfer-eval-*/*.pool")):
+            assert running.poll() is None, running.stderr.read()
+            assert time.monotonic() < waits
+            time.sleep(0.1)
+        running.send_signal(ending)
+        _, err = running.communicate(timeout=60)
+        assert running.returncode == code, err
+        assert list(temporary.glob("hillinfer*")) == []
+    finally:
+        running.kill()
+        shutil.rmtree(temporary)
 
 
 def test_help_imports_neither_torch_nor_transformers():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +114,101 @@ def test_a_refusal_is_raised_when_it_is_collected(session: Session) -> None:
     assert_same(session.collect(asked), expected)
 
 
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_are_under_way_together(daemon: PrivateDaemon, session: Session, order: tuple[int, int]) -> None:
+    with session.open_context(SHAPE) as context:
+        fill(context)
+        items = [[item(context, seed, held=seed)] for seed in range(3)]
+        expected = [session.evaluate_and_bring(0, each) for each in items]
+        with stopped(daemon.pid):
+            asked = [ask(session, 0, each) for each in items[:2]]
+            assert session.waited_s == 0, "nobody has waited for anything"
+        third = ask(session, 0, items[2])
+        assert session.waited_s > 0
+        assert asked[0].brought is not None, "the oldest is kept"
+        for number in order:
+            assert_same(session.collect(asked[number]), expected[number])
+        assert_same(session.collect(third), expected[2])
+        assert asked[0].asked_at == asked[0].begun_at < asked[1].asked_at < asked[1].begun_at
+
+
+@pytest.mark.parametrize("arena_kib", [20, 44, 48, 60, 64, 200])
+def test_an_arena_of_any_size_keeps_them_apart(daemon: PrivateDaemon, arena_kib: int) -> None:
+    with Session.connect(daemon.socket, arena_kib << 10) as session, session.open_context(SHAPE) as context:
+        fill(context)
+        items = [[item(context, 2 * n), item(context, 2 * n + 1)] for n in range(4)]
+        expected = [session.evaluate_and_bring(0, each) for each in items]
+        asked = [session.ask_ahead(0, each) for each in items]
+        for each, right, mine in zip(asked, expected, items, strict=True):
+            assert_same(session.evaluate_and_bring(0, mine) if each is None else session.collect(each), right)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_an_error_of_one_is_not_the_others(session: Session, wrong: int) -> None:
+    with session.open_context(SHAPE) as context:
+        fill(context)
+        right = item(context)
+        expected = session.evaluate_and_bring(0, [right])
+        queries = [right.query * np.float32(np.nan if number == wrong else 1) for number in range(2)]
+        asked = [ask(session, 0, [right._replace(query=query)]) for query in queries]
+        assert_same(session.collect(asked[1 - wrong]), expected)
+        with pytest.raises(errors.InvalidInput, match="NaN"):
+            session.collect(asked[wrong])
+        assert_same(session.evaluate_and_bring(0, [right]), expected)
+
+
+def test_what_changes_contexts_waits_for_both(restarted: Restartable) -> None:
+    with Session.connect(restarted.socket) as session:
+        context = session.open_context(SHAPE, durable="two under way", labels=LABELS)
+        fill(context)
+        items = [item(context, seed) for seed in range(2)]
+        expected = [session.evaluate_and_bring(0, [each]) for each in items]
+
+        def change(what: Callable[[], object]) -> None:
+            with stopped(restarted.pid):
+                asked = [ask(session, 0, [each]) for each in items]
+            what()
+            for each, right in zip(asked, expected, strict=True):
+                assert_same(session.collect(each), right)
+
+        change(lambda: context.append(0, KEYS, VALUES))
+        assert context.length(0) == 2 * TOKENS
+        change(lambda: context.append(1, KEYS, VALUES))
+        change(context.save)
+        change(lambda: context.fetch_range(0, 0, TOKENS))
+        change(context.close)
+
+
+def test_a_session_that_is_closed_answers_neither(daemon: PrivateDaemon) -> None:
+    with Session.connect(daemon.socket) as session:
+        context = session.open_context(SHAPE)
+        fill(context)
+        asked = [ask(session, 0, [item(context, seed)]) for seed in range(2)]
+        session.close()
+        for each in asked:
+            with pytest.raises(errors.HillInferError):
+                session.collect(each)
+
+
 def test_no_answer_in_time_ends_the_use_of_the_arena(daemon: PrivateDaemon) -> None:
     with Session.connect(daemon.socket, timeout_s=1) as session, session.open_context(SHAPE) as context:
         fill(context)
-        os.kill(daemon.pid, signal.SIGSTOP)
-        try:
-            asked = ask(session, 0, [item(context)])
+        with stopped(daemon.pid):
+            first, second = (ask(session, 0, [item(context, seed)]) for seed in range(2))
             with pytest.raises(errors.DaemonUnavailable, match="may still be in use"):
                 session.evaluate_and_bring(0, [item(context)])
-            with pytest.raises(errors.DeadlineExceeded):
-                session.collect(asked)
-        finally:
-            os.kill(daemon.pid, signal.SIGCONT)
+            for asked in (first, second):
+                with pytest.raises(errors.DeadlineExceeded):
+                    session.collect(asked)
         with pytest.raises(errors.DaemonUnavailable, match="may still be in use"):
             session.collect(ask(session, 0, [item(context)]))
 
@@ -132,7 +216,8 @@ def test_no_answer_in_time_ends_the_use_of_the_arena(daemon: PrivateDaemon) -> N
 def test_an_interrupted_wait_ends_the_use_of_the_arena(session: Session, monkeypatch: Any) -> None:
     context = session.open_context(SHAPE)
     fill(context)
-    asked = ask(session, 0, [item(context)])
+    expected = session.evaluate_and_bring(0, [item(context, 1)])
+    asked, other = ask(session, 0, [item(context)]), ask(session, 0, [item(context, 1)])
     assert session._link is not None
 
     def interrupted(*args: object) -> None:
@@ -142,8 +227,11 @@ def test_an_interrupted_wait_ends_the_use_of_the_arena(session: Session, monkeyp
         patched.setattr(session._link, "answer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.collect(asked)
+    assert_same(session.collect(other), expected)
     with pytest.raises(errors.DaemonUnavailable, match="may still be in use"):
         session.collect(asked)
+    with pytest.raises(errors.DaemonUnavailable, match="may still be in use"):
+        ask(session, 0, [item(context)])
 
 
 @pytest.mark.parametrize("noticed", ["by collect", "by another call", "before the restart"])
@@ -168,6 +256,23 @@ def test_a_daemon_that_dies_meanwhile_is_asked_again(restarted: Restartable, not
         assert session.restarts == 2
         with pytest.raises(errors.ContextLost):
             ask(session, 0, [item(volatile)])
+
+
+def test_two_that_a_daemon_dies_of_are_both_asked_again(restarted: Restartable) -> None:
+    with Session.connect(restarted.socket, timeout_s=20, restart_s=20) as session:
+        context = read(session)
+        items = [[item(context, seed)] for seed in range(3)]
+        expected = [session.evaluate_and_bring(0, each) for each in items]
+        for collected in ((0, 1), (1, 0)):
+            assert restarted.process is not None
+            restarted.process.send_signal(signal.SIGSTOP)
+            asked = [ask(session, 0, each) for each in items[:2]]
+            restarted.restart(signal.SIGKILL)
+            third = ask(session, 0, items[2])
+            for number in collected:
+                assert_same(session.collect(asked[number]), expected[number])
+            assert_same(session.collect(third), expected[2])
+        assert session.restarts == 2
 
 
 def test_what_was_asked_of_a_context_that_is_lost_is_lost(restarted: Restartable) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,10 +22,14 @@ from hillinfer_core.ring import (
     ENTRY_BYTES,
     PAYLOAD_BYTES,
     RING_BYTES,
+    Consumer,
     Entry,
+    Producer,
+    Waited,
     client_ends,
     create_ring,
     daemon_ends,
+    ring_doorbell,
 )
 
 
@@ -83,11 +88,8 @@ TestRing.settings = settings(max_examples=30, stateful_step_count=60, deadline=N
 
 
 def test_counters_wrap(memory: Arena) -> None:
-    (submit, _), (take, _) = client_ends(memory), daemon_ends(memory)
-    submit._put = take._taken = 2**32 - 2
-    for lane in (submit._lane, take._lane):
-        lane.set_put(2**32 - 2)
-        lane.set_taken(2**32 - 2)
+    memory.view(0, (1,), "<u4")[0] = memory.view(64, (1,), "<u4")[0] = 2**32 - 2
+    submit, take = Producer(memory, 0, 2**32 - 2), Consumer(memory, 0, 2**32 - 2)
     entries = [entry(number) for number in range(5)]
     for each in entries:
         submit.put(each)
@@ -113,6 +115,37 @@ def test_a_senseless_counter_is_refused_on_either_side(memory: Arena) -> None:
     memory.view(64, (1,), "<u4")[0] = 1  # taken, though nothing was put
     with pytest.raises(InvalidInput):
         submit.put(entry(1))
+
+
+def test_a_client_waits_for_entries(memory: Arena) -> None:
+    (_, collect), (_, complete) = client_ends(memory), daemon_ends(memory)
+    bell, rung = os.pipe2(os.O_NONBLOCK)
+    connection, theirs = socket.socketpair()
+    with connection, theirs:
+
+        def wait(timeout_s: float = 60.0) -> list[Entry] | Waited:
+            return collect.wait(bell, connection.fileno(), timeout_s)
+
+        assert wait(0) is Waited.deadline
+        ring_doorbell(rung)  # with nothing to say
+        assert wait(0.01) is Waited.deadline
+        entries = [entry(number, b"x" * number) for number in (1, 2, 3)]
+        for each in entries:
+            complete.put(each, rung)
+        assert wait() == entries
+        assert wait(0.01) is Waited.deadline
+        complete.put(entry(5), rung)
+        theirs.send(b"end")
+        assert wait() == [entry(5)]  # what came before the end counts
+        assert wait() is Waited.hung_up
+        memory.view(128, (1,), "<u4")[0] += 100
+        ring_doorbell(rung)
+        with pytest.raises(InvalidInput, match="100 of its 16"):
+            wait()
+        os.close(bell)
+        with pytest.raises(BrokenPipeError):
+            complete.put(entry(8), rung)
+        os.close(rung)
 
 
 def test_a_senseless_length_is_refused(memory: Arena) -> None:

@@ -14,6 +14,7 @@ from hillinferd.driver.settings import DriverSettings
 from hillinferd.rpc.server import Transports
 from hillinferd.service.cold_pool import ColdPoolService
 from hillinferd.service.drive import DriveSettings
+from hillinferd.service.express import Express
 from hillinferd.service.limits import Limits
 
 T = TypeVar("T")
@@ -41,9 +42,10 @@ def drive_settings(name: str, pool: Path, request_timeout_s: float = 20.0) -> Dr
 @contextmanager
 def served(runtime_dir: Path, *drives: DriveSettings) -> Iterator[Served]:
     """Serve ``drives`` at the sockets in ``runtime_dir``."""
-    service = ColdPoolService(drives, Limits(session_limit=16), "info")
+    express = Express()
+    service = ColdPoolService(drives, Limits(session_limit=16), "info", express)
     ready, stop = threading.Event(), asyncio.Event()
-    loop = asyncio.new_event_loop()
+    loop = express.new_loop()
     failed: list[BaseException] = []
 
     async def serve() -> None:

@@ -180,3 +180,38 @@ def test_the_next_piece_begins_before_the_last_is_told_of_and_all_are_told_in_or
         assert happened[-1] == "told third"
 
     with_queue(scenario)
+
+
+def test_what_began_before_it_entered_is_charged_from_then() -> None:
+    """The express hands over what is under way: whoever waits for it goes first after it."""
+
+    async def scenario() -> list[str]:
+        now = 100.0
+        pieces: list[Piece] = []
+        queue = WorkQueue(pieces.append, clock=lambda: now)
+        pump = asyncio.create_task(queue.run())
+        await asyncio.sleep(0)
+        assert queue.idle
+        ends: list[tuple[str, End]] = []
+
+        def enter(name: str, began: float | None = None) -> None:
+            result: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            queue.enter(
+                Someone(ord(name)), lambda end: ends.append((name, end)), result, operation=name, began=began
+            )
+
+        enter("a", began=97.0)
+        assert not queue.idle
+        enter("a")
+        enter("b")
+        enter("b")
+        now = 101.0
+        for seconds in (1.0, 1.0, 1.0, 0.0):
+            ends[-1][1](None, None)
+            now += seconds
+        pump.cancel()
+        # Four seconds of the first piece, not one, so two of the other session's before its next.
+        assert (pieces[0].queue_s, pieces[0].service_s) == (0.0, 4.0)
+        return [name for name, _ in ends]
+
+    assert asyncio.run(scenario()) == ["a", "b", "b", "a"]

@@ -14,6 +14,7 @@ import hillinfer
 from hillinfer.hkm.slots import Slots
 from hillinfer.pipeline import choice, prefetch
 from hillinfer.pipeline.choice import Measured, Predictor, choose
+from hillinfer.pipeline.first import FirstQuery
 from hillinfer.pipeline.timeline import EVALUATE, LATE, MODEL, WORKER
 from hillinfer_core.errors import DaemonUnavailable, InvalidInput, UnsupportedModel
 
@@ -28,6 +29,14 @@ def model():
 def session(daemon):
     with hillinfer.Session.connect(daemon.socket, arena_bytes=ARENA, name="pipeline") as session:
         yield session
+
+
+@pytest.fixture(scope="module")
+def durable_daemon(tmp_path_factory):
+    with hillinfer.PrivateDaemon(
+        pool_capacity=128 << 20, pool_dir=tmp_path_factory.mktemp("pool")
+    ) as running:
+        yield running
 
 
 def workers():
@@ -73,6 +82,7 @@ def test_everything_attended_is_plain_transformers(model, session, predictor):
 def test_the_exact_query_selects_the_same_with_and_without_prefetch(model, session, monkeypatch):
     """With every step sampled each one ranks with its own query, on top of what was prefetched."""
     monkeypatch.setattr(choice, "SAMPLE_EVERY", 1)
+    monkeypatch.setattr(choice, "SAMPLE_AT_MOST", 1)
     monkeypatch.setattr(choice, "ENTER_HIDDEN", 0.0)
     monkeypatch.setattr(choice, "ENTER_LOSS", dict.fromkeys(choice.ENTER_LOSS, 1.0))
     ids, _ = prompt(2, 600, False)
@@ -176,7 +186,7 @@ def test_an_answer_for_another_step_is_not_used(model, session, predictor):
             pipeline.attended(layer, query, None)
         assert pipeline.pending == [1]
         layer.slots.lengths += 1
-        assert pipeline.take(layer) is None
+        assert pipeline.take(layer, query) is None
         layer.slots.lengths -= 1
 
 
@@ -247,7 +257,7 @@ def test_requests_ahead_bring_what_the_thread_does(model, daemon, predictor):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("policy", "waits"), [(None, True), (InItsThread(), False)])
-def test_a_request_is_waited_for_before_the_next_one_and_a_thread_is_not(model, session, policy, waits):
+def test_of_three_requests_the_first_is_waited_for_and_of_a_thread_none(model, session, policy, waits):
     ids, _ = prompt(1, 500, False)
     options = {"budget": 100, "predictor": "next_layer", "policy": policy}
     with hillinfer.attach(model, session=session, **options) as attachment:
@@ -255,12 +265,72 @@ def test_a_request_is_waited_for_before_the_next_one_and_a_thread_is_not(model, 
         decode(model, cache, ids, 3)
         pipeline = cache.pipeline
         pipeline.drop()
-        for layer in cache.full_layers[1:3]:
-            pipeline.before(layer, lambda: torch.zeros(1, 4, 1, 16))
-        first, second = (pipeline._jobs[index] for index in (1, 2))
-        assert (first.waited is not None) == waits
-        assert second.waited is None
-        assert pipeline.take(cache.full_layers[1]) is not None
+        query = torch.zeros(1, 4, 1, 16)
+        for layer in cache.full_layers[1:]:
+            pipeline.before(layer, lambda: query)
+        waited = [pipeline._jobs[index].waited is not None for index in (1, 2, 3)]
+        assert waited == [waits, False, False]
+        for layer in cache.full_layers[1:]:
+            assert pipeline.take(layer, query) is not None
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("end", ["crop", "save", "a prompt", "close"])
+def test_two_requests_under_way_are_waited_for(model, durable_daemon, end):
+    """What they asked for is forgotten; the cache goes on as one of which nothing was asked."""
+    ids, _ = prompt(1, 500, False)
+    query, seen = torch.zeros(1, 4, 1, 16), []
+    for number, asked in enumerate((True, False)):
+        with (
+            hillinfer.Session.connect(durable_daemon.socket, arena_bytes=ARENA) as session,
+            hillinfer.attach(model, session=session, budget=100, predictor="next_layer") as attachment,
+        ):
+            cache = attachment.new_cache(durable=f"{end} {number}")
+            decode(model, cache, ids, 3)
+            if end == "crop":
+                cache.save()
+            for layer in cache.full_layers[1:3] if asked else ():
+                cache.pipeline.before(layer, lambda: query)
+            assert cache.pipeline.pending == ([1, 2] if asked else [])
+            if end == "close":
+                cache.close()
+                continue
+            if end == "crop":
+                cache.crop(-40)
+            elif end == "save":
+                cache.save()
+            else:
+                model(ids[:, :30], past_key_values=cache)
+            assert not cache.pipeline.pending
+            logits = [model(ids[:, step : step + 1], past_key_values=cache).logits for step in range(20)]
+            seen.append(torch.stack(logits))
+    assert end == "close" or torch.equal(*seen)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("told", ["its own", "another's", "none"])
+def test_the_first_layer_ranks_with_its_own_query_whatever_is_said_to_be_it(session, monkeypatch, told):
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**{**COMMON, "num_hidden_layers": 1})).eval()
+    ids, _ = prompt(2, 500, False)
+
+    def say(first, kwargs):
+        if told == "none":
+            raise UnsupportedModel("nothing to say")
+        return make(first, kwargs) if told == "its own" else torch.ones_like(make(first, kwargs))
+
+    seen, make = [], FirstQuery.__call__
+    monkeypatch.setattr(FirstQuery, "__call__", say)
+    for predictor in ("exact", "next_layer", "auto"):
+        with hillinfer.attach(model, session=session, budget=100, predictor=predictor) as attachment:
+            cache = attachment.new_cache()
+            seen.append(decode(model, cache, ids, 20))
+            assert attachment._predictions._first.usable == (predictor != "exact")
+            assert cache.pipeline.layers[0].own == (predictor == "exact" or told == "its own")
+            ahead = cache.pipeline.timeline.sums[WORKER, EVALUATE] > 0
+            assert ahead == (predictor != "exact")
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
 
 
 @torch.inference_mode()
@@ -308,6 +378,7 @@ def measured(loss, slack=2.0, samples=10, previous=0.5):
         ("exact", measured(0.1), 82, "next_layer"),
         ("exact", measured(0.1), 41, "exact"),  # too few tokens for a predicted query
         ("exact", measured(0.1, samples=2), 82, "exact"),  # too little known
+        ("exact", measured(0.07, samples=1), 82, "next_layer"),  # clear at once
         ("exact", measured(0.18), 82, "exact"),  # loses more than it may to be chosen
         ("next_layer", measured(0.18), 82, "next_layer"),  # but not more than it may to stay
         ("next_layer", measured(0.3), 82, "exact"),
@@ -321,6 +392,18 @@ def measured(loss, slack=2.0, samples=10, previous=0.5):
 )
 def test_the_choice(current, seen, attended, expected):
     assert choose(Predictor(current), seen, attended) == expected
+
+
+def test_samples_become_rare_while_they_clearly_confirm_the_choice():
+    seen, sampled = Measured(), []
+    for step in range(600):
+        if choice.is_sampled(seen, step):
+            loss = 0.12 if step < 3 else 0.2 if step > 300 else 0.02
+            seen.lost({Predictor.next_layer: loss})
+            sampled.append(step)
+            seen.look_again(step, 2, confirmed=seen.is_clear(Predictor.next_layer))
+    # Three while it is in doubt, then every 32nd, less often once it is clear, and every 32nd in doubt again.
+    assert sampled == [0, 1, 2, 30, 62, 94, 158, 286, 414, 446, 478, 510, 542, 574]
 
 
 def test_losses_and_times_run_with_what_is_measured():

@@ -111,3 +111,35 @@ def test_a_query_alone_that_is_another_one_is_given_up(daemon, monkeypatch):
     assert not query.alone
     assert False in same[1:4]
     assert all(same[4:])
+
+
+FIRST_IS_FULL = [name for name in FAMILIES if name not in ("qwen2 sliding", "gemma2", "cohere2")]
+EARLY = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FIRST_IS_FULL)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_first_layer_selects_the_same_asked_ahead_or_not(daemon, name, padded):
+    model, seen = tiny(*FAMILIES[name]), []
+    ids = torch.randint(1, 97, (2, 130), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, : 9 * padded] = 0
+    for predictor in ("exact", "next_layer"):
+        chosen = []
+        with hillinfer.attach(model, socket=daemon.socket, budget=50, predictor=predictor) as attachment:
+            cache = attachment.new_cache()
+            cache.observer = lambda cache, layer, query, scaling, to=chosen: to.append(
+                [{*head} for row in cache.full_layers[0].slots.ids for head in row] if layer == 0 else None
+            )
+            given = mask
+            model(ids, attention_mask=given, past_key_values=cache)
+            for step in range(20):
+                given = torch.nn.functional.pad(given, (0, 1), value=1)
+                model(ids[:, step : step + 1], attention_mask=given, past_key_values=cache)
+            if predictor == "next_layer" and name in EARLY:
+                assert attachment._predictions._first.usable
+                assert cache.pipeline.layers[0].own
+        seen.append([each for each in chosen if each is not None])
+    assert seen[0] == seen[1]
+    assert any(each for step in seen[0] for each in step)

@@ -70,17 +70,15 @@ def test_spans_of_a_lane_nest_or_follow_one_another(spans, lane):
         open_until.append(each.end)
 
 
-def test_each_layer_but_the_first_is_prefetched_in_each_step(spans):
+def test_each_layer_is_asked_for_ahead_in_each_step(spans):
     for step in range(STEPS):
         for layer in range(LAYERS):
             mine = {
                 (each.lane, each.name): each for each in spans if (each.step, each.layer) == (step, layer)
             }
-            assert ((WORKER, EVALUATE) in mine) == (layer > 0)
-            assert ((MODEL, EVALUATE) in mine) == (layer == 0)
-            if layer:
-                assert mine[WORKER, EVALUATE].end <= mine[MODEL, WAIT].end
-                assert mine[MODEL, "predict"].end <= mine[MODEL, WAIT].start
+            assert (MODEL, EVALUATE) not in mine
+            assert mine[WORKER, EVALUATE].end <= mine[MODEL, WAIT].end
+            assert mine[MODEL, "predict"].end <= mine[MODEL, WAIT].start
     starts = [each.start for each in spans if each.name == WAIT]
     assert all(one < other for one, other in pairwise(starts))
 

@@ -281,7 +281,8 @@ def growth_command(
 
     A small model with made-up KV: what it costs to rank, fetch and place, with next to no arithmetic besides.
     """
-    from hillinfer.bench.decode.growth import AXES, as_markdown, draw, measure
+    from hillinfer.bench.decode.growth import AXES, measure
+    from hillinfer.bench.decode.growth_fits import as_markdown, draw, read_axes
     from hillinfer.eval.plot import check_file
 
     check_writable(keep)
@@ -290,7 +291,7 @@ def growth_command(
     names = list(AXES) if axes is None else [name.strip() for name in axes.split(";")]
     if unknown := [name for name in names if name not in AXES]:
         raise InvalidInput(f"nothing grows by {', '.join(unknown)}; there are {'; '.join(AXES)}")
-    found = json.loads(keep.read_text())["axes"] if keep is not None and keep.exists() else []
+    found = read_axes(keep) if keep is not None and keep.exists() else []
     for name in names:
         told = measure(
             name, pool_dir, rounds, steps, lambda line: print(line, file=sys.stderr, flush=True),

@@ -8,12 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from hillinfer.eval.job import Cell, Result
 from hillinfer.eval.metrics import Ranked, Sums
 from hillinfer.eval.paired import differences
+from hillinfer.files import check_writable
 from hillinfer.report import MassReport
 from hillinfer_core.errors import InvalidInput
 
@@ -141,22 +143,25 @@ def _cell(key: tuple[str, str, int, str, int], answers: Sequence[Answer]) -> Cel
 class AnswersFile:
     """Every answer as a line of JSON, written as its prompt is done: an interrupted run leaves the others.
 
-    Raises InvalidInput for a file that cannot be written.
+    What the file held goes with the first answer, and not before there is one. Raises InvalidInput for a
+    file that cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._stream = path.open("w", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise InvalidInput(f"cannot write {path}: {error.strerror}") from None
+        check_writable(path)
+        self._path = path
+        self._stream: TextIO | None = None
 
     def write(self, found: Findings) -> None:
         """Add the answers to one prompt."""
+        if self._stream is None:
+            self._stream = self._path.open("w", encoding="utf-8", buffering=1)
         self._stream.writelines(json.dumps(asdict(answer)) + "\n" for answer in found.answers)
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
 
 def read_answers(path: Path) -> list[Answer]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hillinfer.eval.job import Cell, Result
 from hillinfer.eval.report import pooled
+from hillinfer.files import check_writable
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import parse_budget
 
@@ -16,6 +17,7 @@ def check_file(path: Path) -> None:
         raise InvalidInput(f"cannot draw {path}: name a .png or .svg file")
     if not path.parent.is_dir():
         raise InvalidInput(f"cannot draw {path}: {path.parent} is not a directory")
+    check_writable(path)
     import matplotlib  # noqa: F401
 
 

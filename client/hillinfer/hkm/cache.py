@@ -325,7 +325,9 @@ class HierarchicalCache(Cache):
 
     def divide(self, slots: Slots, selected: int) -> Division:
         """Divide the resident budget for a step that selects `selected` tokens (see `Resident.divide`)."""
-        return self._resident.divide(slots, selected * len(self.full_layers))
+        # Each layer may append before the next one is asked how much there is room for.
+        coming = self.contexts[0].append_unit
+        return self._resident.divide(slots, selected * len(self.full_layers), coming)
 
     def divide_among(self, slots: Slots, selected: int) -> Division:
         """Divide it for a step in which layers select `selected` tokens together, slots like `slots`."""

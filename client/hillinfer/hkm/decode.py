@@ -28,7 +28,7 @@ def decode(
     if timeline.mark:
         timeline.note(MODEL, COMPUTE, step, layer.index, timeline.mark)
         timeline.mark = 0.0
-    ready = pipeline.take(layer)
+    ready = pipeline.take(layer, query)
     start = perf_counter()
     layer.store_step(key, value)
     timeline.note(MODEL, APPEND, step, layer.index, start)
@@ -64,12 +64,14 @@ def _use(
     before = slots.ids.copy() if job.sampled else None
     if found.brought is not None:
         for row, brought, uploaded in zip(found.rows, found.brought, found.uploaded, strict=True):
-            _place(layer, row, brought, uploaded, final=not job.sampled)
+            _place(layer, row, brought, uploaded, final=job.own is not None or not job.sampled)
     timeline.note(MODEL, PLACE, job.step, layer.index, start)
     if before is not None:
-        predicted = slots.ids.copy()
-        wanted = [layer.cache.selection_size(int(n), slots) for n in slots.lengths]
-        _select(layer, query, wanted, LATE, first=False)
+        predicted = None
+        if job.own is None:
+            predicted = slots.ids.copy()
+            wanted = [layer.cache.selection_size(int(n), slots) for n in slots.lengths]
+            _select(layer, query, wanted, LATE, first=False)
         layer.sample = Sample.of(layer, query, scaling, before, predicted)
     return True
 

@@ -33,11 +33,15 @@ LEAVE_LOSS = {predictor: 1.4 * loss for predictor, loss in ENTER_LOSS.items()}
 ENTER_HIDDEN, LEAVE_HIDDEN = 0.25, 0.10
 """Share of evaluation and fetch that must be hidden for a prediction to be chosen, to stay. Our choice."""
 
-MIN_SAMPLES = 3
-"""Sampled steps before a layer leaves the exact query. Our choice."""
+CLEAR = 0.5
+"""Share of the loss to be chosen up to which there is little doubt. Our choice."""
 
-SAMPLE_EVERY = 32
-"""Steps of a layer between two that are sampled once it has enough samples. Our choice."""
+MIN_SAMPLES = 3
+"""Sampled steps before a layer leaves the exact query; one does where that is clear. Our choice."""
+
+SAMPLE_EVERY, SAMPLE_AT_MOST = 32, 128
+"""Steps of a layer between two that are sampled once it has enough samples: at first, and then twice as many
+each time that a sample clearly confirms the choice, at most. Our choice."""
 
 _KEPT = 0.25  # weight of a new figure in a running one
 
@@ -51,6 +55,24 @@ class Measured:
     """From asking to the layer's attention: as much as this could be hidden."""
     loss: dict[Predictor, float] = field(default_factory=dict)
     samples: int = 0
+    every: int = 0
+    """Steps between samples, the latest."""
+    due: int = 0
+    """Step of the next one."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether there were samples enough to leave the exact query."""
+        return self.samples >= MIN_SAMPLES or any(self.is_clear(predictor) for predictor in self.loss)
+
+    def is_clear(self, predictor: Predictor) -> bool:
+        """Whether `predictor` loses so little that there is little doubt."""
+        return predictor in self.loss and self.loss[predictor] <= CLEAR * ENTER_LOSS[predictor]
+
+    def look_again(self, step: int, layer: int, *, confirmed: bool) -> None:
+        """Have the next sample after this `step`; layers take turns."""
+        self.every = min(2 * self.every, SAMPLE_AT_MOST) if confirmed else SAMPLE_EVERY
+        self.due = step + self.every - (step + layer) % SAMPLE_EVERY
 
     def timed(self, evaluate_s: float, slack_s: float) -> None:
         """Count a prefetch: how long it took, and how long the layer did without it."""
@@ -72,9 +94,9 @@ class Measured:
         return min(1.0, self.slack_s / self.evaluate_s)
 
 
-def is_sampled(measured: Measured, step: int, layer: int) -> bool:
-    """Whether the layer's `step` also ranks with the exact query; layers take turns."""
-    return measured.samples < MIN_SAMPLES or (step + layer) % SAMPLE_EVERY == 0
+def is_sampled(measured: Measured, step: int) -> bool:
+    """Whether the layer's `step` also ranks with the exact query."""
+    return not measured.enough or step >= measured.due
 
 
 def choose(current: Predictor, measured: Measured, attended: int) -> Predictor:
@@ -82,7 +104,7 @@ def choose(current: Predictor, measured: Measured, attended: int) -> Predictor:
 
     attended: tokens of a step, the pinned ones included.
     """
-    if attended < SAFE_TOKENS or measured.samples < MIN_SAMPLES:
+    if attended < SAFE_TOKENS or not measured.enough:
         return Predictor.exact
     for predictor in (Predictor.next_layer, Predictor.previous_step):
         stays = predictor is current

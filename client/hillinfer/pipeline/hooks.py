@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hillinfer.pipeline.first import FirstQuery, owner_of
 from hillinfer.pipeline.query import (
     LayerQuery,
     cache_of,
@@ -30,11 +31,35 @@ class PredictionHooks:
             for number, layer in enumerate(self._layers)
         ]
         self._hooks.append(self._layers[-1].register_forward_hook(_after_the_last, with_kwargs=True))
+        owner = owner_of(model, self._layers)
+        self._first = FirstQuery(owner, self._queries[0])
+        self._hooks.append(owner.register_forward_pre_hook(self._before_the_first, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks out of the model; idempotent."""
         for hook in self._hooks:
             hook.remove()
+
+    def _before_the_first(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin on the first layer with its own query, before the model prepares anything."""
+        cache: Any = kwargs.get("past_key_values")
+        pipeline, ids = getattr(cache, "pipeline", None), kwargs.get("input_ids")
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        if pipeline is None or not pipeline.asks_own or ids is None or ids.shape[1] != 1:
+            return
+        cache.check_usable()
+        if cache.layers[0].is_sliding:
+            return
+        self._first.try_with(kwargs)
+        if self._first.usable:
+            pipeline.timeline.mark = perf_counter()
+            pipeline.before_own(cache.layers[0], lambda: self._first(kwargs))
+
+    def _own(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        query = self._queries[number](args, kwargs)
+        if number == 0:
+            self._first.compare(query)
+        return query
 
     def _hook(self, number: int) -> Any:
         following = number + 1
@@ -47,7 +72,10 @@ class PredictionHooks:
             if pipeline is None or hidden_of(args, kwargs).shape[1] != 1:
                 return
             if number == 0:
-                pipeline.timeline.mark = perf_counter()
+                cache.check_usable()
+                pipeline.timeline.mark = pipeline.timeline.mark or perf_counter()
+            if not self._known[number] and pipeline.asks_own and not cache.layers[number].is_sliding:
+                pipeline.before_own(cache.layers[number], lambda: self._own(number, args, kwargs))
             if following < len(self._layers) and self._known[following]:
                 computing, target = cache.layers[number], cache.layers[following]
                 if not target.is_sliding:  # the others have nothing to rank

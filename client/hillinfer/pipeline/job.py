@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from hillinfer.hkm.tensors import to_storage
 from hillinfer.pipeline.device import Uploaded
 from hillinfer.session import Brought, EvaluateItem
 
@@ -46,8 +48,8 @@ class Answer(Protocol):
         """Return what has come so far and waits for its layer."""
         ...
 
-    def wait_for_others(self) -> bool:
-        """Wait for it if nothing else can be asked for before; say whether that is so."""
+    def is_kept(self) -> bool:
+        """Whether it came because something else had to wait for it, and is kept for its layer."""
         ...
 
     def drop(self) -> None:
@@ -72,6 +74,8 @@ class Job:
     ends: list[int]
     append: list[int]
     sampled: bool
+    own: torch.Tensor | None = None
+    """The query [B, H, 1, D], if it is meant to be the layer's own: the answer is good for no other."""
     began: float = 0.0
     waited: float | None = None
     """When the thread of the model began to wait for it, if that was before the layer took it."""
@@ -125,6 +129,22 @@ def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool)
             for context, n in zip(cache.contexts, lengths, strict=True)
         ]
     return Job(layer, step, wanted, lengths, held(layer), ends, append, sampled)
+
+
+def append_for_next(layer: HierarchicalLayer) -> bool:
+    """Begin to append what the next decode step of `layer` would, and wait for; say if there is anything.
+
+    What comes of it the layer's next `Job` sees, which appends what was not.
+    """
+    slots, index, any_sent = layer.slots, layer.index, False
+    for row, (context, length) in enumerate(zip(layer.cache.contexts, slots.lengths.tolist(), strict=True)):
+        first = context.length(index)
+        end = min(layer.append_end(context, length + 1, layer.waiting), length)
+        if end > first:
+            keys, values = slots.pinned_rows(row, first, end - first)
+            context.append_ahead(index, to_storage(keys), to_storage(values))
+            any_sent = True
+    return any_sent
 
 
 def held(layer: HierarchicalLayer) -> Ids:

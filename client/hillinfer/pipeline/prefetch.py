@@ -17,7 +17,7 @@ from hillinfer.hkm.background import Background
 from hillinfer.hkm.staging import on_accelerator
 from hillinfer.pipeline import choice, device
 from hillinfer.pipeline.choice import Measured, Predictor
-from hillinfer.pipeline.job import Job, Prefetched, make_job
+from hillinfer.pipeline.job import Job, Prefetched, append_for_next, make_job
 from hillinfer.pipeline.timeline import APPEND, COMPUTE, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
 from hillinfer.pipeline.under_way import InThread, Query, Request
 from hillinfer.session import Brought, EvaluateItem, Session
@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class LayerState:
-    """Predictor in use, and what it is chosen by. known: whether next_layer can be asked for."""
+    """Predictor in use, and what it is chosen by.
+
+    known: whether next_layer can be asked for; own: whether what was said to be the layer's own query was.
+    """
 
     predictor: Predictor
     measured: Measured = field(default_factory=Measured)
     step: int = 0
     known: bool = True
+    own: bool = True
 
 
 class Pipeline:
@@ -51,6 +55,8 @@ class Pipeline:
         self.layers = [LayerState(first) for _ in range(layers)]
         self.nbytes = 0
         """Bytes of rows that wait for their layer, at most."""
+        self.asks_own = predictor in (Predictor.auto, Predictor.next_layer)
+        """Whether `before_own` is to be called: `exact` ranks in the layer."""
         self._session = session
         self.policy = policy
         self._policy_lock = threading.Lock()
@@ -78,7 +84,7 @@ class Pipeline:
         So does a query that is still on its way from an accelerator.
         """
         state = self.layers[layer.index]
-        sampled = self._is_sampled(state, layer.index)
+        sampled = self._is_sampled(state)
         if not layer.is_initialized or not (state.predictor is Predictor.next_layer or sampled):
             return
         if not state.known or layer.index in self._jobs:
@@ -101,16 +107,39 @@ class Pipeline:
         else:
             self._begin(job, predicted, host)
 
+    def before_own(self, layer: HierarchicalLayer, query: Callable[[], torch.Tensor]) -> None:
+        """Begin on `layer`, which nothing precedes, with what `query` says will be its own [B, H, 1, D].
+
+        `take` makes sure that it is. Nothing begins where another thread would have to, or on an accelerator,
+        whose query the host would wait for.
+        """
+        state = self.layers[layer.index]
+        if not state.own or not layer.is_initialized or layer.index in self._jobs:
+            return
+        if not Request.serves(self.policy) or on_accelerator(layer.slots.keys):
+            return
+        job = make_job(layer, state.step, self._is_sampled(state), ahead=True)
+        if job is None:
+            return
+        start = perf_counter()
+        try:
+            job.own = query()
+        except UnsupportedModel:
+            state.own = False
+            return
+        self.timeline.note(MODEL, PREDICT, state.step, layer.index, start)
+        self._begin(job, job.own, device.to_host(job.own[:, :, 0]))
+
     def begin_postponed(self) -> None:
         """Begin on what waited for the layer that has its own selection now."""
         if self._postponed is not None:
             postponed, self._postponed = self._postponed, None
             self._begin(*postponed)
 
-    def take(self, layer: HierarchicalLayer) -> tuple[Job, Prefetched] | None:
+    def take(self, layer: HierarchicalLayer, query: torch.Tensor) -> tuple[Job, Prefetched] | None:
         """Return what was brought for the decode step that `layer` begins; None if nothing fits it.
 
-        Blocks until it is there. Raises what there was to be raised.
+        query: the layer's own, [B, H, 1, D]. Blocks until it is there. Raises what there was to be raised.
         """
         job = self._jobs.pop(layer.index, None)
         if job is None or job.answer is None:
@@ -125,6 +154,9 @@ class Pipeline:
         self.layers[layer.index].measured.timed(found.ended - found.began, waited - job.began)
         if job.lengths != layer.slots.lengths.tolist():
             return None  # made for another step
+        if job.own is not None and not torch.equal(job.own, query):
+            self.layers[layer.index].own = False
+            return None
         others = (other.answer.come() for other in self._jobs.values() if other.answer is not None)
         waiting = chain(found.brought or (), chain.from_iterable(others))
         self.nbytes = max(self.nbytes, sum(each.rows.nbytes for each in waiting))
@@ -138,10 +170,18 @@ class Pipeline:
         if losses is not None:
             state.measured.lost(losses)
         if self.predictor is Predictor.auto:
-            state.predictor = choice.choose(state.predictor, state.measured, layer.slots.attended)
+            chosen = choice.choose(state.predictor, state.measured, layer.slots.attended)
+            same, state.predictor = chosen is state.predictor, chosen
+            if losses is not None or not same:
+                confirmed = same and state.measured.is_clear(chosen)
+                state.measured.look_again(state.step, layer.index, confirmed=confirmed)
         state.step += 1
+        if Request.serves(self.policy) and not on_accelerator(query):
+            start = perf_counter()
+            if append_for_next(layer):
+                self._note_amid_compute(APPEND, state.step - 1, layer.index, start, perf_counter())
         if state.predictor is Predictor.previous_step:
-            job = make_job(layer, state.step, self._is_sampled(state, layer.index), ahead=False)
+            job = make_job(layer, state.step, self._is_sampled(state), ahead=False)
             if job is not None:
                 self._begin(job, query, device.to_host(query[:, :, 0]))
 
@@ -159,7 +199,7 @@ class Pipeline:
 
     def samples(self, layer: int) -> bool:
         """Whether the step in progress of `layer` is sampled."""
-        return self._is_sampled(self.layers[layer], layer)
+        return self._is_sampled(self.layers[layer])
 
     def drop(self, layer: int | None = None) -> None:
         """Forget what was asked for `layer` (None: all), once nothing of it is under way.
@@ -179,36 +219,37 @@ class Pipeline:
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._jobs.clear()
 
-    def _is_sampled(self, state: LayerState, layer: int) -> bool:
-        return self.predictor is Predictor.auto and choice.is_sampled(state.measured, state.step, layer)
+    def _is_sampled(self, state: LayerState) -> bool:
+        return self.predictor is Predictor.auto and choice.is_sampled(state.measured, state.step)
 
-    def _wait_for_others(self) -> None:
-        """Wait for what has to be answered before anything else can be asked for, as if its layer did."""
-        for job in self._jobs.values():
-            if job.answer is None or job.waited is not None:
-                continue
-            start = perf_counter()
-            if not job.answer.wait_for_others():
-                continue
-            job.waited = start
-            self._note_amid_compute(WAIT, job, start)
-
-    def _note_amid_compute(self, name: str, job: Job, start: float) -> None:
-        timeline, of = self.timeline, (job.step, job.layer.index)
+    def _note_amid_compute(self, name: str, step: int, layer: int, start: float, end: float) -> None:
+        timeline, of = self.timeline, (step, layer)
         if timeline.mark:
             timeline.note(MODEL, COMPUTE, *of, timeline.mark, start)
-        end = timeline.note(MODEL, name, *of, start)
+        timeline.note(MODEL, name, *of, start, end)
         timeline.mark = end if timeline.mark else 0.0
 
+    def _note_waiting(self, job: Job, start: float, waited_before: float) -> float:
+        """Note what was waited for since `start`, as if the layers it was for did; return when that ended."""
+        waited = self._session.waited_s - waited_before
+        if not waited:
+            return start
+        for other in self._jobs.values():
+            if other.answer is not None and other.waited is None and other.answer.is_kept():
+                other.waited = start
+        self._note_amid_compute(WAIT, job.step, job.layer.index, start, start + waited)
+        return start + waited
+
     def _begin(self, job: Job, query: torch.Tensor, host: Query) -> None:
-        self._wait_for_others()
+        start, waited = perf_counter(), self._session.waited_s
         if job.appends and Request.serves(self.policy):
             # Here and not in the worker, which would want the interpreter's lock meanwhile, several times.
-            start = perf_counter()
             job.append_ahead()
-            self._note_amid_compute(APPEND, job, start)
-        job.began = perf_counter()
+            begun = self._note_waiting(job, start, waited)
+            start, waited = perf_counter(), self._session.waited_s
+            self._note_amid_compute(APPEND, job.step, job.layer.index, begun, start)
         job.answer = Request.send(self._session, self.policy, job, host)
+        job.began = self._note_waiting(job, start, waited)
         if job.answer is None:
             mark = device.mark(query.device)
             job.answer = InThread(self._executor, job, host, mark, self._side, self.select)

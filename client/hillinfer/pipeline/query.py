@@ -125,7 +125,7 @@ class LayerQuery:
             return layer_query(self._layer, args, kwargs)
         self._uses += 1
         if self._compared and self._uses % _COMPARED_EVERY:
-            query = self._query_alone(args, kwargs)
+            query = self.of_input(hidden_of(args, kwargs), kwargs.get("position_embeddings"))
             if query is not None:
                 return query
         own = layer_query(self._layer, args, kwargs)
@@ -134,18 +134,20 @@ class LayerQuery:
 
     def _is_same(self, own: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         try:
-            query = self._query_alone(args, kwargs)
+            query = self.of_input(hidden_of(args, kwargs), kwargs.get("position_embeddings"))
         except Exception:  # parts of these names, put together otherwise, raise whatever they happen to
             return False
         return query is not None and torch.equal(query, own)
 
-    def _query_alone(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Norm, projection and rotation as Llama has them; None where they cannot be applied."""
-        attention, rotation = self._attention, kwargs.get("position_embeddings")
+    def of_input(self, hidden: torch.Tensor, rotation: Any) -> torch.Tensor | None:
+        """Return the query [B, H, n, D] by norm, projection and rotation as Llama has them, while `alone`.
+
+        hidden: [B, n, E]; rotation: cosines and sines [B, n, D]. None where they cannot be applied.
+        """
+        attention = self._attention
         size = getattr(attention, "head_dim", None)
         if not isinstance(rotation, tuple) or not isinstance(size, int) or rotation[0].shape[-1] != size:
             return None
-        hidden = hidden_of(args, kwargs)
         query = attention.q_proj(self._layer.input_layernorm(hidden)).view(*hidden.shape[:-1], -1, size)
         if self._head_norm:
             query = attention.q_norm(query)

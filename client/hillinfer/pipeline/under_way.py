@@ -17,6 +17,8 @@ from hillinfer.pipeline import device
 from hillinfer.pipeline.job import Job, Prefetched
 from hillinfer.session import Brought, EvaluateItem, Session
 
+_TO_PERF_COUNTER = perf_counter() - time.monotonic()
+
 Query = Callable[[], npt.NDArray[np.float32]]
 """Waits for a query float32 [B, H, D], in any thread."""
 
@@ -46,18 +48,17 @@ class Request:
         brought = self._session.collect(self._asked)
         ended = max(each.answered_at for each in brought)
         # Where nothing says when the answer came, it was asked for again, and is there now.
-        since = perf_counter() - time.monotonic()
-        asked, ended = self._asked.asked_at + since, (ended or time.monotonic()) + since
-        return Prefetched(self._rows, brought, [None] * len(brought), asked, asked, ended)
+        begun = max(self._asked.asked_at, self._asked.begun_at) + _TO_PERF_COUNTER
+        ended = (ended or time.monotonic()) + _TO_PERF_COUNTER
+        return Prefetched(self._rows, brought, [None] * len(brought), begun, begun, ended)
 
     def come(self) -> Sequence[Brought]:
         """See `Answer`."""
         return self._asked.brought or ()
 
-    def wait_for_others(self) -> bool:
-        """See `Answer`: a session asks for one thing at a time."""
-        self._session.settle(self._asked)
-        return True
+    def is_kept(self) -> bool:
+        """See `Answer`."""
+        return self._asked.under_way is None
 
     def drop(self) -> None:
         """See `Answer`."""
@@ -91,7 +92,7 @@ class InThread:
         done = future.done() and not future.cancelled() and future.exception() is None
         return (future.result().brought or ()) if done else ()
 
-    def wait_for_others(self) -> bool:
+    def is_kept(self) -> bool:
         """See `Answer`: the thread takes one after the other."""
         return False
 

@@ -104,6 +104,19 @@ class Winners(NamedTuple):
     histogram: U32 | None = None
 
 
+class RowSource(NamedTuple):
+    """A pool to read rows from, of ``capacity`` bytes: ``memory`` uint8 [capacity], or the file ``fd``.
+
+    ``direct`` and ``depth`` as :func:`hillinfer_core.transfers.gather` has them.
+    """
+
+    memory: U8 | None
+    fd: int
+    direct: bool
+    depth: int
+    capacity: int
+
+
 class DamagedKeys(Exception):  # noqa: N818 -- it says what happened, as all errors here
     """The evaluation keys of ``segment``, as read for a scan, do not have the checksum they should."""
 
@@ -190,6 +203,10 @@ class Driver(Protocol):
         """
         ...
 
+    def row_source(self) -> RowSource | None:
+        """Return where rows may be read instead of by :meth:`gather`; None where that is not the same."""
+        ...
+
     def evaluate(self, scan: Scan) -> Winners:
         """Carry out ``scan``, with keys in fast memory where they are loaded, and from the pool elsewhere.
 
@@ -203,4 +220,4 @@ class Driver(Protocol):
         ...
 
 
-__all__ = ["U8", "Bytes", "DamagedKeys", "Driver", "Identity", "KeySegment", "Scan", "Winners"]
+__all__ = ["U8", "Bytes", "DamagedKeys", "Driver", "Identity", "KeySegment", "RowSource", "Scan", "Winners"]

@@ -13,7 +13,7 @@ from hillinfer_core import kernel
 from hillinfer_core.layout import PAGE, TILE_TOKENS
 from hillinfer_core.reference import HISTOGRAM_BINS, U8, Ranked
 
-from .contract import Bytes, DamagedKeys, Identity, KeySegment, Requests, Scan, Winners
+from .contract import Bytes, DamagedKeys, Identity, KeySegment, Requests, RowSource, Scan, Winners
 from .pacing import Pacing
 from .profiles import NONE, profile
 from .segments import overlapping
@@ -108,6 +108,10 @@ class HostDriver:
     def held_keys(self, offset: int) -> U8 | None:
         """Return the array, unless scans are to take a modelled device's time."""
         return self._keys.get(offset) if self._pacing.profile is NONE else None
+
+    def row_source(self) -> RowSource | None:
+        """Return the pool, unless reads are to take a modelled device's time."""
+        return self._storage.row_source() if self._pacing.profile is NONE else None
 
     def evaluate(self, scan: Scan) -> Winners:
         """Rank tiles where they are, or as they come from the pool."""

@@ -19,7 +19,7 @@ from hillinfer_core.layout import PAGE
 from hillinfer_core.reference import U8
 
 from .block import device_bytes, discard_device, is_block_device, names_device, open_device
-from .contract import Bytes, Requests
+from .contract import Bytes, Requests, RowSource
 from .header import HEADER_BYTES, Header
 from .pacing import Pacing
 from .patience import while_busy
@@ -158,6 +158,10 @@ class Storage:
         self.requests.reads += requests
         self._pacing.read(started, total, requests)
         return total
+
+    def row_source(self) -> RowSource:
+        """Return where :meth:`gather` reads; good until :meth:`close`."""
+        return RowSource(self._memory, self._fd, self.direct_io, self.depth, self.capacity)
 
     def discard(self, offset: int, length: int) -> None:
         """Give a range back; where that cannot be done its space is kept until the bytes are overwritten."""

@@ -57,7 +57,7 @@ class Metrics:
         )
         recorder = Recorder()
         self._registry.register(recorder)
-        service.observe(recorder.observe)
+        service.observe(recorder.observe, recorder.observe_run)
         self._socket = MetricsSocket(metrics_socket(runtime_dir), self.render)
         self._file = file
         self._tasks: list[asyncio.Task[None]] = []

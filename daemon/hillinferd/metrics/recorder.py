@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
@@ -15,6 +16,7 @@ from prometheus_client.utils import floatToGoString
 from hillinfer_core.errors import HillInferError, name_of
 
 from ..service.drive import Drive
+from ..service.express import Run
 from ..service.work_queue import Piece, Priority
 from ..worker.messages import Traffic
 
@@ -36,6 +38,11 @@ class _Times:
     def add(self, seconds: float) -> None:
         self._counts[bisect_left(SECONDS, seconds)] += 1
         self.sum += seconds
+
+    def add_all(self, seconds: Sequence[float]) -> None:
+        for bucket, count in Counter(map(partial(bisect_left, SECONDS), seconds)).items():
+            self._counts[bucket] += count
+        self.sum += sum(seconds)
 
     @property
     def buckets(self) -> list[tuple[str, float]]:
@@ -64,15 +71,26 @@ class Recorder(Collector):
 
     def observe(self, drive: Drive, piece: Piece, moved: Traffic) -> None:
         """Count a piece of work, and what it moved."""
-        key = drive.name, piece.operation, piece.priority
-        series = self._series.get(key)
-        if series is None:
-            series = self._series[key] = _Series(_labels(drive, piece))
+        series = self._of(drive, piece.operation, piece.priority)
         series.queue.add(piece.queue_s)
         series.service.add(piece.service_s)
         series.moved.add(moved)
         if piece.error is not None:
             series.errors[_error_name(piece.error)] += 1
+
+    def observe_run(self, drive: Drive, run: Run) -> None:
+        """Count evaluations that the express carried."""
+        series = self._of(drive, "evaluate", Priority.decode)
+        series.queue.add_all(run.waited)
+        series.service.add_all(run.seconds)
+        series.moved.add(run.traffic)
+
+    def _of(self, drive: Drive, operation: str, priority: Priority | None) -> _Series:
+        key = drive.name, operation, priority
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = _Series(_labels(drive, operation, priority))
+        return series
 
     def collect(self) -> Iterator[HistogramMetricFamily | CounterMetricFamily]:
         """Yield what was counted so far."""
@@ -119,10 +137,10 @@ class Recorder(Collector):
         return family
 
 
-def _labels(drive: Drive, piece: Piece) -> tuple[str, ...]:
+def _labels(drive: Drive, operation: str, priority: Priority | None) -> tuple[str, ...]:
     # Work of the daemon itself, such as attaching and freeing, belongs to no class of sessions.
-    work = piece.priority.value if piece.priority else "daemon"
-    return drive.name, drive.settings.driver.kind, piece.operation, work
+    work = priority.value if priority else "daemon"
+    return drive.name, drive.settings.driver.kind, operation, work
 
 
 def _error_name(error: BaseException) -> str:

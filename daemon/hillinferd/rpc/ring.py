@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -24,7 +25,6 @@ from hillinfer_core.ring import (
     RingFds,
     clear_doorbell,
     daemon_ends,
-    ring_doorbell,
 )
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2
 
@@ -32,6 +32,7 @@ from ..logs import get_logger
 from ..service import requests
 from ..service.calls import Call
 from ..service.cold_pool import ColdPoolService
+from ..service.express import Flight, Run
 from ..service.sessions import Session
 from .servicer import ColdPoolServicer, evaluate_ask, evaluate_response
 
@@ -69,22 +70,49 @@ class RingServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count()
+        self._since: list[float] = []
+        self._taking = False
         self._unpacker = Unpacker(_terms)
         self.broken = asyncio.Event()
         """Set when the client broke the ring's rules or left it: nothing more is taken, end the session."""
 
     def start(self) -> None:
         """Begin to answer."""
+        self._taking = True
         asyncio.get_running_loop().add_reader(self._fds.submitted, self._rung)
+        if (express := self._service.express) is not None:
+            express.add(self._session.session_id, self._submissions, self._completions, self._fds, self)
 
     def stop(self) -> None:
         """Take nothing more, and drop what has not been answered; the session's end frees the rest."""
+        self._taking = False
         asyncio.get_running_loop().remove_reader(self._fds.submitted)
+        if self._service.express is not None:
+            self._service.express.remove(self._fds)
         for task in self._tasks:
             task.cancel()
         for call in list(self._calls.values()):
             call.give_up()
         self._calls.clear()
+
+    def note(self, drive: int, run: Run) -> None:
+        """Account what the express carried of this ring."""
+        self._service.drives[drive].evaluations.note(self._session, run)
+
+    def go_on(self, flight: Flight) -> None:
+        """Take over what the express has sent to the worker."""
+        try:
+            self._evaluate(flight.entry, None, flight.began)
+        finally:
+            self._service.drives[flight.drive].evaluations.took_over(flight.answer)
+
+    def expect(self, since: list[float]) -> None:
+        """Take times at which entries that wait were seen in the ring: deadlines count from there."""
+        self._since = since
+
+    def leave(self) -> None:
+        """End: the client does not listen any more."""
+        self._end()
 
     def _rung(self) -> None:
         if not clear_doorbell(self._fds.submitted):
@@ -97,18 +125,29 @@ class RingServer:
         except HillInferError as error:
             self._break(error)
             return
-        for entry in entries:
+        since, self._since = self._since + [time.monotonic()] * len(entries), []
+        loop, following = asyncio.get_running_loop(), False
+        for entry, at in zip(entries, since, strict=False):
             if self.broken.is_set():
                 return
+            deadline = at + entry.timeout_ms / 1000 if entry.timeout_ms else None
             if entry.code in (Method.Evaluate, Method.EvaluatePacked):
-                self._evaluate(entry)
+                if following:
+                    loop.call_soon(self._evaluate, entry, deadline)
+                else:
+                    self._evaluate(entry, deadline)
             else:
-                task = asyncio.create_task(self._serve(entry))
+                # A task enters the queue in the loop's next turn: what was submitted after it follows it.
+                following = True
+                task = asyncio.create_task(self._serve(entry, deadline))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    def _evaluate(self, entry: Entry) -> None:
+    def _evaluate(self, entry: Entry, deadline: float | None, began: float | None = None) -> None:
+        if not self._taking:
+            return
         number = next(self._numbers)
+        ask: requests.Evaluate | None = None
 
         def answer(results: bytes, error: Exception | None) -> None:
             self._calls.pop(number, None)
@@ -119,24 +158,37 @@ class RingServer:
             else:
                 payload = pack_answer(time.monotonic(), results)
             self._complete(entry, payload, error)
+            if error is None and ask is not None and ask.packed:
+                self._permit(ask)
 
         try:
             if entry.code == Method.Evaluate:
                 ask = evaluate_ask(_request(entry))
             else:
                 ask = requests.Evaluate(*self._unpacker.unpack(entry.payload), entry.payload)
-            call = self._service.begin_evaluate(self._session, ask, _deadline(entry), answer)
+            call = self._service.begin_evaluate(self._session, ask, deadline, answer, began)
         except Exception as error:
             self._complete(entry, b"", error)
             return
         if not call.done():
             self._calls[number] = call
 
-    async def _serve(self, entry: Entry) -> None:
+    def _permit(self, ask: requests.Evaluate) -> None:
+        """Have the express carry ``ask``, which was answered, when it is asked again."""
+        express, terms = self._service.express, ask.terms
+        if express is None or terms.term == express.term:
+            return
+        terms.term = express.term
+        with suppress(HillInferError):  # The context may be gone by now.
+            permit = self._service.permit(self._session, ask)
+            if permit is not None:
+                express.permit(self._fds, permit)
+
+    async def _serve(self, entry: Entry, deadline: float | None) -> None:
         try:
             if entry.code not in self._methods:
                 raise InvalidInput(f"the ring has no method {entry.code}")
-            message = await self._methods[entry.code](self._session, _request(entry), _deadline(entry))
+            message = await self._methods[entry.code](self._session, _request(entry), deadline)
             answer = message.SerializeToString()
         except Exception as error:
             self._complete(entry, b"", error)
@@ -153,8 +205,7 @@ class RingServer:
             payload = self._refusal(error)
         outcome = Outcome.answered if error is None else Outcome.refused
         try:
-            self._completions.put(Entry(entry.ticket, outcome, 0, payload))
-            ring_doorbell(self._fds.completed)
+            self._completions.put(Entry(entry.ticket, outcome, 0, payload), self._fds.completed)
         except HillInferError as broken:
             self._break(broken)
         except BrokenPipeError:
@@ -198,7 +249,3 @@ def _terms(request: Request) -> requests.Terms:
         for item in request.items
     ]
     return requests.Terms(request.query_heads, Reduction.from_proto(request.reduction), evaluations)
-
-
-def _deadline(entry: Entry) -> float | None:
-    return time.monotonic() + entry.timeout_ms / 1000 if entry.timeout_ms else None

@@ -42,6 +42,9 @@ MAX_EVALUATIONS = 256
 MAX_FETCHED_KEYS = 8 << 20
 """Bytes of evaluation keys brought by one request: well below ``pieces.PIECE_S``; protocol limit."""
 
+MAX_LASTING_LAYERS = 1024
+"""Of a context whose requests may be repeated unchecked: more than models have, and bounds what is kept."""
+
 SCALE_ITEM_BYTES = 4
 """Bytes of a float32 of the ranges' scale."""
 
@@ -112,6 +115,23 @@ def evaluate(
         session.session_id, ask.layer, terms.query_heads, terms.reduction, items, ask.packed
     )
     return request, contexts
+
+
+def lasting(session: Session, catalogue: Catalogue, ask: requests.Evaluate) -> list[int] | None:
+    """Return the tokens of each layer if those are all that need be checked of ``ask``, carried out, again.
+
+    That is for as long as no context, limit or arena changes, whatever the layer and the tokens. None for a
+    request of several evaluations, or where it can depend on these whether it is one too many.
+    """
+    terms = ask.terms
+    if len(terms.evaluations) != 1 or terms.admitted is None:
+        return None
+    context = catalogue.get(session.session_id, terms.evaluations[0].context_id)
+    held, shape = [layer.tokens for layer in context.layers], context.shape
+    if not context.loaded or [shape] != terms.admitted.shapes or len(held) > MAX_LASTING_LAYERS:
+        return None
+    scanned = scan_bytes(shape, 0, max(held), terms.query_heads, terms.reduction)
+    return held if scanned <= MAX_SCANNED else None
 
 
 def _check_tokens(held: int, layer: int, tokens: Tokens, k: int) -> None:

@@ -28,6 +28,7 @@ from . import requests
 from .administration import Administration
 from .calls import Answer, Call
 from .drive import Drive, DriveSettings
+from .express import Express, Permit, Run
 from .limits import Limits
 from .sessions import Peer, Session, Sessions
 from .work_queue import Piece, Result
@@ -58,9 +59,21 @@ class ColdPoolService:
     Work of a session raises ``QuotaExceeded`` while too many requests of it or of its user are in flight.
     """
 
-    def __init__(self, drives: Sequence[DriveSettings], limits: Limits, log_level: str) -> None:
+    def __init__(
+        self,
+        drives: Sequence[DriveSettings],
+        limits: Limits,
+        log_level: str,
+        express: Express | None = None,
+    ) -> None:
         self.sessions = Sessions(limits)
+        self.express = express
+        """The selector of the service's event loop, if it is one."""
         self.drives = [Drive(drive, self.sessions, limits.quotas, log_level) for drive in drives]
+        if express is not None:
+            express.idle = self._is_idle
+            for drive in self.drives:
+                drive.changed = express.revoke
         self.administration = Administration(self.drives, self.sessions)
         self.refused: Counter[str] = Counter()
         """Errors that transports answered with, by name."""
@@ -86,13 +99,18 @@ class ColdPoolService:
         for drive in self.drives:
             drive.worker.set_log_level(level)
 
-    def observe(self, observer: Callable[[Drive, Piece, messages.Traffic], None]) -> None:
+    def observe(
+        self,
+        observer: Callable[[Drive, Piece, messages.Traffic], None],
+        run_observer: Callable[[Drive, Run], None] = lambda drive, run: None,
+    ) -> None:
         """Have ``observer`` called with each piece of work that a drive is done with, and the bytes moved.
 
-        It must neither block nor raise.
+        ``run_observer`` is for what the express carried. Neither may block or raise.
         """
         for drive in self.drives:
             drive.observer = partial(observer, drive)
+            drive.run_observer = partial(run_observer, drive)
 
     def count_refused(self, error: str) -> None:
         """Count an answer that is an error."""
@@ -210,24 +228,47 @@ class ColdPoolService:
         return unpack_results(await packed)
 
     def begin_evaluate(
-        self, session: Session, ask: requests.Evaluate, deadline: float | None, answer: Answer
+        self,
+        session: Session,
+        ask: requests.Evaluate,
+        deadline: float | None,
+        answer: Answer,
+        began: float | None = None,
     ) -> Call:
-        """Like :meth:`evaluate`, without a task: ``answer`` gets packed results, at once or later."""
+        """Like :meth:`evaluate`, without a task: ``answer`` gets packed results, at once or later.
+
+        ``began`` is for one that the express has sent already; see :class:`Evaluations`.
+        """
         self.sessions.begin(session)
         call = Call(answer, partial(self.sessions.end, session))
         try:
-            self._evaluate(session, ask, deadline, call)
+            self._evaluate(session, ask, deadline, call, began)
         except HillInferError as error:
             call.set_exception(error)
         return call
 
+    def permit(self, session: Session, ask: requests.Evaluate) -> Permit | None:
+        """Return leave for the express to repeat ``ask``, which was carried out; raises as that would."""
+        for number, drive in enumerate(self.drives):
+            if ask.terms.evaluations[0].context_id in drive.catalogue:
+                return drive.evaluations.permit(session, ask, number)
+        return None
+
+    def _is_idle(self) -> bool:
+        return self.sessions.idle and all(drive.idle for drive in self.drives)
+
     def _evaluate(
-        self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
+        self,
+        session: Session,
+        ask: requests.Evaluate,
+        deadline: float | None,
+        result: Result,
+        began: float | None = None,
     ) -> None:
         drives = [self._drive_of(item.context_id) for item in ask.terms.evaluations] or self.drives[:1]
         if any(drive is not drives[0] for drive in drives[1:]):
             raise InvalidInput("the contexts of one evaluation request must lie on one drive")
-        drives[0].evaluate(session, ask, deadline, result)
+        drives[0].evaluations.begin(session, ask, deadline, result, began)
 
     @_counted
     async def fetch(

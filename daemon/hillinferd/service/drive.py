@@ -25,12 +25,13 @@ from ..worker import messages
 from . import admission, pieces, requests
 from .context_work import ContextWork
 from .durable_store import DurableStore
-from .evaluating import Evaluating, Prepared
+from .evaluations import Evaluations
+from .express import Run
 from .preparing import discard_free, tell_of_arenas
 from .sessions import Session, Sessions
 from .supervisor import Supervisor
 from .usage import Usage
-from .work_queue import End, Piece, Priority, Result, WorkQueue
+from .work_queue import Piece, Priority, WorkQueue
 
 log = get_logger(__name__)
 
@@ -41,6 +42,9 @@ HEARTBEAT_S = 10.0
 
 REQUEST_TIMEOUT_S = 60.0
 """Longest a request may take before the worker counts as hung; real ones take at most seconds. Our choice."""
+
+_CHANGE_NOTHING = ("evaluate", "fetch", "health")
+"""Operations after which what was checked of an evaluation is so still."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,11 @@ class Drive:
         self.settings = settings
         self.usage = Usage()
         self.observer: Callable[[Piece, messages.Traffic], None] | None = None
+        self.run_observer: Callable[[Run], None] | None = None
+        self.changed: Callable[[], None] = lambda: None
+        """Called when something changes that the checks of an evaluation depend on."""
         self.queue = WorkQueue(self._account)
+        self.evaluations = Evaluations(self)
         self.worker = Supervisor(
             settings.name,
             settings.driver,
@@ -208,32 +216,14 @@ class Drive:
         work = self._contexts.append_tail if ask.tail else self._contexts.append
         return await self._bulk("append", session, lambda: work(session, ask), deadline)
 
-    def evaluate(
-        self, session: Session, ask: requests.Evaluate, deadline: float | None, result: Result
-    ) -> None:
-        """Rank tokens and bring missing rows; ``result`` gets the packed results. Raises nothing."""
+    @property
+    def idle(self) -> bool:
+        """Whether an evaluation would begin at once."""
+        return self.worker.idle and self.queue.idle
 
-        def prepare() -> Prepared:
-            request, contexts = admission.evaluate(session, self.catalogue, ask)
-            return (
-                pieces.of_evaluate(request, [context.shape for context in contexts]),
-                [context for context in contexts if not context.loaded],
-            )
-
-        async def load(contexts: list[Context]) -> None:
-            for context in contexts:
-                await self._contexts.ensure_loaded(context)
-
-        Evaluating(
-            self.queue,
-            session,
-            deadline,
-            result,
-            prepare=prepare,
-            load=load,
-            send=self._send,
-            usages=(self.usage, session.usage),
-        ).enter()
+    async def ensure_loaded(self, context: Context) -> None:
+        """Have the worker know a context; in a turn of the queue."""
+        await self._contexts.ensure_loaded(context)
 
     async def fetch(
         self,
@@ -335,15 +325,9 @@ class Drive:
         self.key_bytes = done.key_bytes
         return done
 
-    def _send(self, request: messages.Evaluate, end: End) -> None:
-        def answered(done: messages.Done | None, error: Exception | None) -> None:
-            if done is not None:
-                self.key_bytes = done.key_bytes
-            end(done, error)
-
-        self.worker.send(request, answered)
-
     def _account(self, piece: Piece) -> None:
+        if piece.operation not in _CHANGE_NOTHING:
+            self.changed()
         # One piece at a time: what was moved since the last one was moved by this one.
         moved = self.worker.take_moved()
         self.usage.add(piece, moved)
@@ -366,6 +350,7 @@ class Drive:
                     self.worker.replace()
 
     def _worker_died(self) -> None:
+        self.changed()
         error = self.worker.unavailable()
         lost = self.catalogue.mark_lost(f"with drive {self.name}: {self.worker.reason or 'its worker died'}")
         self.key_bytes = 0

@@ -21,7 +21,8 @@ class Evaluating:
     ``result`` gets what came of all, by :func:`hillinfer_core.packed.pack_results`; ``usages`` count winners.
 
     ``prepare`` is called in every turn, as contexts may have been closed or lost since the last one; ``load``
-    has the worker know contexts; ``send`` has it carry out a piece. One event loop.
+    has the worker know contexts; ``send`` has it carry out a piece. ``began`` is when the request, of one
+    piece, was sent already. One event loop.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Evaluating:
         load: Callable[[list[Context]], Awaitable[None]],
         send: Callable[[messages.Evaluate, End], None],
         usages: Sequence[Usage],
+        began: float | None = None,
     ) -> None:
         self._queue = queue
         self._session = session
@@ -44,6 +46,7 @@ class Evaluating:
         self._load = load
         self._send = send
         self._usages = usages
+        self._began = began
         self._evaluated: list[bytes] = []
         self._winners = 0
         self._missing = 0
@@ -52,7 +55,9 @@ class Evaluating:
 
     def enter(self) -> None:
         """Wait for the next piece's turn."""
-        self._queue.enter(self._session, self._begin, self, self._deadline, operation="evaluate")
+        self._queue.enter(
+            self._session, self._begin, self, self._deadline, operation="evaluate", began=self._began
+        )
 
     def done(self) -> bool:
         """Whether nobody waits for the result (any more)."""

@@ -68,13 +68,15 @@ class Evaluation(NamedTuple):
 class Terms:
     """What of a session's ``EvaluateRequest`` stays when it is asked again of another layer and other tokens.
 
-    ``admitted`` is what :mod:`.admission` found when it last looked.
+    ``admitted`` is what :mod:`.admission` found when it last looked, ``term`` that of the last permit
+    (:mod:`.express`).
     """
 
     query_heads: int
     reduction: Reduction
     evaluations: list[Evaluation]
     admitted: Admitted | None = None
+    term: int = 0
 
 
 class Admitted(NamedTuple):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hillinfer_core.arena import create_arena
 from hillinfer_core.errors import DaemonUnavailable, ForeignToken, InvalidInput, NotAllowed, QuotaExceeded
 from hillinfer_core.layout import PAGE
-from hillinfer_core.ring import RingFds, create_ring
+from hillinfer_core.ring import ENTRIES, RingFds, create_ring
 from hillinfer_core.units import format_bytes
 
 from ..domain.durable import Durable
@@ -86,6 +86,7 @@ class Sessions:
     def __init__(self, limits: Limits) -> None:
         self.drain = Drain()
         self._limits = limits
+        self._in_flight = 0
         self._by_token: dict[str, Session] = {}
         self._ids = itertools.count(1)
         self._finished: asyncio.Event | None = None
@@ -182,11 +183,24 @@ class Sessions:
                     f"or raise {what}_request_limit"
                 )
         session.requests += 1
+        self._in_flight += 1
 
     def end(self, session: Session) -> None:
         """Count a request in flight as over."""
         session.requests -= 1
+        self._in_flight -= 1
         self._look_whether_finished()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in flight, and :meth:`begin` would let in a ring full of them."""
+        limits = self._limits
+        return (
+            self._in_flight == 0
+            and self._finished is None
+            and limits.session_request_limit >= ENTRIES
+            and limits.user_request_limit >= ENTRIES
+        )
 
     async def finish(self, timeout_s: float) -> bool:
         """Refuse sessions and requests from now on; return whether those in flight ended in ``timeout_s``."""

@@ -103,6 +103,15 @@ class Supervisor:
             return "serving"
         return "gone" if self.reason else "restarting"
 
+    @property
+    def idle(self) -> bool:
+        """Whether a worker serves and nothing is asked of it."""
+        return self._up and self._asked is None
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket to the worker, -1 while there is none."""
+        return -1 if self._sock is None else self._sock.fileno()
+
     def unavailable(self) -> DeviceUnavailable:
         """Return what to raise while no worker serves."""
         if self.reason:
@@ -159,6 +168,23 @@ class Supervisor:
             self._begin(request, None, self._timeout_s, answered)
         else:
             answered(None, self.unavailable())
+
+    def expect(self, request: messages.Request, began: float, answered: Answered) -> None:
+        """Like :meth:`send`, of a request that was sent to :meth:`fileno` at ``began`` of the loop's time."""
+        if self._up and self._sock is not None:
+            self._await(self._sock, request, began + self._timeout_s, self._timeout_s, answered)
+        else:
+            answered(None, self.unavailable())
+
+    def hear(self, packet: bytes) -> None:
+        """Take ``packet``, which somebody else has read of :meth:`fileno`, as the answer that is due."""
+        try:
+            reply = packets.decoded(memoryview(packet))
+        except Exception as error:
+            log.error("device worker answers what it should not", drive=self._name, error=repr(error))
+            self.replace()
+        else:
+            self._hear(reply)
 
     async def prepare(self, request: messages.Request, fd: int | None = None) -> messages.Done:
         """Like :meth:`call`, for ``on_ready``: before other requests are let through."""
@@ -291,9 +317,13 @@ class Supervisor:
             self.replace()
             answered(None, self._died())
             return
-        loop = asyncio.get_running_loop()
-        due = loop.time() + timeout_s
+        self._await(sock, request, asyncio.get_running_loop().time() + timeout_s, timeout_s, answered)
+
+    def _await(
+        self, sock: socket.socket, request: messages.Request, due: float, timeout_s: float, answered: Answered
+    ) -> None:
         self._asked = _Asked(sock, type(request).__name__, timeout_s, due, answered)
+        loop = asyncio.get_running_loop()
         # One timer looks after all requests that follow one another: making and cancelling one costs.
         if self._look is not None and self._look.when() > due:
             self._look.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..worker.messages import Traffic
+from .express import Run
 from .work_queue import Piece
 
 
@@ -29,6 +30,14 @@ class Usage:
         self.queue_s += piece.queue_s
         self.device_s += piece.service_s
         self.traffic.add(moved)
+
+    def add_run(self, run: Run) -> None:
+        """Count evaluations that the express carried."""
+        self.pieces += len(run.seconds)
+        self.queue_s += sum(run.waited)
+        self.device_s += sum(run.seconds)
+        self.traffic.add(run.traffic)
+        self.rank(run.winners, run.missing)
 
     def rank(self, winners: int, missing: int) -> None:
         """Count an evaluation's winners."""

@@ -87,6 +87,7 @@ class _Entry:
     priority: Priority | None
     flow: Flow | None
     since: float
+    began: float | None = None
 
 
 class WorkQueue:
@@ -123,6 +124,11 @@ class WorkQueue:
         return self._running or bool(self._urgent) or any(self._waiting.values())
 
     @property
+    def idle(self) -> bool:
+        """Whether what enters now would begin at once."""
+        return self._open and not self._pumping and not self.busy
+
+    @property
     def waiting(self) -> int:
         """How many pieces wait, without the one that runs."""
         return len(self._urgent) + sum(map(len, self._waiting.values()))
@@ -154,15 +160,18 @@ class WorkQueue:
         *,
         operation: str = "",
         priority: Priority = Priority.decode,
+        began: float | None = None,
     ) -> None:
         """Like :meth:`submit`, for work that needs no task: one costs as much as a short piece of work.
 
         When its turn comes ``begin`` is called, must not block, and calls what it is given when the work has
         ended, at once or later. Unless ``result`` is done by then it gets the outcome, and may enter the next
-        piece of the same work while it does.
+        piece of the same work while it does. ``began`` is for what began already at that time of the clock,
+        while the queue was :attr:`idle`: it runs at once.
         """
+        since = self._clock() if began is None else began
         entries = self._waiting.setdefault(flow.session_id, deque())
-        entries.append(_Entry(operation, begin, result, deadline, priority, flow, self._clock()))
+        entries.append(_Entry(operation, begin, result, deadline, priority, flow, since, began))
         self._pump()
 
     async def submit_urgent(self, work: Callable[[], Awaitable[T]], *, operation: str = "") -> T:
@@ -227,7 +236,7 @@ class WorkQueue:
     def _begin(self, entry: _Entry) -> None:
         self._running = True
         contended = self._is_contended(entry)
-        started = self._clock()
+        started = self._clock() if entry.began is None else entry.began
 
         def end(value: Any, error: Exception | None) -> None:
             seconds = self._clock() - started

@@ -14,6 +14,7 @@ from ..logs import get_logger
 from . import messages, packets
 from .configuration import Configuration
 from .operations import Operations
+from .repeats import Repeats
 
 log = get_logger(__name__)
 
@@ -38,16 +39,17 @@ def serve(sock: socket.socket, settings: DriverSettings) -> None:
         )
         packets.send_reply(sock, failed)
         return
-    operations = Operations(driver, configuration)
+    repeats = Repeats(driver)
+    operations = Operations(driver, configuration, repeats)
     try:
         packets.send_reply(sock, messages.Ready(driver.identify()))
         received = packets.Packets(sock)
         while True:
-            request, fd = received.request()
-            if request is None:
+            packet, fd = repeats.next(sock)
+            if not packet:
                 return
             try:
-                reply = operations.carry_out(request, fd)
+                reply = operations.carry_out(received.request(packet), fd)
             finally:
                 if fd is not None:
                     os.close(fd)

@@ -35,9 +35,12 @@ from .configuration import Configuration
 from .evaluate import evaluate
 from .keys import KeyKeeper
 from .messages import Done, Traffic
+from .repeats import Repeats
 from .store import LayerStore, lazy
 
 log = get_logger(__name__)
+
+_CHANGE_NOTHING = (messages.Evaluate, messages.FetchIds, messages.FetchRange, messages.Health)
 
 
 @dataclass
@@ -47,11 +50,17 @@ class _Context:
 
 
 class Operations:
-    """All arenas and contexts of a worker. Blocks while it works; one thread only."""
+    """All arenas and contexts of a worker. Blocks while it works; one thread only.
 
-    def __init__(self, driver: Driver, configuration: Configuration | None = None) -> None:
+    What it has ranked is kept in ``repeats``, to be answered there when it is asked again.
+    """
+
+    def __init__(
+        self, driver: Driver, configuration: Configuration | None = None, repeats: Repeats | None = None
+    ) -> None:
         self._driver = driver
         self._configuration = configuration
+        self._repeats = repeats
         self._keys = KeyKeeper(driver)
         self._arenas: dict[int, Arena] = {}
         self._contexts: dict[int, _Context] = {}
@@ -59,6 +68,8 @@ class Operations:
 
     def carry_out(self, request: messages.Request, fd: int | None) -> messages.Reply:
         """Carry out ``request`` with the descriptor that came along, and return the reply; raises nothing."""
+        if self._repeats is not None and not isinstance(request, _CHANGE_NOTHING):
+            self._repeats.clear()
         traffic = Traffic()
         requests = self._driver.requests
         reads, writes = requests.reads, requests.writes
@@ -198,6 +209,8 @@ class Operations:
             results.append(result)
             winners += item.k * len(result.missing_per_head)
             missing += sum(result.missing_per_head)
+        if self._repeats is not None and len(results) == 1:
+            self._repeats.keep(request, arena, store, self._keys)
         used = self._keys.residency.used_bytes
         return Done(traffic, pack_results(results), winners, missing, key_bytes=used)
 

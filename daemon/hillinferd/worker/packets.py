@@ -57,29 +57,30 @@ class Packets:
             with open(fd, "rb") as file:
                 file.seek(0)
                 packet = memoryview(file.read())
-        if not packet:
-            return None
-        reply: Reply = _decoded_answer(packet) if packet[0] == _EVALUATED else pickle.loads(packet)
-        return reply
+        return decoded(packet) if packet else None
 
-    def request(self) -> tuple[Request | None, int | None]:
-        """Block for the next request and the descriptor that came with it; the request is None at hang-up."""
-        packet, fd = self._receive()
-        if not packet:
-            return None, fd
+    def request(self, packet: bytes) -> Request:
+        """Return the request in ``packet``, which is not empty."""
         request: Request = self._evaluate(packet) if packet[0] == _EVALUATE else pickle.loads(packet)
-        return request, fd
+        return request
 
-    def _evaluate(self, packet: memoryview) -> Evaluate:
+    def _evaluate(self, packet: bytes) -> Evaluate:
         _, session_id = _REQUEST.unpack_from(packet)
-        layer, tokens, terms = self._unpacker.unpack(bytes(packet[_REQUEST.size :]))
+        body = packet[_REQUEST.size :]
+        layer, tokens, terms = self._unpacker.unpack(body)
         query_heads, reduction, items = terms
-        return Evaluate(session_id, layer, query_heads, reduction, with_tokens(items, tokens))
+        return Evaluate(session_id, layer, query_heads, reduction, with_tokens(items, tokens), body)
 
     def _receive(self) -> tuple[memoryview, int | None]:
         nbytes, ancillary, _, _ = self._sock.recvmsg_into([self._buffer], _ONE_FD)
         fds = array("i", ancillary[0][2]) if ancillary else ()
         return memoryview(self._buffer)[:nbytes], fds[0] if fds else None
+
+
+def decoded(packet: memoryview) -> Reply:
+    """Return the reply in ``packet``, which is not empty and not in a file of its own."""
+    reply: Reply = _decoded_answer(packet) if packet[0] == _EVALUATED else pickle.loads(packet)
+    return reply
 
 
 def send_reply(sock: socket.socket, reply: Reply) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import LlamaConfig
 
+from hillinfer.bench.decode.growth_fits import exponents, lines
 from hillinfer.bench.decode.subject import of_config
 from hillinfer.bench.decode.systems import HillInfer, Setup
 from hillinfer.pipeline.choice import Predictor
@@ -25,11 +25,6 @@ WARM_UP = 8
 
 HELD = 0.3
 """Share of the KV held besides evaluation keys; the least text needs it for its shared memory."""
-
-LINEAR = 1.1
-"""Exponents up to this are called linear: times vary by more than that. Our choice."""
-
-COSTS = ("step_ms", "evaluated_bytes", "read_bytes", "row_reads", "drive_cpu_ms")
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def measure(
     say: Callable[[str], None],
     sizes: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Return the costs of a step at each size of an axis, medians of rounds in turn, and their exponents.
+    """Return the costs of a step at each size of an axis, medians of rounds in turn, and what fits them.
 
     sizes: others than those of `AXES`. Several applications decode at once, each a session with a context of
     its own on the same daemon. Blocks. Raises what `attach` raises.
@@ -93,17 +88,8 @@ def measure(
                 each.round(steps)
             say(f"{axis}: round {number + 1} of {rounds}")
         points = [{"size": size} | each.costs(steps) for size, each in zip(sizes, running, strict=True)]
-    return {"axis": axis, "budget": point.budget, "points": points, "exponents": exponents(points)}
-
-
-def exponents(points: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Return for each cost the exponent b of size ** b that fits it best in logarithms; None of no cost."""
-    found: dict[str, float | None] = {}
-    sizes = np.log([point["size"] for point in points])
-    for cost in COSTS:
-        values = np.array([point[cost] for point in points], float)
-        found[cost] = round(float(np.polyfit(sizes, np.log(values), 1)[0]), 3) if (values > 0).all() else None
-    return found
+    fitted = {"exponents": exponents(points), "lines": lines(points)}
+    return {"axis": axis, "budget": point.budget, "points": points} | fitted
 
 
 class _Running:
@@ -132,11 +118,8 @@ class _Running:
                     self._tokens[number] = self._systems[number].feed(self._tokens[number])
                     times.append(time.perf_counter() - began)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(self._systems))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(self._systems)) as threads:
+            list(threads.map(work, range(len(self._systems))))
         return times
 
     def round(self, steps: int) -> None:
@@ -170,59 +153,3 @@ class _Running:
             "row_reads": round(of("brought") / steps, 1),
             "drive_cpu_ms": round(cpu * 1e3, 3),
         }
-
-
-def as_markdown(axes: Sequence[dict[str, Any]]) -> str:
-    """Return a table of the exponents, and one of the points of each axis."""
-    lines = [
-        "| grows | from, to | step time | keys ranked | bytes read | rows read | drive's CPU |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for each in axes:
-        sizes = [point["size"] for point in each["points"]]
-        cells = ["-" if b is None else f"{b:.2f}" for b in each["exponents"].values()]
-        lines.append(f"| {each['axis']} | {sizes[0]:,} to {sizes[-1]:,} | {' | '.join(cells)} |")
-    for each in axes:
-        lines += [
-            "",
-            f"| {each['axis']} | step, ms | keys ranked, KiB | read, KiB | rows read | drive's CPU, ms |",
-            "|---|---|---|---|---|---|",
-        ]
-        for point in each["points"]:
-            least, most = point["least_ms"], point["greatest_ms"]
-            cells = [
-                f"{point['size']:,}",
-                f"{point['step_ms']:.1f} ({least:.1f} to {most:.1f})",
-                f"{point['evaluated_bytes'] / 1024:,.0f}",
-                f"{point['read_bytes'] / 1024:,.0f}",
-                f"{point['row_reads']:,.0f}",
-                f"{point['drive_cpu_ms']:.1f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    faster = [
-        f"{name} against {each['axis']}"
-        for each in axes
-        for name, exponent in each["exponents"].items()
-        if exponent is not None and exponent > LINEAR
-    ]
-    told = f"Faster than linearly (exponent above {LINEAR}): {', '.join(faster) if faster else 'nothing'}."
-    return "\n".join([*lines, "", told])
-
-
-def draw(axes: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw each cost over each axis, all as multiples of the first point's, .png or .svg. Needs `plots`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(axes), 3.4), layout="constrained")
-    for panel, each in zip(figure.subplots(1, len(axes), squeeze=False, sharey=True)[0], axes, strict=True):
-        sizes = [point["size"] for point in each["points"]]
-        panel.set(title=each["axis"], xscale="log", yscale="log", xlabel="size")
-        panel.set_xscale("log", base=2)
-        panel.plot(sizes, [size / sizes[0] for size in sizes], color="grey", linestyle="--", label="linear")
-        for cost in COSTS:
-            if each["exponents"][cost] is not None:
-                values = [point[cost] / each["points"][0][cost] for point in each["points"]]
-                panel.plot(sizes, values, marker="o", markersize=3, label=cost)
-    figure.axes[0].set_ylabel("times that of the first size")
-    figure.axes[0].legend(fontsize=7)
-    figure.savefig(path)

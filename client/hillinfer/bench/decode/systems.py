@@ -19,11 +19,13 @@ from hillinfer.bench.decode.stand_in import CountedCache
 from hillinfer.bench.decode.subject import Subject, twin
 from hillinfer.bench.selections import step
 from hillinfer.hkm.cache import HierarchicalCache
+from hillinfer.pinned import pinned_within
 from hillinfer.pipeline.timeline import MODEL, Span
 from hillinfer.prefill import PREFILL_CHUNK, chunks
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
 from hillinfer_core.layout import Precision
+from hillinfer_core.units import parse_budget
 
 WHOLE = 32768
 """Tokens that plain caches read in one pass at most, as `generate` does; longer texts go in pieces too, for
@@ -205,11 +207,15 @@ class HillInfer:
             self.session = self._stack.enter_context(
                 Session.connect(self._daemon.socket, arena, "hillinfer bench decode")
             )
+            unit = setup.subject.kv_shape.append_unit(self.dtype)
+            sinks, recent = pinned_within(parse_budget(setup.budget).of(setup.tokens), unit)
             self._attachment = self._stack.enter_context(
                 attach(
                     model,
                     session=self.session,
                     budget=setup.budget,
+                    sinks=sinks,
+                    recent=recent,
                     resident=round(setup.held * full) + keys,
                     precision=setup.precision.value,
                     predictor=setup.predictor,

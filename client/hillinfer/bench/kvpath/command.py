@@ -58,6 +58,8 @@ def kvpath_command(
 
     Keys and queries are the bundled model's, so that selections repeat and move as a model's do.
     """
+    import torch
+
     from hillinfer.bench.kvpath.measure import measure
     from hillinfer.bench.kvpath.plot import draw
     from hillinfer.bench.kvpath.recording import recorded
@@ -66,6 +68,9 @@ def kvpath_command(
     from hillinfer.bench.kvpath.systems import SYSTEMS
     from hillinfer.bench.kvpath.workload import SHAPES, make_workload
     from hillinfer.eval.plot import check_file
+    from hillinfer.kv_shape import KvShape
+    from hillinfer.pinned import pinned_within
+    from hillinfer.private_daemon import PrivateDaemon
     from hillinfer.progress import progress_for_stderr
 
     if plot is not None:
@@ -81,6 +86,12 @@ def kvpath_command(
     budgets = {name: parse_budget(own.get(name, common[0])) for name in names}
 
     progress = progress_for_stderr()
+    if recording is None or not recording.exists():
+        unit = KvShape(1, SHAPES[shape].kv_heads, SHAPES[shape].head_dim).append_unit(torch.float16)
+        for each in budgets.values():
+            pinned_within(each.of(context_tokens), unit)
+        with PrivateDaemon(pool_dir=pool_dir, profile=profile):
+            pass  # as with budgets, what is wrong is said before the recording, which takes minutes
     workload = make_workload(recorded(recording, context_tokens, progress), SHAPES[shape], seed)
     quarter = (workload.keys.nbytes + workload.values.nbytes) // 4
     held = parse_bytes(resident) if resident else quarter + ARENA_BYTES

@@ -17,6 +17,7 @@ from hillinfer.hkm.cache import HierarchicalCache, HkmConfig
 from hillinfer.hkm.policy import SelectionPolicy
 from hillinfer.hkm.resident import Division
 from hillinfer.hkm.slots import Slots
+from hillinfer.pinned import pinned_within
 from hillinfer.private_daemon import PrivateDaemon
 from hillinfer.session import Session
 from hillinfer_core.layout import DType, Precision, Shape
@@ -52,9 +53,11 @@ class Rig:
             head_dim=shape.head_dim,
         )
         kind = HierarchicalCache if hot_pool else _WithoutHotPool
-        cache = kind(
-            self.session, config, HkmConfig(budget, self.resident, self.precision), policy, base=_NAME
+        unit = rows(self.workload, self.precision).append_unit
+        asked = HkmConfig(
+            budget, self.resident, self.precision, *pinned_within(budget.of(self.workload.tokens), unit)
         )
+        cache = kind(self.session, config, asked, policy, base=_NAME)
         like = torch.zeros((1, shape.kv_heads, 1, shape.head_dim), dtype=torch.float16)
         for layer in cache.full_layers:
             layer.lazy_initialization(like, like)
@@ -72,6 +75,12 @@ class _WithoutHotPool(HierarchicalCache):
         return replace(super().divide(slots, selected), hot_rows=0)
 
 
+def rows(workload: Workload, precision: Precision) -> Shape:
+    """Return the shape of the context that holds the workload's KV."""
+    shape = workload.shape
+    return Shape(workload.layers, shape.kv_heads, shape.head_dim, DType.float16, precision)
+
+
 @contextmanager
 def rig(
     workload: Workload,
@@ -83,7 +92,6 @@ def rig(
     keys_in_memory: bool = True,
 ) -> Iterator[Rig]:
     """Start a daemon with a paced drive in `pool_dir` and fill it with the workload's KV. Blocks."""
-    shape = workload.shape
     with (
         tempfile.TemporaryDirectory(prefix="hillinfer-kvpath-", dir=pool_dir) as pool,
         PrivateDaemon(
@@ -93,8 +101,7 @@ def rig(
         ) as daemon,
         Session.connect(daemon.socket, arena_bytes=ARENA_BYTES, name="hillinfer bench kvpath") as session,
     ):
-        rows = Shape(workload.layers, shape.kv_heads, shape.head_dim, DType.float16, precision)
-        with session.open_context(rows, durable=_NAME) as context:
+        with session.open_context(rows(workload, precision), durable=_NAME) as context:
             append(context, workload.keys, workload.values)
             context.save()
         yield Rig(session, workload, precision, resident)

@@ -17,7 +17,7 @@ from hillinfer_core.reference import U8
 from ...cec.cards import SMARTSSD
 from ...cec.configurable import Outcome, Vector
 from ..block import is_block_device
-from ..contract import Bytes, Identity, KeySegment, Requests, Scan, Winners
+from ..contract import Bytes, Identity, KeySegment, Requests, RowSource, Scan, Winners
 from ..settings import DriverSettings
 from ..storage import Storage
 from .card import Card
@@ -113,6 +113,10 @@ class XrtDriver:
 
     def held_keys(self, offset: int) -> U8 | None:
         """Return None: the keys are in the card's memory."""
+        return None
+
+    def row_source(self) -> RowSource | None:
+        """Return None: without keys in the host's memory it is of no use."""
         return None
 
     def evaluate(self, scan: Scan) -> Winners:
