@@ -383,6 +383,7 @@ def measured(loss, slack=2.0, samples=10, previous=0.5):
         ("next_layer", measured(0.18), 82, "next_layer"),  # but not more than it may to stay
         ("next_layer", measured(0.3), 82, "exact"),
         ("exact", measured(0.1, slack=0.2), 82, "exact"),  # hides too little
+        ("exact", measured(0.1, slack=None), 82, "next_layer"),  # nothing says that it does
         ("next_layer", measured(0.1, slack=0.2), 82, "next_layer"),
         ("next_layer", measured(0.1, slack=0.05), 82, "exact"),
         ("exact", measured(0.3, previous=0.01), 82, "previous_step"),
@@ -404,6 +405,17 @@ def test_samples_become_rare_while_they_clearly_confirm_the_choice():
             seen.look_again(step, 2, confirmed=seen.is_clear(Predictor.next_layer))
     # Three while it is in doubt, then every 32nd, less often once it is clear, and every 32nd in doubt again.
     assert sampled == [0, 1, 2, 30, 62, 94, 158, 286, 414, 446, 478, 510, 542, 574]
+
+
+@torch.inference_mode()
+def test_the_first_selection_which_brings_every_row_says_nothing_of_the_time_of_others(model, session):
+    ids, _ = prompt(1, 500, False)
+    with hillinfer.attach(model, session=session, budget=90, predictor="next_layer") as attachment:
+        cache = attachment.new_cache()
+        decode(model, cache, ids, 1)
+        assert [state.measured.evaluate_s for state in cache.pipeline.layers] == [None] * 4
+        model(ids[:, :1], past_key_values=cache)
+        assert all(state.measured.evaluate_s for state in cache.pipeline.layers[1:])
 
 
 def test_losses_and_times_run_with_what_is_measured():

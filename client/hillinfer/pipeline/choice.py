@@ -75,7 +75,7 @@ class Measured:
         self.due = step + self.every - (step + layer) % SAMPLE_EVERY
 
     def timed(self, evaluate_s: float, slack_s: float) -> None:
-        """Count a prefetch: how long it took, and how long the layer did without it."""
+        """Count a prefetch, but a layer's first: how long it took, and how long the layer did without it."""
         self.evaluate_s = _running(self.evaluate_s, evaluate_s)
         self.slack_s = _running(self.slack_s, slack_s)
 
@@ -86,11 +86,11 @@ class Measured:
             self.loss[predictor] = _running(self.loss.get(predictor), loss)
 
     def hidden(self, predictor: Predictor) -> float:
-        """The share of evaluation and fetch that `predictor` can hide."""
+        """The share of evaluation and fetch that `predictor` can hide; all, as long as none was timed."""
         if predictor is Predictor.previous_step:
             return 1.0  # it has the time of all other layers
         if not self.evaluate_s or self.slack_s is None:
-            return 0.0
+            return 1.0
         return min(1.0, self.slack_s / self.evaluate_s)
 
 

@@ -74,6 +74,8 @@ class Job:
     ends: list[int]
     append: list[int]
     sampled: bool
+    first: bool
+    """Whether the slots were empty, so that every row is brought: it says little of the steps after it."""
     own: torch.Tensor | None = None
     """The query [B, H, 1, D], if it is meant to be the layer's own: the answer is good for no other."""
     began: float = 0.0
@@ -119,6 +121,7 @@ def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool)
     division = cache.divide(slots, most)
     if not division.keep_slots:
         return None
+    first = not slots.selected
     slots.resize(most)
     layer.hot.resize(division.hot_rows)
     append = []
@@ -128,7 +131,7 @@ def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool)
             min(layer.append_end(context, n + 1, waiting), n)
             for context, n in zip(cache.contexts, lengths, strict=True)
         ]
-    return Job(layer, step, wanted, lengths, held(layer), ends, append, sampled)
+    return Job(layer, step, wanted, lengths, held(layer), ends, append, sampled, first)
 
 
 def append_for_next(layer: HierarchicalLayer) -> bool:

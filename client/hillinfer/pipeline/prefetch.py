@@ -151,7 +151,8 @@ class Pipeline:
             note(WORKER, APPEND, job.step, layer.index, found.began, found.asked)
         note(WORKER, EVALUATE, job.step, layer.index, found.asked, found.ended)
         waited = start if job.waited is None else job.waited
-        self.layers[layer.index].measured.timed(found.ended - found.began, waited - job.began)
+        if not job.first:
+            self.layers[layer.index].measured.timed(found.ended - found.began, waited - job.began)
         if job.lengths != layer.slots.lengths.tolist():
             return None  # made for another step
         if job.own is not None and not torch.equal(job.own, query):
