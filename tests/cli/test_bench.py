@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hillinfer.bench import kernel as bench
 from hillinfer.bench import peers, sharing, split, split_rig
+from hillinfer.bench.coarse import screened
 from hillinfer.bench.recall import as_markdown, measure, untrained_qwen3
 from hillinfer.cli import main
 from hillinfer.commands import app
@@ -104,6 +105,34 @@ def test_recall_of_everything_is_everything(text):
     for choices in layers.values():
         assert all(choice.recall in (None, 1.0) for choice in choices)
         assert all(choice.mass == pytest.approx(1) for choice in choices)
+
+
+def test_recall_after_a_coarse_pass(text):
+    directory = ModelDirectory(bundled_model())
+    layers = measure(directory.load(directory.dtype), text, parse_budget("5%"), silent, coarse=True)
+    for choices in layers.values():
+        own, *coarse = choices
+        assert own.recall is None
+        assert [choice.keys for choice in coarse] == [
+            f"{way} 1/{n}" for way in ("bounds", "spread") for n in (2, 4, 8)
+        ]
+        # Fewer tiles, fewer of the tokens that a ranking of all chooses.
+        for half, quarter, eighth in (coarse[:3], coarse[3:]):
+            assert 1 >= half.recall >= quarter.recall >= eighth.recall > 0
+            assert half.mass <= own.mass + 0.02
+    assert np.mean([choices[4].recall for choices in layers.values()]) > 0.9
+
+
+def test_a_coarse_pass_keeps_the_tile_with_the_best_key():
+    # Bounds never miss it where all channels but one are nought; the last tile is short.
+    keys = np.zeros((1, 100, 4), np.float32)
+    keys[0, 97, 2] = 5
+    queries = np.array([[[0, 0, 1, 0], [0, 0, -1, 0]]], np.float32)
+    kept = {(way, part): tokens for way, part, tokens in screened(keys, queries)}
+    for part in (2, 4, 8):
+        assert kept["bounds", part][0, 0, 96:].all()
+        assert not kept["bounds", part][0, 1, 97]
+        assert kept["bounds", part].sum() <= 2 * (-(-7 // part)) * 16
 
 
 def test_recall_of_a_short_text_is_refused(text):

@@ -154,6 +154,9 @@ def recall_command(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Measure a Qwen3 with random weights after it.")
     ] = False,
+    coarse: Annotated[
+        bool, typer.Option("--coarse", help="Measure a coarse pass over tiles before the ranking instead.")
+    ] = False,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of docs/recall.md.")] = False,
 ) -> None:
@@ -175,7 +178,7 @@ def recall_command(
     if untrained:
         models.append(("Qwen3, untrained", untrained_qwen3(len(directory.tokenizer))))
     progress = progress_for_stderr()
-    results = {name: measure(loaded, tokens, parsed, progress) for name, loaded in models}
+    results = {name: measure(loaded, tokens, parsed, progress, coarse=coarse) for name, loaded in models}
     if as_json:
         told = {"tokens": len(tokens), "budget": budget}
         print(json.dumps(told | {name: as_object(layers) for name, layers in results.items()}, indent=2))

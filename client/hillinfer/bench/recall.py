@@ -3,7 +3,8 @@
 The model reads a text; the last queries of it rank all tokens before them. A ranking by quantised keys is
 compared with one by the model's own, in float64: *recall* is the share of the same tokens chosen, and
 *captured mass* the attention that the chosen tokens get, of all that those ranked get, by each query head's
-softmax. Both are means over KV heads, or query heads, and queries.
+softmax. Both are means over KV heads, or query heads, and queries. `--coarse` tells the same of a ranking by
+the model's own keys that a coarse pass over tiles goes before (`coarse.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hillinfer.bench.coarse import screened
 from hillinfer.progress import Progress
 from hillinfer_core import kernel
 from hillinfer_core.errors import InvalidInput, UnsupportedModel
@@ -54,9 +56,12 @@ class Choice:
 
 
 def measure(
-    model: PreTrainedModel, tokens: list[int], budget: Budget, progress: Progress
+    model: PreTrainedModel, tokens: list[int], budget: Budget, progress: Progress, *, coarse: bool = False
 ) -> dict[str, list[Choice]]:
-    """Return the choices of every layer, by its number; the model reads all `tokens` in one step."""
+    """Return the choices of every layer, by its number; the model reads all `tokens` in one step.
+
+    coarse: only those of the model's own keys, with a coarse pass before and without.
+    """
     if len(tokens) <= 2 * QUERIES:
         raise InvalidInput(f"a text of {len(tokens)} tokens is too short: give {2 * QUERIES + 1} or more")
     with progress("reading", 1), _capturing(model) as layers, torch.inference_mode():
@@ -66,7 +71,7 @@ def measure(
     results = {}
     with progress("ranking", len(layers)) as tick:
         for done, (number, seen) in enumerate(sorted(layers.items())):
-            results[str(number)] = _choices(seen, budget)
+            results[str(number)] = (_coarse_choices if coarse else _choices)(seen, budget)
             tick(done + 1)
     return results
 
@@ -101,35 +106,56 @@ def _capturing(model: PreTrainedModel) -> Iterator[dict[int, Captured]]:
 
 
 def _choices(seen: Captured, budget: Budget) -> list[Choice]:
+    keys, products, weights, k = _past(seen, budget)
+    choices = []
+    for reduction in (Reduction.sum, Reduction.max):
+        reduced = products.sum(axis=1) if reduction is Reduction.sum else products.max(axis=1)
+        own = _best(reduced, k)
+        choices.append(Choice("own", reduction.value, None, _mass(weights, own)))
+        for precision in Precision:
+            ids = _ranked(keys, seen.queries, precision, reduction, k)
+            choices.append(Choice(precision.value, reduction.value, _shared(own, ids), _mass(weights, ids)))
+    return choices
+
+
+def _past(seen: Captured, budget: Budget) -> tuple[npt.NDArray[np.float32], F64, F64, int]:
+    """Return keys [Hkv, past, D], products and weights [Hkv, group, queries, past], how many to choose."""
     kv_heads, tokens, dim = seen.keys.shape
     past = tokens - QUERIES
     keys = np.ascontiguousarray(seen.keys[:, :past])
-    group = len(seen.queries) // kv_heads
-    k = max(1, budget.of(past))
-    # [Hkv, group, queries, past]
     products = np.einsum(
         "hgqd,hnd->hgqn",
-        seen.queries.reshape(kv_heads, group, QUERIES, dim).astype(np.float64),
+        seen.queries.reshape(kv_heads, -1, QUERIES, dim).astype(np.float64),
         keys.astype(np.float64),
     )
     logits = products * seen.scaling
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    choices = []
-    for reduction in (Reduction.sum, Reduction.max):
-        reduced = products.sum(axis=1) if reduction is Reduction.sum else products.max(axis=1)
-        own = np.argsort(-reduced, axis=-1, kind="stable")[..., :k]
-        choices.append(Choice("own", reduction.value, None, _mass(weights, own)))
-        for precision in Precision:
-            ids = _ranked(keys, seen.queries, precision, reduction, k)
-            same = [
-                len(np.intersect1d(a, b, assume_unique=True))
-                for a, b in zip(own.reshape(-1, k), ids.reshape(-1, k), strict=True)
-            ]
-            choices.append(
-                Choice(precision.value, reduction.value, float(np.mean(same)) / k, _mass(weights, ids))
-            )
+    return keys, products, weights, max(1, budget.of(past))
+
+
+def _coarse_choices(seen: Captured, budget: Budget) -> list[Choice]:
+    keys, products, weights, k = _past(seen, budget)
+    reduced = products.sum(axis=1)
+    own = _best(reduced, k)
+    choices = [Choice("own", "sum", None, _mass(weights, own))]
+    queries = seen.queries.reshape(len(keys), -1, QUERIES, keys.shape[2]).sum(axis=1)
+    for way, part, kept in screened(keys, queries):
+        ids = _best(np.where(kept, reduced, -np.inf), k)
+        choices.append(Choice(f"{way} 1/{part}", "sum", _shared(own, ids), _mass(weights, ids)))
     return choices
+
+
+def _best(scores: F64, k: int) -> npt.NDArray[np.int64]:
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+
+
+def _shared(own: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> float:
+    """Share of the ids that are the `own` ones, mean over heads and queries."""
+    k = int(own.shape[-1])
+    pairs = zip(own.reshape(-1, k), ids.reshape(-1, k), strict=True)
+    same = float(np.mean([len(np.intersect1d(a, b, assume_unique=True)) for a, b in pairs]))
+    return same / k
 
 
 def _ranked(
