@@ -47,10 +47,10 @@ def _by_bounds(keys: F32, queries: F32, starts: npt.NDArray[np.int64]) -> F32:
 
 
 def _by_spread(keys: F32, queries: F32, starts: npt.NDArray[np.int64]) -> F32:
-    count = np.diff(np.append(starts, keys.shape[1]))[:, None].astype(np.float32)
-    mean = np.add.reduceat(keys, starts, axis=1) / count
-    square = np.add.reduceat(keys * keys, starts, axis=1) / count
-    variance = np.maximum(square - mean * mean, 0)
+    count = np.diff(np.append(starts, keys.shape[1]))[:, None]
+    mean: F32 = np.divide(np.add.reduceat(keys, starts, axis=1), count, dtype=np.float32)
+    square: F32 = np.divide(np.add.reduceat(keys * keys, starts, axis=1), count, dtype=np.float32)
+    variance: F32 = np.maximum(square - mean * mean, 0)
     scores: F32 = _products(mean, queries) + 2 * np.sqrt(_products(variance, queries * queries))
     return scores
 
