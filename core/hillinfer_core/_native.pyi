@@ -196,6 +196,21 @@ def attend(
     out: npt.NDArray[np.float32],
     /,
 ) -> bool: ...
+def make_query(
+    variant: int,
+    hidden: npt.NDArray[np.float32],
+    norm: npt.NDArray[np.float32],
+    epsilon: float,
+    weight: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32] | None,
+    head_norm: npt.NDArray[np.float32] | None,
+    head_epsilon: float,
+    cosines: npt.NDArray[np.float32],
+    sines: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float32],
+    /,
+) -> bool: ...
+def is_near(vectors: npt.NDArray[np.float32], others: npt.NDArray[np.float32], most: float, /) -> bool: ...
 def put_tokens(
     keys: npt.NDArray[Any],
     values: npt.NDArray[Any],

@@ -17,6 +17,7 @@ using Bytes1 = Array<const uint8_t, 1>;
 void define_arena(nanobind::module_ &module);
 void define_express(nanobind::module_ &module);
 void define_moves(nanobind::module_ &module);
+void define_predict(nanobind::module_ &module);
 void define_repeats(nanobind::module_ &module);
 void define_ring(nanobind::module_ &module);
 

@@ -308,6 +308,7 @@ NB_MODULE(_native, module) {
     define_arena(module);
     define_express(module);
     define_moves(module);
+    define_predict(module);
     define_repeats(module);
     define_ring(module);
     module.def("supported", [](int variant) { return supported(Variant(variant)); });

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hillinfer.pipeline.alone import is_same
 from hillinfer.pipeline.query import LayerQuery
 from hillinfer_core.errors import UnsupportedModel
 
@@ -65,7 +66,7 @@ class FirstQuery:
         """See what the first layer made of the same step. Waits for the device."""
         early, self._early = self._early, None
         if early is not None:
-            self._compared = self._tried = torch.equal(early, own)
+            self._compared = self._tried = is_same(early, own)
 
 
 def owner_of(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> torch.nn.Module:

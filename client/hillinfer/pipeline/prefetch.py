@@ -16,6 +16,7 @@ import torch
 from hillinfer.hkm.background import Background
 from hillinfer.hkm.staging import on_accelerator
 from hillinfer.pipeline import choice, device
+from hillinfer.pipeline.alone import is_same
 from hillinfer.pipeline.choice import Measured, Predictor
 from hillinfer.pipeline.job import Job, Prefetched, append_for_next, make_job
 from hillinfer.pipeline.timeline import APPEND, COMPUTE, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
@@ -155,7 +156,7 @@ class Pipeline:
             self.layers[layer.index].measured.timed(found.ended - found.began, waited - job.began)
         if job.lengths != layer.slots.lengths.tolist():
             return None  # made for another step
-        if job.own is not None and not torch.equal(job.own, query):
+        if job.own is not None and not is_same(job.own, query):
             self.layers[layer.index].own = False
             return None
         others = (other.answer.come() for other in self._jobs.values() if other.answer is not None)

@@ -3,20 +3,24 @@
 The layer is run up to its attention, which hands the query over and goes no
 further. So normalisation, fused projections, norms of the query and any form of
 RoPE are the model's own, whatever its family. Where the same query comes of less,
-that is computed instead (`LayerQuery`).
+that is computed instead (`LayerQuery`, alone.py).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
+from hillinfer.pipeline.alone import InTorch, Native, is_same
 from hillinfer_core.errors import UnsupportedModel
+
+Way = Callable[[torch.Tensor, tuple[torch.Tensor, ...]], torch.Tensor | None]
+"""To a query [B, H, n, D], of an input and a rotation; None where it does not serve."""
 
 _taking = threading.local()
 
@@ -98,61 +102,59 @@ def layer_query(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, A
 class LayerQuery:
     """`layer_query` of one decoder layer; the query alone, without keys and values, where that is the same.
 
-    That is tried where the layer has the parts of Llama's, and given up for good if it is not, to the
-    last bit, what the layer itself hands over: at its first use and every 32nd. Not thread-safe.
+    That is tried where the layer has the parts of Llama's, first in native code, then with torch. Either way
+    is given up for good if it is not, but for rounding (`is_same`), what the layer itself hands over: at its
+    first use and every 32nd. Not thread-safe.
     """
 
     def __init__(self, layer: torch.nn.Module, number: int) -> None:
         self._layer: Any = layer
         self._uses = number  # so that layers are not all compared in the same step
         self._compared = False
-        self._attention: Any = getattr(layer, "self_attn", None)
-        parts = getattr(layer, "input_layernorm", None), getattr(self._attention, "q_proj", None)
-        self._alone = all(isinstance(each, torch.nn.Module) for each in parts)
-        self._head_norm = hasattr(self._attention, "q_norm")
+        attention = getattr(layer, "self_attn", None)
+        parts = getattr(layer, "input_layernorm", None), getattr(attention, "q_proj", None)
+        self._size = getattr(attention, "head_dim", None)
+        has_parts = all(isinstance(each, torch.nn.Module) for each in parts) and isinstance(self._size, int)
+        self._ways: list[Way] = [Native(layer), InTorch(layer)] if has_parts else []
 
     @property
     def alone(self) -> bool:
         """Whether the query is computed alone."""
-        return self._alone and self._compared
+        return self._compared and bool(self._ways)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
         """Return the query [B, H, n, D]; see `layer_query`.
 
-        Waits for the device where the two are compared.
+        Waits for the device where they are compared.
         """
-        if not self._alone:
+        if not self._ways:
             return layer_query(self._layer, args, kwargs)
+        hidden, rotation = hidden_of(args, kwargs), kwargs.get("position_embeddings")
         self._uses += 1
         if self._compared and self._uses % _COMPARED_EVERY:
-            query = self.of_input(hidden_of(args, kwargs), kwargs.get("position_embeddings"))
+            query = self.of_input(hidden, rotation)
             if query is not None:
                 return query
         own = layer_query(self._layer, args, kwargs)
-        self._compared = self._alone = self._is_same(own, args, kwargs)
+        self._ways = [way for way in self._ways if self._is_same(way, own, hidden, rotation)]
+        self._compared = True
         return own
 
-    def _is_same(self, own: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    def _is_same(self, way: Way, own: torch.Tensor, hidden: torch.Tensor, rotation: Any) -> bool:
         try:
-            query = self.of_input(hidden_of(args, kwargs), kwargs.get("position_embeddings"))
+            query = self._made(way, hidden, rotation)
         except Exception:  # parts of these names, put together otherwise, raise whatever they happen to
             return False
-        return query is not None and torch.equal(query, own)
+        return query is not None and is_same(query, own)
+
+    def _made(self, way: Way, hidden: torch.Tensor, rotation: Any) -> torch.Tensor | None:
+        fits = isinstance(rotation, tuple) and rotation[0].shape[-1] == self._size
+        return way(hidden, rotation) if fits else None
 
     def of_input(self, hidden: torch.Tensor, rotation: Any) -> torch.Tensor | None:
         """Return the query [B, H, n, D] by norm, projection and rotation as Llama has them, while `alone`.
 
         hidden: [B, n, E]; rotation: cosines and sines [B, n, D]. None where they cannot be applied.
         """
-        attention = self._attention
-        size = getattr(attention, "head_dim", None)
-        if not isinstance(rotation, tuple) or not isinstance(size, int) or rotation[0].shape[-1] != size:
-            return None
-        query = attention.q_proj(self._layer.input_layernorm(hidden)).view(*hidden.shape[:-1], -1, size)
-        if self._head_norm:
-            query = attention.q_norm(query)
-        query, half = query.transpose(1, 2), size // 2
-        cos, sin = (each.unsqueeze(1) for each in rotation)
-        turned = torch.cat((-query[..., half:], query[..., :half]), -1)
-        alone: torch.Tensor = query * cos + turned * sin
-        return alone
+        made = (self._made(way, hidden, rotation) for way in self._ways)
+        return next((query for query in made if query is not None), None)
