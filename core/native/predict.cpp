@@ -143,7 +143,7 @@ bool py_make_query(int variant, Floats3 input, Floats1 norm, float epsilon, Arra
     return true;
 }
 
-// Whether each of vectors [n][dim] is no further from its other than `most` of that one's length; no shapes: neither.
+// Whether each of vectors [n][dim] is no further from its other than `most` of that one's length, and both are finite.
 bool py_is_near(Array<const float, 2> vectors, Array<const float, 2> others, double most) {
     if (vectors.shape(0) != others.shape(0) || vectors.shape(1) != others.shape(1)) return false;
     const float *vector = vectors.data(), *other = others.data();
@@ -153,7 +153,7 @@ bool py_is_near(Array<const float, 2> vectors, Array<const float, 2> others, dou
             apart += (double(*vector) - double(*other)) * (double(*vector) - double(*other));
             length += double(*other) * double(*other);
         }
-        if (!(apart <= most * most * length)) return false;  // so that NaN is near nothing
+        if (!std::isfinite(length) || !(apart <= most * most * length)) return false;
     }
     return true;
 }

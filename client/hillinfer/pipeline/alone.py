@@ -6,7 +6,6 @@ who uses it to see (`is_same`).
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +22,9 @@ scale of 1.0001, is beyond. Our choice."""
 NATIVE_BYTES = 4 << 20
 """Of a weight, for each token, that one thread is to read: with 64 MiB it still is as soon as torch, on two
 cores, with AVX2 and with AVX-512 (docs/pipeline.md). Less, as others have more cores: our choice."""
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_same(query: torch.Tensor, own: torch.Tensor) -> bool:
@@ -43,29 +45,35 @@ class Native:
     def __init__(self, layer: Any) -> None:
         self._layer, self._attention = layer, layer.self_attn
         self._head_norm = hasattr(self._attention, "q_norm")
+        self._known: tuple[Any, ...] = ()
+        self._made_by: QueryParts | None = None
 
     def __call__(self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         """Return the query float32 [B, H, n, D]; None where that takes other parts, or more threads.
 
         hidden: [B, n, E]; rotation: cosines and sines [B or 1, n, D].
         """
-        made_by = self._parts() if all(map(_is_given, (hidden, *rotation))) else None
+        made_by = self._parts() if all(map(_is_float, (hidden, *rotation))) else None
         if made_by is None or made_by.weight.nbytes * hidden.shape[:2].numel() > NATIVE_BYTES:
             return None
         given, cosines, sines = (each.detach().numpy() for each in (hidden, *rotation))
         return torch.from_numpy(make_query(given, made_by, cosines, sines))
 
     def _parts(self) -> QueryParts | None:
-        norm, project = self._layer.input_layernorm, self._attention.q_proj
-        weight, bias = project.weight, project.bias
-        norms = [norm, self._attention.q_norm] if self._head_norm else [norm]
-        parameters = [each.weight for each in norms] + ([weight] if bias is None else [weight, bias])
-        plain = type(project) is torch.nn.Linear and all(map(_is_plain, (*norms, project)))
-        if not plain or not all(map(_is_own, parameters)):
+        modules = [self._layer.input_layernorm, self._attention.q_proj]
+        if self._head_norm:
+            modules.append(self._attention.q_norm)
+        if not all(map(_is_plain, modules)):
             return None
-        factors, *of_heads = ((each.weight.detach().numpy(), each.variance_epsilon) for each in norms)
-        bias = None if bias is None else bias.detach().numpy()
-        return QueryParts(*factors, weight.detach().numpy(), bias, *chain(*of_heads))
+        parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+        if any(type(each) is not torch.nn.Parameter for each in parameters):
+            return None  # of a subclass, that quantises or shards
+        # Views keep the memory of what is known, so that nothing else has come to lie there.
+        found = modules, [each.data_ptr() for each in parameters]
+        if found != self._known:
+            readable = all(_is_float(each) and each.is_contiguous() for each in parameters)
+            self._known, self._made_by = found, _parts_of(*modules) if readable else None
+        return self._made_by
 
 
 class InTorch:
@@ -93,12 +101,22 @@ def _is_plain(module: torch.nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _is_own(parameter: Any) -> bool:
-    """Whether the host reads it as it is: no subclass that quantises or shards, no other device or dtype."""
-    if type(parameter) is not torch.nn.Parameter or parameter.dtype is not torch.float32:
-        return False
-    return parameter.is_cpu and parameter.is_contiguous()
+def _is_float(tensor: Any) -> bool:
+    """Whether native code reads it as it is."""
+    return type(tensor) in _PLAIN and tensor.dtype is torch.float32 and tensor.is_cpu
 
 
-def _is_given(tensor: Any) -> bool:
-    return type(tensor) is torch.Tensor and tensor.dtype is torch.float32 and tensor.is_cpu
+def _parts_of(norm: Any, project: Any, head_norm: Any = None) -> QueryParts | None:
+    norms = [norm] if head_norm is None else [norm, head_norm]
+    # Llama's norms have this name for it; others, as Gemma's, do something else with their weight.
+    if type(project) is not torch.nn.Linear or not all(hasattr(each, "variance_epsilon") for each in norms):
+        return None
+    factors, *of_heads = (each.weight.detach().numpy() for each in norms)
+    return QueryParts(
+        factors,
+        norm.variance_epsilon,
+        project.weight.detach().numpy(),
+        None if project.bias is None else project.bias.detach().numpy(),
+        of_heads[0] if of_heads else None,
+        0.0 if head_norm is None else head_norm.variance_epsilon,
+    )

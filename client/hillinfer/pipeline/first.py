@@ -15,8 +15,11 @@ from hillinfer_core.errors import UnsupportedModel
 class FirstQuery:
     """Made of the token's embedding and its rotation alone, with the parts of a model that has Llama's.
 
-    That is used once it was seen to be, to the last bit, what the first layer makes itself, and given up
-    for good if it is not: of models that scale their embeddings, or rotate otherwise. Not thread-safe.
+    That is used once it was seen to be, but for rounding (`is_same`), what the first layer makes itself, and
+    given up for good if it is not: of models that scale their embeddings, or rotate otherwise. So what it
+    selects is what the layer's own query would, computed with sums in another order, as by another number of
+    threads: of tokens that score the same to within a step of the INT8 query another may be taken.
+    Not thread-safe.
     """
 
     def __init__(self, owner: Any, layer: LayerQuery) -> None:
@@ -29,7 +32,7 @@ class FirstQuery:
 
     @property
     def usable(self) -> bool:
-        """Whether it is known to be the layer's own."""
+        """Whether it is known to be the layer's own, but for rounding."""
         return self._tried and self._compared
 
     def __call__(self, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -111,8 +111,8 @@ class Pipeline:
     def before_own(self, layer: HierarchicalLayer, query: Callable[[], torch.Tensor]) -> None:
         """Begin on `layer`, which nothing precedes, with what `query` says will be its own [B, H, 1, D].
 
-        `take` makes sure that it is. Nothing begins where another thread would have to, or on an accelerator,
-        whose query the host would wait for.
+        `take` makes sure that it is, but for rounding. Nothing begins where another thread would have to, or
+        on an accelerator, whose query the host would wait for.
         """
         state = self.layers[layer.index]
         if not state.own or not layer.is_initialized or layer.index in self._jobs:

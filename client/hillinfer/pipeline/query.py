@@ -115,19 +115,20 @@ class LayerQuery:
         parts = getattr(layer, "input_layernorm", None), getattr(attention, "q_proj", None)
         self._size = getattr(attention, "head_dim", None)
         has_parts = all(isinstance(each, torch.nn.Module) for each in parts) and isinstance(self._size, int)
-        self._ways: list[Way] = [Native(layer), InTorch(layer)] if has_parts else []
+        self.ways: list[Way] = [Native(layer), InTorch(layer)] if has_parts else []
+        """To compute it alone, the best first; until they were compared, those that may be."""
 
     @property
     def alone(self) -> bool:
         """Whether the query is computed alone."""
-        return self._compared and bool(self._ways)
+        return self._compared and bool(self.ways)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
         """Return the query [B, H, n, D]; see `layer_query`.
 
         Waits for the device where they are compared.
         """
-        if not self._ways:
+        if not self.ways:
             return layer_query(self._layer, args, kwargs)
         hidden, rotation = hidden_of(args, kwargs), kwargs.get("position_embeddings")
         self._uses += 1
@@ -136,7 +137,7 @@ class LayerQuery:
             if query is not None:
                 return query
         own = layer_query(self._layer, args, kwargs)
-        self._ways = [way for way in self._ways if self._is_same(way, own, hidden, rotation)]
+        self.ways = [way for way in self.ways if self._is_same(way, own, hidden, rotation)]
         self._compared = True
         return own
 
@@ -156,5 +157,5 @@ class LayerQuery:
 
         hidden: [B, n, E]; rotation: cosines and sines [B, n, D]. None where they cannot be applied.
         """
-        made = (self._made(way, hidden, rotation) for way in self._ways)
+        made = (self._made(way, hidden, rotation) for way in self.ways)
         return next((query for query in made if query is not None), None)
