@@ -165,6 +165,30 @@ def test_a_layer_that_comes_to_rotate_otherwise_is_given_up(daemon, monkeypatch,
     assert all(same[4:])
 
 
+@torch.inference_mode()
+def test_parts_that_native_code_does_not_know_are_left_to_torch_from_then_on(daemon):
+    model = tiny(*FAMILIES["llama"])
+    layer = model.model.layers[1]
+    query, same, ways = LayerQuery(layer, 1), [], []
+
+    def take(module, args, kwargs):
+        if not is_taking():
+            same.append(is_same(query(args, kwargs), layer_query(layer, args, kwargs)))
+            ways.append([type(way) for way in query.ways])
+
+    model.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    ids = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(2))
+    with hillinfer.attach(model, socket=daemon.socket, budget=40) as attachment:
+        cache = attachment.new_cache()
+        model(ids[:, :10], past_key_values=cache)
+        for step in range(4):
+            if step == 2:
+                layer.self_attn.q_proj.register_forward_hook(lambda module, args, output: output * 3)
+            model(ids[:, 10 + step : 11 + step], past_key_values=cache)
+    assert all(same)
+    assert ways == [[Native, InTorch]] * 3 + [[InTorch]] * 2
+
+
 FIRST_IS_FULL = [name for name in FAMILIES if name not in ("qwen2 sliding", "gemma2", "cohere2")]
 EARLY = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 

@@ -102,9 +102,9 @@ def layer_query(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, A
 class LayerQuery:
     """`layer_query` of one decoder layer; the query alone, without keys and values, where that is the same.
 
-    That is tried where the layer has the parts of Llama's, first in native code, then with torch. Either way
-    is given up for good if it is not, but for rounding (`is_same`), what the layer itself hands over: at its
-    first use and every 32nd. Not thread-safe.
+    That is tried where the layer has the parts of Llama's, first in native code, then with torch. A way is
+    given up for good if its query is not, but for rounding (`is_same`), what the layer itself hands over: at
+    its first use and every 32nd. Not thread-safe.
     """
 
     def __init__(self, layer: torch.nn.Module, number: int) -> None:
@@ -116,7 +116,7 @@ class LayerQuery:
         self._size = getattr(attention, "head_dim", None)
         has_parts = all(isinstance(each, torch.nn.Module) for each in parts) and isinstance(self._size, int)
         self.ways: list[Way] = [Native(layer), InTorch(layer)] if has_parts else []
-        """To compute it alone, the best first; until they were compared, those that may be."""
+        """To compute it alone, the best first, which is the one in use once it was compared."""
 
     @property
     def alone(self) -> bool:
@@ -126,18 +126,19 @@ class LayerQuery:
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
         """Return the query [B, H, n, D]; see `layer_query`.
 
-        Waits for the device where they are compared.
+        Waits for the device where it is compared.
         """
         if not self.ways:
             return layer_query(self._layer, args, kwargs)
         hidden, rotation = hidden_of(args, kwargs), kwargs.get("position_embeddings")
         self._uses += 1
         if self._compared and self._uses % _COMPARED_EVERY:
-            query = self.of_input(hidden, rotation)
+            query = self._made(self.ways[0], hidden, rotation)
             if query is not None:
                 return query
         own = layer_query(self._layer, args, kwargs)
-        self.ways = [way for way in self.ways if self._is_same(way, own, hidden, rotation)]
+        while self.ways and not self._is_same(self.ways[0], own, hidden, rotation):
+            del self.ways[0]
         self._compared = True
         return own
 
@@ -155,7 +156,8 @@ class LayerQuery:
     def of_input(self, hidden: torch.Tensor, rotation: Any) -> torch.Tensor | None:
         """Return the query [B, H, n, D] by norm, projection and rotation as Llama has them, while `alone`.
 
-        hidden: [B, n, E]; rotation: cosines and sines [B, n, D]. None where they cannot be applied.
+        hidden: [B, n, E]; rotation: cosines and sines [B, n, D]. None where they cannot be applied. Where
+        the way in use does not serve any more, it comes of one that nothing was compared with.
         """
         made = (self._made(way, hidden, rotation) for way in self.ways)
         return next((query for query in made if query is not None), None)
