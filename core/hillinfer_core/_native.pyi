@@ -148,6 +148,7 @@ def exchange(
     wanted: npt.NDArray[np.uint32],
     counts: npt.NDArray[np.int64],
     tokens: int,
+    threads: int,
     ids: npt.NDArray[np.uint32],
     places: npt.NDArray[np.int64],
     of_heads: npt.NDArray[np.int64],
@@ -159,6 +160,7 @@ def count_hits(
     counts: npt.NDArray[np.int64],
     hit: int,
     most: int,
+    threads: int,
     /,
 ) -> bool: ...
 def keep(
@@ -166,6 +168,7 @@ def keep(
     hits: npt.NDArray[np.uint16],
     ids: npt.NDArray[np.uint32],
     counts: npt.NDArray[np.int64],
+    threads: int,
     which: npt.NDArray[np.int64],
     places: npt.NDArray[np.int64],
     /,
@@ -224,22 +227,26 @@ def join_rows(
     values: npt.NDArray[np.uint8],
     pinned: int,
     places: npt.NDArray[np.int64],
+    threads: int,
     out: npt.NDArray[np.uint8],
     /,
 ) -> bool: ...
 def split_rows(
     rows: npt.NDArray[np.uint8],
+    which: npt.NDArray[np.int64] | None,
     keys: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],
     pinned: int,
     places: npt.NDArray[np.int64],
+    threads: int,
     /,
 ) -> bool: ...
 def put_rows(
     rows: npt.NDArray[np.uint8],
-    which: npt.NDArray[np.int64],
+    which: npt.NDArray[np.int64] | None,
     out: npt.NDArray[np.uint8],
-    places: npt.NDArray[np.int64],
+    places: npt.NDArray[np.int64] | None,
+    threads: int,
     /,
 ) -> bool: ...
 def locate(

@@ -4,8 +4,9 @@ Every call checks its arguments (:class:`InvalidInput`), blocks until done, and 
 All but ``fit_ranges``, which is the reference's own, and ``quantise_query``, which is short, release the GIL
 while they work.
 Scores are computed by the widest instructions that the processor has; the environment variable
-``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind. ``rank`` and ``stream_read``
-use as many threads as the process may use processors, or ``HILLINFER_KERNEL_THREADS``.
+``HILLINFER_KERNEL`` (``portable``, ``avx2`` or ``avx512vnni``) forces one kind. ``rank`` and ``stream_read``,
+as `places` and `moves`, use no more threads than the process may use processors, or than
+``HILLINFER_KERNEL_THREADS``.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ __all__ = [
 _VARIANTS = {"portable": 0, "avx2": 1, "avx512vnni": 2}
 FORMATS = {np.dtype("float16"): 0, np.dtype("uint16"): 1, np.dtype("float32"): 2}
 
+_FEW_THREADS = 4  # our choice: as many as copy rows in the daemon, as others compute meanwhile
 _BEAT = 64  # bytes; layout.py
 _MAX_THREADS = 1024
 SEVERAL_THREADS_BYTES = 512 << 10
@@ -89,8 +91,17 @@ def variant() -> int:
 
 
 def threads() -> int:
-    """Return how many threads ``rank`` and ``stream_read`` use at most; the caller's is one of them."""
+    """Return how many threads a call uses at most; the caller's is one of them."""
     return _threads_asked() or len(os.sched_getaffinity(0))
+
+
+def few_threads(nbytes: int, each: int, share: int = 1) -> int:
+    """Return on how many threads to move ``nbytes`` of ids or rows: ``each`` or more bytes for each thread.
+
+    There is no more than one thread for ``share`` processors.
+    """
+    most = min(nbytes // each, _FEW_THREADS)
+    return max(min(most, threads() // share), 1) if most > 1 else 1
 
 
 def code_and_threads(parts: Sequence[U8]) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 Slots have keys and values apart, ``keys`` and ``values`` [H, N, D]. ``pinned`` begin each head; places count
 the others through all heads. Elsewhere a row is a key and its value, [n, 2, D]. All arrays are of one dtype
-and C-contiguous. Calls release the GIL, may come from any thread, and do not block. They raise
+and C-contiguous; none of them is both read and written. No place is given twice. Calls release the GIL, may
+come from any thread, and do not block; several threads share what is much. They raise
 :class:`InvalidInput` for arrays that do not fit and places that do not exist, before anything has moved.
 """
 
@@ -14,13 +15,18 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
+from . import _native, kernel
 from .errors import InvalidInput
 from .places import U16
 from .reference import U8, U32
 
 I64 = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
+
+_THREAD_BYTES = 512 << 10
+"""Of rows, for each thread. Our choice: as of those that the daemon copies (transfers.cpp)."""
+_PROCESSORS = 2
+"""For each thread: on two, a second one copied nothing sooner, as one has all of memory's rate there."""
 
 
 class SlotArrays(NamedTuple):
@@ -97,25 +103,37 @@ def join_rows(keys: Array, values: Array, pinned: int, places: I64) -> Array:
     _require(keys.shape == values.shape and keys.ndim == 3 and values.dtype == keys.dtype, "keys and values")
     out = np.empty((len(places), 2, keys.shape[2]), keys.dtype)
     if len(places):
-        _moved(_native.join_rows(_bytes(keys), _bytes(values), pinned, places, _rows(out)))
+        threads = kernel.few_threads(out.nbytes, _THREAD_BYTES, _PROCESSORS)
+        _moved(_native.join_rows(_bytes(keys), _bytes(values), pinned, places, threads, _rows(out)))
     return out
 
 
-def split_rows(rows: Array, keys: Array, values: Array, pinned: int, places: I64) -> None:
-    """Put ``rows`` [n, 2, D] into slots ``places`` int64 [n]."""
+def split_rows(
+    rows: Array, keys: Array, values: Array, pinned: int, places: I64, which: I64 | None = None
+) -> None:
+    """Put those of ``rows`` [m, 2, D] that ``which`` int64 [n] counts into slots ``places`` int64 [n].
+
+    Without it, all of them in turn.
+    """
     _require(keys.shape == values.shape and keys.ndim == 3, "keys and values")
     _require(rows.dtype == keys.dtype == values.dtype and rows.shape[1:] == (2, keys.shape[2]), "rows")
-    _require(len(places) == len(rows), "places")
+    _require(len(places) == len(rows if which is None else which), "places")
     if len(places):
-        _moved(_native.split_rows(_rows(rows), _bytes(keys), _bytes(values), pinned, places))
+        threads = kernel.few_threads(len(places) * rows[:1].nbytes, _THREAD_BYTES, _PROCESSORS)
+        _moved(_native.split_rows(_rows(rows), which, _bytes(keys), _bytes(values), pinned, places, threads))
 
 
-def put_rows(rows: Array, which: I64, out: Array, places: I64) -> None:
-    """Put those of ``rows`` [m, 2, D] that ``which`` int64 [n] counts to ``places`` int64 [n] of ``out``."""
+def put_rows(rows: Array, which: I64 | None, out: Array, places: I64 | None) -> None:
+    """Put those of ``rows`` [m, 2, D] that ``which`` int64 [n] counts to ``places`` int64 [n] of ``out``.
+
+    None is for the first, in turn: of all ``rows``, or of places.
+    """
     _require(rows.dtype == out.dtype and rows.shape[1:] == out.shape[1:], "rows")
-    _require(len(which) == len(places), "places")
-    if len(places):
-        _moved(_native.put_rows(_rows(rows), which, _rows(out), places))
+    count = len(rows if which is None else which)
+    _require(places is None or count == len(places), "places")
+    if count:
+        threads = kernel.few_threads(count * rows[:1].nbytes, _THREAD_BYTES, _PROCESSORS)
+        _moved(_native.put_rows(_rows(rows), which, _rows(out), places, threads))
 
 
 def _rows(rows: Array) -> U8:

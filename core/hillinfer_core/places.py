@@ -1,4 +1,7 @@
-"""Which ids get, keep and lose a place in memory: in native code, all KV heads at once. Neither blocks."""
+"""Which ids get, keep and lose a place in memory: in native code, all KV heads at once.
+
+Calls release the GIL, may come from any thread, and do not block; several threads share the heads of much.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
+from . import _native, kernel
 from .errors import InvalidInput
 from .reference import U32
 
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
+
+_THREAD_BYTES = 64 << 10
+"""Of ids, for each thread: 50 to 150 us of work, where waking one takes up to 40. Our choice."""
+_COUNT_THREAD_BYTES = 16 << 10
+"""As _THREAD_BYTES, of ids that are counted: none is near another."""
 
 
 class Exchanged(NamedTuple):
@@ -47,7 +55,8 @@ def exchange(slots: U32, hot: U32, wanted: U32, counts: I64, tokens: int) -> Exc
     heads, room = len(slots), max(len(wanted), slots.size)
     ids, places = np.empty((2, room), np.uint32), np.empty((4, room), np.int64)
     of_heads = np.empty((2, heads), np.int64)
-    found = _native.exchange(slots, hot, wanted, counts, tokens, ids, places, of_heads)
+    threads = kernel.few_threads(slots.nbytes + hot.nbytes, _THREAD_BYTES)
+    found = _native.exchange(slots, hot, wanted, counts, tokens, threads, ids, places, of_heads)
     if found is None:
         _check(wanted, counts, heads, len(hot))
         if len(wanted) and int(wanted.max()) >= tokens:
@@ -77,7 +86,8 @@ def keep(hot: U32, hits: U16, ids: U32, counts: I64) -> tuple[I64, I64]:
     has fewer than any. Returns which of ``ids``, int64 [m], and their places, counted through all heads.
     """
     found = np.empty((2, len(ids)), np.int64)
-    kept = _native.keep(hot, hits, ids, counts, found[0], found[1])
+    threads = kernel.few_threads(hot.nbytes + ids.nbytes, _THREAD_BYTES)
+    kept = _native.keep(hot, hits, ids, counts, threads, found[0], found[1])
     if kept is None:
         _check(ids, counts, len(hits), len(hot))
     return found[0, :kept], found[1, :kept]
@@ -88,7 +98,8 @@ def count_hits(hits: U16, ids: U32, counts: I64, hit: int, most: int) -> None:
 
     ``counts`` int64 [H] are of each head. Raises :class:`InvalidInput` for others, and ids of T or more.
     """
-    if not _native.count_hits(hits, ids, counts, hit, most):
+    threads = kernel.few_threads(ids.nbytes, _COUNT_THREAD_BYTES)
+    if not _native.count_hits(hits, ids, counts, hit, most, threads):
         _check(ids, counts, len(hits), len(hits))
         raise InvalidInput(f"token {ids.max()} was selected of a context of {hits.shape[1]}")
 

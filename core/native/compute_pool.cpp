@@ -8,6 +8,14 @@
 
 namespace hillinfer {
 
+namespace {
+
+void alone(size_t count, const std::function<void(size_t)> &job) {
+    for (size_t i = 0; i < count; ++i) job(i);
+}
+
+}  // namespace
+
 ComputePool::ComputePool() : pid_(getpid()) {}
 
 ComputePool &ComputePool::instance() {
@@ -20,12 +28,19 @@ ComputePool &ComputePool::instance() {
 }
 
 void ComputePool::run(size_t count, size_t threads, const std::function<void(size_t)> &job) {
-    if (count <= 1 || threads <= 1) {
-        // Needs nobody else, so it takes no turn either.
-        for (size_t i = 0; i < count; ++i) job(i);
-        return;
-    }
+    if (count <= 1 || threads <= 1) return alone(count, job);  // needs nobody else, so it takes no turn either
     std::lock_guard<std::mutex> turn(turn_);
+    share(count, threads, job);
+}
+
+void ComputePool::run_now(size_t count, size_t threads, const std::function<void(size_t)> &job) {
+    if (count <= 1 || threads <= 1) return alone(count, job);
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn) return alone(count, job);
+    share(count, threads, job);
+}
+
+void ComputePool::share(size_t count, size_t threads, const std::function<void(size_t)> &job) {
     const size_t wanted = std::min(count, threads) - 1;
     size_t asked;
     {

@@ -20,13 +20,17 @@ class ComputePool {
     // returns when all are done. `job` must not throw. Calls from different threads take turns.
     void run(size_t count, size_t threads, const std::function<void(size_t)> &job);
 
+    // As `run`, but waits for nobody's turn: while the threads work for another caller, this one does its jobs alone.
+    void run_now(size_t count, size_t threads, const std::function<void(size_t)> &job);
+
   private:
     ComputePool();
+    void share(size_t count, size_t threads, const std::function<void(size_t)> &job);
     void start_threads(size_t wanted);
     void serve();
     void work();
 
-    std::mutex turn_;  // held by the caller whose jobs are running
+    std::mutex turn_;  // held by the caller whose jobs the threads share
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     size_t threads_ = 0;  // started so far

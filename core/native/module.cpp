@@ -174,8 +174,9 @@ void py_data_checksums(int variant, Strided<const uint8_t, 3> tiles, Array<uint3
 // head wants more than it has slots: these are changed then.
 std::optional<std::vector<size_t>> py_exchange(Array<uint32_t, 2> slots, Array<uint32_t, 2> hot,
                                                Array<const uint32_t, 1> wanted, Array<const int64_t, 1> counts,
-                                               uint32_t tokens, Array<uint32_t, 2> ids, Array<int64_t, 2> places,
-                                               Array<int64_t, 2> of_heads) {
+                                               uint32_t tokens, size_t threads, Array<uint32_t, 2> ids,
+                                               Array<int64_t, 2> places, Array<int64_t, 2> of_heads) {
+    nb::gil_scoped_release released;
     const size_t room = places.shape(1), heads = slots.shape(0);
     if (hot.shape(0) != heads || counts.shape(0) != heads || wanted.shape(0) > room ||
         !fits(wanted.data(), wanted.shape(0), counts.data(), heads, tokens))
@@ -183,29 +184,32 @@ std::optional<std::vector<size_t>> py_exchange(Array<uint32_t, 2> slots, Array<u
     Exchanged out{ids.data(), places.data(), of_heads.data(), places.data() + room, places.data() + 2 * room,
                   ids.data() + ids.shape(1), places.data() + 3 * room, of_heads.data() + of_heads.shape(1)};
     if (!exchange(slots.data(), slots.shape(1), hot.data(), hot.shape(1), slots.shape(0), wanted.data(),
-                  counts.data(), tokens, out))
+                  counts.data(), tokens, threads, out))
         return std::nullopt;
     return std::vector<size_t>{out.missing, out.found, out.left};
 }
 
 bool py_count_hits(Array<uint16_t, 2> hits, Array<const uint32_t, 1> ids, Array<const int64_t, 1> counts,
-                   uint16_t hit, uint16_t most) {
+                   uint16_t hit, uint16_t most, size_t threads) {
+    nb::gil_scoped_release released;
     const size_t heads = hits.shape(0);
     if (counts.shape(0) != heads || !fits(ids.data(), ids.shape(0), counts.data(), heads, hits.shape(1))) return false;
-    count_hits(hits.data(), hits.shape(1), heads, ids.data(), counts.data(), hit, most);
+    count_hits(hits.data(), hits.shape(1), heads, ids.data(), counts.data(), hit, most, threads);
     return true;
 }
 
 // Returns how many are kept; nothing where counts do not fit.
 std::optional<size_t> py_keep(Array<uint32_t, 2> hot, Array<const uint16_t, 2> hits, Array<const uint32_t, 1> ids,
-                              Array<const int64_t, 1> counts, Array<int64_t, 1> which, Array<int64_t, 1> places) {
+                              Array<const int64_t, 1> counts, size_t threads, Array<int64_t, 1> which,
+                              Array<int64_t, 1> places) {
+    nb::gil_scoped_release released;
     const size_t heads = hot.shape(0);
     if (hits.shape(0) != heads || counts.shape(0) != heads || which.shape(0) < ids.shape(0) ||
         places.shape(0) < ids.shape(0) ||
         !fits(ids.data(), ids.shape(0), counts.data(), heads, uint64_t(UINT32_MAX) + 1))
         return std::nullopt;
     return keep(hot.data(), hot.shape(1), hits.data(), hits.shape(1), hot.shape(0), ids.data(), counts.data(),
-                which.data(), places.data());
+                threads, which.data(), places.data());
 }
 
 // The rows of `checksums` may lie apart.
@@ -337,11 +341,12 @@ NB_MODULE(_native, module) {
     module.def("row_checksums", &py_row_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("data_checksums", &py_data_checksums, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("exchange", &py_exchange, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
+               nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),
+               nb::arg().noconvert());
     module.def("count_hits", &py_count_hits, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-               nb::arg(), nb::arg());
+               nb::arg(), nb::arg(), nb::arg());
     module.def("keep", &py_keep, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-               nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
+               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("locate", &py_locate, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
     module.def("attend", &py_attend, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "compute_pool.h"
 #include "native.h"
 
 namespace nb = nanobind;
@@ -19,6 +20,7 @@ namespace {
 
 constexpr size_t kAhead = 6;  // rows that are on their way from memory while others are copied
 constexpr size_t kCacheLine = 64;
+constexpr size_t kJobBytes = 128 << 10;
 
 bool all_below(const int64_t *places, size_t count, size_t end) {
     return std::all_of(places, places + count, [end](int64_t place) { return uint64_t(place) < end; });
@@ -58,75 +60,104 @@ bool fit(const Keys &keys, const Keys &values, size_t pinned, const Numbers &pla
     return alike && all_below(places.data(), places.shape(0), keys.shape(0) * (keys.shape(1) - pinned));
 }
 
+// Has `move(begin, end)` move all of `count` rows of `size` bytes, in parts that up to `threads` threads share.
+template <class Move>
+void in_parts(size_t count, size_t size, size_t threads, const Move &move) {
+    if (threads <= 1) return move(size_t(0), count);
+    const size_t part = std::max<size_t>(kJobBytes / std::max<size_t>(size, 1), 1);
+    ComputePool::instance().run_now((count + part - 1) / part, threads,
+                                    [&](size_t i) { move(i * part, std::min(count, (i + 1) * part)); });
+}
+
 // Copies rows out of the slots `places` one after another.
 template <class Keys>
-void join(const Keys &keys, const Keys &values, size_t pinned, const int64_t *places, size_t count, uint8_t *to) {
+void join(const Keys &keys, const Keys &values, size_t pinned, const int64_t *places, size_t count, size_t threads,
+          uint8_t *out) {
     const Slots slots(keys, pinned);
     const size_t size = slots.size;
-    for (size_t i = 0; i < count; ++i, to += 2 * size) {
-        if (i + kAhead < count) {
-            fetch(keys.data() + slots.at(places[i + kAhead]), size);
-            fetch(values.data() + slots.at(places[i + kAhead]), size);
+    in_parts(count, 2 * size, threads, [&](size_t begin, size_t end) {
+        uint8_t *to = out + begin * 2 * size;
+        for (size_t i = begin; i < end; ++i, to += 2 * size) {
+            if (i + kAhead < end) {
+                fetch(keys.data() + slots.at(places[i + kAhead]), size);
+                fetch(values.data() + slots.at(places[i + kAhead]), size);
+            }
+            std::memcpy(to, keys.data() + slots.at(places[i]), size);
+            std::memcpy(to + size, values.data() + slots.at(places[i]), size);
         }
-        std::memcpy(to, keys.data() + slots.at(places[i]), size);
-        std::memcpy(to + size, values.data() + slots.at(places[i]), size);
-    }
+    });
 }
 
 // Copies rows, those that `chosen` counts if it is not null, into the slots `places`.
 template <class Keys>
 void split(const uint8_t *rows, const int64_t *chosen, const Keys &keys, const Keys &values, size_t pinned,
-           const int64_t *places, size_t count) {
+           const int64_t *places, size_t count, size_t threads) {
     const Slots slots(keys, pinned);
     const size_t size = slots.size;
     const auto row = [&](size_t i) { return rows + (chosen ? size_t(chosen[i]) : i) * 2 * size; };
-    for (size_t i = 0; i < count; ++i) {
-        if (i + kAhead < count) {
-            const size_t coming = slots.at(places[i + kAhead]);
-            fetch(row(i + kAhead), 2 * size);
-            fetch_to_write(keys.data() + coming, size);
-            fetch_to_write(values.data() + coming, size);
+    in_parts(count, 2 * size, threads, [&](size_t begin, size_t end) {
+        for (size_t i = begin; i < end; ++i) {
+            if (i + kAhead < end) {
+                const size_t coming = slots.at(places[i + kAhead]);
+                fetch(row(i + kAhead), 2 * size);
+                fetch_to_write(keys.data() + coming, size);
+                fetch_to_write(values.data() + coming, size);
+            }
+            const size_t to = slots.at(places[i]);
+            std::memcpy(keys.data() + to, row(i), size);
+            std::memcpy(values.data() + to, row(i) + size, size);
         }
-        const size_t to = slots.at(places[i]);
-        std::memcpy(keys.data() + to, row(i), size);
-        std::memcpy(values.data() + to, row(i) + size, size);
-    }
+    });
+}
+
+using Chosen = std::optional<Numbers>;
+
+const int64_t *numbers(const Chosen &chosen) { return chosen ? chosen->data() : nullptr; }
+
+// Whether `count` of `rows` are meant, and all of them are there.
+bool are_among(const Chosen &chosen, size_t count, size_t rows) {
+    if (!chosen) return count <= rows;
+    return chosen->shape(0) == count && all_below(chosen->data(), count, rows);
 }
 
 bool join_rows(Array<const uint8_t, 3> keys, Array<const uint8_t, 3> values, size_t pinned, Numbers places,
-               Array<uint8_t, 2> out) {
+               size_t threads, Array<uint8_t, 2> out) {
     nb::gil_scoped_release released;
     if (!fit(keys, values, pinned, places)) return false;
-    join(keys, values, pinned, places.data(), places.shape(0), out.data());
+    join(keys, values, pinned, places.data(), places.shape(0), threads, out.data());
     return true;
 }
 
-bool split_rows(Array<const uint8_t, 2> rows, Array<uint8_t, 3> keys, Array<uint8_t, 3> values, size_t pinned,
-                Numbers places) {
+bool split_rows(Array<const uint8_t, 2> rows, Chosen which, Array<uint8_t, 3> keys, Array<uint8_t, 3> values,
+                size_t pinned, Numbers places, size_t threads) {
     nb::gil_scoped_release released;
     const size_t count = places.shape(0);
-    if (!fit(keys, values, pinned, places) || count > rows.shape(0)) return false;
-    split(rows.data(), nullptr, keys, values, pinned, places.data(), count);
+    if (!fit(keys, values, pinned, places) || !are_among(which, count, rows.shape(0))) return false;
+    split(rows.data(), numbers(which), keys, values, pinned, places.data(), count, threads);
     return true;
 }
 
-// Copies rows of `size` bytes, those that `chosen` counts if it is not null, to `places`.
-void put(const uint8_t *rows, const int64_t *chosen, uint8_t *out, const int64_t *places, size_t count, size_t size) {
+// Copies rows of `size` bytes, those that `chosen` counts if it is not null, to `places`, likewise.
+void put(const uint8_t *rows, const int64_t *chosen, uint8_t *out, const int64_t *places, size_t count, size_t size,
+         size_t threads) {
     const auto row = [&](size_t i) { return rows + (chosen ? size_t(chosen[i]) : i) * size; };
-    for (size_t i = 0; i < count; ++i) {
-        if (i + kAhead < count) {
-            fetch(row(i + kAhead), size);
-            fetch_to_write(out + size_t(places[i + kAhead]) * size, size);
+    const auto place = [&](size_t i) { return out + (places ? size_t(places[i]) : i) * size; };
+    in_parts(count, size, threads, [&](size_t begin, size_t end) {
+        for (size_t i = begin; i < end; ++i) {
+            if (i + kAhead < end) {
+                fetch(row(i + kAhead), size);
+                fetch_to_write(place(i + kAhead), size);
+            }
+            std::memcpy(place(i), row(i), size);
         }
-        std::memcpy(out + size_t(places[i]) * size, row(i), size);
-    }
+    });
 }
 
-bool put_rows(Array<const uint8_t, 2> rows, Numbers which, Array<uint8_t, 2> out, Numbers places) {
+bool put_rows(Array<const uint8_t, 2> rows, Chosen which, Array<uint8_t, 2> out, Chosen places, size_t threads) {
     nb::gil_scoped_release released;
-    const size_t count = places.shape(0);
-    if (!all_below(places.data(), count, out.shape(0)) || !all_below(which.data(), count, rows.shape(0))) return false;
-    put(rows.data(), which.data(), out.data(), places.data(), count, out.shape(1));
+    const size_t count = which ? which->shape(0) : places ? places->shape(0) : rows.shape(0);
+    if (!are_among(places, count, out.shape(0)) || !are_among(which, count, rows.shape(0))) return false;
+    put(rows.data(), numbers(which), out.data(), numbers(places), count, out.shape(1), threads);
     return true;
 }
 
@@ -175,23 +206,23 @@ bool turn_over_apart(Array<uint32_t, 2> &slots, Array<uint32_t, 2> &hot, Array<u
     Exchanged out{found.ids.data(), places, found.of_heads.data(), places + room, places + 2 * room,
                   found.ids.data() + room, places + 3 * room, found.of_heads.data() + heads};
     if (hot.size()) {
-        count_hits(hits.data(), hits.shape(1), heads, wanted, counts, hit, UINT16_MAX);
+        count_hits(hits.data(), hits.shape(1), heads, wanted, counts, hit, UINT16_MAX, 1);
         if (halve)
             for (uint16_t *each = hits.data(), *end = each + hits.size(); each < end; ++each) *each >>= 1;
     }
-    if (!exchange(slots.data(), slots.shape(1), hot.data(), hot.shape(1), heads, wanted, counts, tokens, out) ||
+    if (!exchange(slots.data(), slots.shape(1), hot.data(), hot.shape(1), heads, wanted, counts, tokens, 1, out) ||
         out.missing != rows.shape(0) || !std::equal(missing.begin(), missing.end(), out.missing_counts))
         return false;
     const size_t kept = hot.size() ? keep(hot.data(), hot.shape(1), hits.data(), hits.shape(1), heads, out.left_ids,
-                                          out.left_counts, which, kept_at)
+                                          out.left_counts, 1, which, kept_at)
                                    : 0;
     // Through memory in between: slots and places in the hot pool change hands both ways.
     if (found.rows.size() < kept * row_bytes) found.rows.resize(kept * row_bytes);
     for (size_t i = 0; i < kept; ++i) which[i] = out.left_places[which[i]];
-    join(keys, values, pinned, which, kept, found.rows.data());
-    split(hot_rows.data(), out.hot_places, keys, values, pinned, out.hot_slots, out.found);
-    split(static_cast<const uint8_t *>(rows.data()), nullptr, keys, values, pinned, out.missing_places, out.missing);
-    put(found.rows.data(), nullptr, hot_rows.data(), kept_at, kept, row_bytes);
+    join(keys, values, pinned, which, kept, 1, found.rows.data());
+    split(hot_rows.data(), out.hot_places, keys, values, pinned, out.hot_slots, out.found, 1);
+    split(static_cast<const uint8_t *>(rows.data()), nullptr, keys, values, pinned, out.missing_places, out.missing, 1);
+    put(found.rows.data(), nullptr, hot_rows.data(), kept_at, kept, row_bytes, 1);
     return true;
 }
 
@@ -227,11 +258,11 @@ void define_moves(nb::module_ &module) {
     module.def("put_tokens", &put_tokens, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg().noconvert(), nb::arg());
     module.def("join_rows", &join_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(),
-               nb::arg().noconvert());
-    module.def("split_rows", &split_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
                nb::arg(), nb::arg().noconvert());
-    module.def("put_rows", &put_rows, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-               nb::arg().noconvert());
+    module.def("split_rows", &split_rows, nb::arg().noconvert(), nb::arg().none().noconvert(), nb::arg().noconvert(),
+               nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg());
+    module.def("put_rows", &put_rows, nb::arg().noconvert(), nb::arg().none().noconvert(), nb::arg().noconvert(),
+               nb::arg().none().noconvert(), nb::arg());
 }
 
 }  // namespace hillinfer

@@ -78,9 +78,10 @@ size_t missing(const uint32_t *ids, size_t heads, size_t k, const uint32_t *held
 // Whether n ids are as many as `counts` [heads] say, and all of them below `end`.
 bool fits(const uint32_t *ids, size_t n, const int64_t *counts, size_t heads, uint64_t end);
 
-// Adds `hit` to hits [heads][tokens] of ids (counts[head] of each head, which `fits`), up to `most`.
+// Adds `hit` to hits [heads][tokens] of ids (counts[head] of each head, which `fits`), up to `most`. Here and below
+// heads are shared by up to `threads` threads.
 void count_hits(uint16_t *hits, size_t tokens, size_t heads, const uint32_t *ids, const int64_t *counts, uint16_t hit,
-                uint16_t most);
+                uint16_t most, size_t threads);
 
 // What `exchange` finds; each array has room for all ids or slots. Places count through all heads.
 struct Exchanged {
@@ -96,12 +97,12 @@ struct Exchanged {
 // hot [heads][hot_count] hold ids or 0xFFFFFFFF and are changed: what gets a slot leaves `hot`. False where a head
 // wants more than it has slots, or ids do not ascend; both are half changed then.
 bool exchange(uint32_t *slots, size_t slot_count, uint32_t *hot, size_t hot_count, size_t heads,
-              const uint32_t *wanted, const int64_t *counts, uint32_t tokens, Exchanged &out);
+              const uint32_t *wanted, const int64_t *counts, uint32_t tokens, size_t threads, Exchanged &out);
 
 // Puts those of ids (counts[head] of each head) into hot [heads][hot_count] that have more hits [heads][tokens] than what
 // they replace; the most hit against the least hit. Returns how many: which of all ids, and their places through all heads.
 size_t keep(uint32_t *hot, size_t hot_count, const uint16_t *hits, size_t tokens, size_t heads, const uint32_t *ids,
-            const int64_t *counts, int64_t *which, int64_t *places);
+            const int64_t *counts, size_t threads, int64_t *which, int64_t *places);
 
 // Attention of queries [heads][group][dim], float, on keys and values [heads][tokens][dim] of `format`; to out
 // [heads][group][dim]. Sums are of floats. tokens and dim are at least 1.

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hillinfer_core.errors import InvalidInput
@@ -16,10 +16,19 @@ def numbers(rng, *shape, dtype=np.float32):
     return rng.integers(1, 60000, shape).astype(np.uint16).astype(dtype)
 
 
-@settings(max_examples=80, deadline=None)
+@pytest.fixture(params=["1", "8"])
+def threads(request, monkeypatch):
+    """Also by several threads, and those for little."""
+    monkeypatch.setenv("HILLINFER_KERNEL_THREADS", request.param)
+    if request.param != "1":
+        monkeypatch.setattr("hillinfer_core.moves._THREAD_BYTES", 1)
+
+
+@pytest.mark.usefixtures("threads")
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 3), st.integers(1, 20),
-    st.sampled_from([1, 8, 100]), DTYPES,
+    st.sampled_from([1, 8, 100, 20_000]), DTYPES,
 )  # fmt: skip
 def test_rows_go_where_numpy_puts_them(seed, heads, pinned, slots, dim, dtype):
     rng = np.random.default_rng(seed)
@@ -31,17 +40,20 @@ def test_rows_go_where_numpy_puts_them(seed, heads, pinned, slots, dim, dtype):
 
     rows = numbers(rng, count + 3, 2, dim, dtype=dtype)
     which = rng.permutation(len(rows))[:count]
-    expected_keys, expected_values = keys.copy(), values.copy()
-    expected_keys[at], expected_values[at] = rows[:count, 0], rows[:count, 1]
-    split_rows(rows[:count], keys, values, pinned, places)
-    assert np.array_equal(keys, expected_keys)
-    assert np.array_equal(values, expected_values)
+    for chosen in (None, which):
+        moved = rows[:count] if chosen is None else rows[chosen]
+        expected_keys, expected_values = keys.copy(), values.copy()
+        expected_keys[at], expected_values[at] = moved[:, 0], moved[:, 1]
+        split_rows(rows[:count] if chosen is None else rows, keys, values, pinned, places, chosen)
+        assert np.array_equal(keys, expected_keys)
+        assert np.array_equal(values, expected_values)
 
-    pool = numbers(rng, heads * slots, 2, dim, dtype=dtype)
-    expected = pool.copy()
-    expected[places] = rows[which]
-    put_rows(rows, which, pool, places)
-    assert np.array_equal(pool, expected)
+    for chosen, to in ((which, places), (None, places), (which, None), (None, None)):
+        pool = numbers(rng, heads * slots, 2, dim, dtype=dtype)
+        expected = pool.copy()
+        expected[slice(count) if to is None else to] = rows[:count] if chosen is None else rows[chosen]
+        put_rows(rows[:count] if chosen is None else rows, chosen, pool, to)
+        assert np.array_equal(pool, expected)
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 1 << 62, -(1 << 63)])
@@ -55,6 +67,8 @@ def test_a_place_that_does_not_exist_is_refused_and_nothing_moves(wrong):
         lambda: split_rows(rows[:2], keys, values, 2, bad),
         lambda: put_rows(rows, good, pool, bad),
         lambda: put_rows(rows, bad, pool, good),
+        lambda: put_rows(rows, np.array([0, 1, 2, 3, 0, 1]), pool, None),
+        lambda: split_rows(rows, keys, values, 2, good, bad),
     ):
         with pytest.raises(InvalidInput, match="does not exist"):
             move()

@@ -13,6 +13,7 @@ from hillinfer.hkm.hot_pool import HotPool
 from hillinfer.hkm.pools import Pools
 from hillinfer.hkm.resident import Division, divide
 from hillinfer.hkm.slots import EMPTY, Slots
+from hillinfer.hkm.staging import Rows
 from hillinfer.hkm.tensors import to_rows, to_storage
 from hillinfer_core.errors import InvalidInput, ResidentTooSmall
 from hillinfer_core.places import count_hits, exchange, keep
@@ -56,7 +57,7 @@ def test_selected_tokens_are_in_their_slots(steps):
         assert set(done.left_ids.tolist()) == set(before.tolist()) - set(wanted.tolist()) - {EMPTY}
         assert (slots.take(0, done.left_places)[:, 0, 0] == done.left_ids).all()
         rows = np.broadcast_to(done.missing_ids[:, None, None], (len(done.missing_ids), 2, 4))
-        slots.put(0, done.missing_places, rows.astype(np.float32))
+        slots.put(0, done.missing_places, Rows(rows.astype(np.float32)))
         held = slots.ids[0, 0][slots.ids[0, 0] != EMPTY]
         assert sorted(held) == sorted(wanted)
         for at, token in enumerate(slots.ids[0, 0]):

@@ -11,6 +11,7 @@ import torch
 
 from hillinfer.hkm.hot_pool import HIT, HotPool
 from hillinfer.hkm.slots import Slots
+from hillinfer.hkm.staging import Rows
 from hillinfer_core.moves import turn_over
 from hillinfer_core.places import Exchanged, exchange
 
@@ -41,7 +42,7 @@ class _Waiting(NamedTuple):
     left: _Left
     left_places: Counts
     hot_slots: Counts
-    hot_rows: npt.NDArray[np.generic]
+    hot_rows: Rows
 
 
 class Pools:
@@ -90,14 +91,16 @@ class Pools:
             rows = slots.take(row, done.left_places)
             self._left.append((row, _Left(done.left_ids, done.left_counts, lambda: rows)))
         if len(done.hot_places):
-            slots.put(row, done.hot_slots, hot.flat_rows(row)[done.hot_places])
+            slots.put(row, done.hot_slots, Rows(hot.flat_rows(row), done.hot_places))
 
     def _wait_for_rows(self, row: int, done: Exchanged) -> None:
         """Have `fill` move what `admit` decides: its rows and these take one transfer to an accelerator."""
         kept = len(done.left_ids) if self.hot.capacity else 0
-        rows = self.hot.flat_rows(row)[done.hot_places]
+        rows = self.hot.flat_rows(row)
         left = _Left(done.left_ids[:kept], done.left_counts, lambda: rows[:0])
-        self._waiting[row] = _Waiting(left, done.left_places[:kept], done.hot_slots, rows)
+        self._waiting[row] = _Waiting(
+            left, done.left_places[:kept], done.hot_slots, Rows(rows, done.hot_places)
+        )
 
     def turn_over(
         self, row: int, selected: Ids, missing: Sequence[int], rows: npt.NDArray[np.generic]
@@ -123,7 +126,7 @@ class Pools:
         waiting = self._waiting.pop(row, None)
         if waiting is None:
             if len(places):
-                self.slots.put(row, places, rows)
+                self.slots.put(row, places, rows if isinstance(rows, torch.Tensor) else Rows(rows))
             return
         left, left_places, hot_slots, hot_rows = waiting
         if isinstance(rows, torch.Tensor):
@@ -131,7 +134,7 @@ class Pools:
             self.slots.put(row, places, rows)
         else:
             placed = np.concatenate([hot_slots, places])
-            taken = self.slots.swap(row, left_places, placed, [hot_rows, rows])
+            taken = self.slots.swap(row, left_places, placed, [hot_rows, Rows(rows)])
         if len(left.ids):
             self._left.append((row, left._replace(rows=taken)))
 

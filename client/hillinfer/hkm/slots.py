@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from hillinfer.hkm.attention import ALONE_BYTES
-from hillinfer.hkm.staging import on_accelerator, to_device, to_host
+from hillinfer.hkm.staging import Rows, on_accelerator, to_device, to_host
 from hillinfer.hkm.tensors import to_storage
 from hillinfer_core.attend import Attended
 from hillinfer_core.moves import SlotArrays, join_rows, put_tokens, split_rows
@@ -166,17 +166,15 @@ class Slots:
             return join_rows(keys[row], values[row], self.pinned, places)
         return self.swap(row, places, places[:0], [])()
 
-    def put(
-        self, row: int, places: npt.NDArray[np.int64], rows: npt.NDArray[np.generic] | torch.Tensor
-    ) -> None:
+    def put(self, row: int, places: npt.NDArray[np.int64], rows: Rows | torch.Tensor) -> None:
         """Put `rows` [n, 2, D], of the storage dtype or on the device, into the slots `places` [n].
 
         Places are as for `take`.
         """
         if self.stored is not None:
             keys, values = self.stored
-            stored = np.ascontiguousarray(to_storage(rows) if isinstance(rows, torch.Tensor) else rows)
-            split_rows(stored, keys[row], values[row], self.pinned, places)
+            stored, which = Rows(to_storage(rows)) if isinstance(rows, torch.Tensor) else rows
+            split_rows(np.ascontiguousarray(stored), keys[row], values[row], self.pinned, places, which)
         elif isinstance(rows, torch.Tensor):
             (there,) = to_device([[self._flat(row, places)]], self._kv.device)
             self._rows.index_copy_(0, there.view(torch.int64), rows.reshape(-1, rows.shape[2]))
@@ -188,14 +186,14 @@ class Slots:
         row: int,
         taken: npt.NDArray[np.int64],
         placed: npt.NDArray[np.int64],
-        rows: Sequence[npt.NDArray[np.generic]],
+        rows: Sequence[Rows],
     ) -> Callable[[], npt.NDArray[Any]]:
         """On an accelerator: copy the slots `taken` [n] to the host, then put `rows` into those `placed`.
 
         rows: of the storage dtype, [m, 2, D] in all. Waits for nothing; the function returned waits for the
         rows [n, 2, D] that were taken. Places are as for `take`.
         """
-        groups = [self._flat(row, taken)], [self._flat(row, placed)], [*map(np.ascontiguousarray, rows)]
+        groups = [self._flat(row, taken)], [self._flat(row, placed)], rows
         at, into, kv = to_device(groups, self._kv.device)
         flat, dim = self._rows, self._kv.shape[-1]
         left = to_host(flat.index_select(0, at.view(torch.int64)).view(-1, 2, dim))
