@@ -123,7 +123,7 @@ class Jobs:
         self._latest.clear()
 
     def make(self, layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool) -> Job | None:
-        """Make room for the next decode step of `layer` and return its job; None where there is nothing to ask.
+        """Make room for the next decode step of `layer` and return its job; None where it asks nothing.
 
         ahead: the step is the one in progress, and what waits in the recent window may be
         appended for it; else the token that leaves the window in that step is not ranked.
