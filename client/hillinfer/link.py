@@ -6,7 +6,7 @@ import select
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
@@ -18,7 +18,7 @@ from hillinfer.survival import DaemonGone
 from hillinfer_core import errors, protocol
 from hillinfer_core.errors import DaemonUnavailable, ForeignToken, HillInferError, InvalidInput
 from hillinfer_core.packed import Answer, Evaluated, unpack_answer
-from hillinfer_core.ring import PAYLOAD_BYTES, Entry, Method, Outcome
+from hillinfer_core.ring import PAYLOAD_BYTES, Method, Outcome
 from hillinfer_core.v1 import attach_pb2, cold_pool_pb2, cold_pool_pb2_grpc
 
 _ON_RING: dict[str, Any] = {
@@ -125,30 +125,21 @@ class Link:
         packed = b"" if self._ring is None else plan.packed(layer, items)
         if self._ring is None or len(packed) > PAYLOAD_BYTES:
             return None
-        # First, as in `_awaiting`; `answer` takes it back.
-        self._unfinished += 1
-        return self._ring.submit(Method.EvaluatePacked, packed, timeout_s)
+        return self._submit(Method.EvaluatePacked, packed, timeout_s)
 
     def answer(self, submitted: Submitted) -> Answer:
         """Wait for the answer of an evaluation that was sent, until its deadline at most."""
-        assert self._ring is not None
-        with self._awaiting(submitted.method.name, counted=True):
-            payload = _payload(self._ring.answer(submitted))
-        return unpack_answer(payload)
+        return unpack_answer(self._answer(submitted))
 
     def submit_append(self, request: cold_pool_pb2.AppendRequest, timeout_s: float) -> Submitted | None:
         """As `submit`, of an append."""
         if self._ring is None or not self._ring.takes(request):
             return None
-        self._unfinished += 1
-        return self._ring.submit(Method.Append, request.SerializeToString(), timeout_s)
+        return self._submit(Method.Append, request.SerializeToString(), timeout_s)
 
     def answer_append(self, submitted: Submitted) -> cold_pool_pb2.AppendResponse:
         """As `answer`, of an append."""
-        assert self._ring is not None
-        with self._awaiting(submitted.method.name, counted=True):
-            payload = _payload(self._ring.answer(submitted))
-        return cold_pool_pb2.AppendResponse.FromString(payload)
+        return cold_pool_pb2.AppendResponse.FromString(self._answer(submitted))
 
     def _ask_stream(
         self,
@@ -176,59 +167,56 @@ class Link:
         self._staging, self._parts = None, ()
 
     def _ask_ring(self, method: str, request: Any, timeout_s: float) -> Any:
+        submitted = self._submit(Method[method], request.SerializeToString(), timeout_s)
+        return _ON_RING[method].FromString(self._answer(submitted))
+
+    def _submit(self, method: Method, payload: bytes, timeout_s: float) -> Submitted:
         assert self._ring is not None
-        with self._awaiting(method):
-            payload = _payload(self._ring.ask(Method[method], request.SerializeToString(), timeout_s))
-        return _ON_RING[method].FromString(payload)
+        # Counted first and taken back by an answer, so that an interruption at any point leaves it counted.
+        self._unfinished += 1
+        return self._ring.submit(method, payload, timeout_s)
+
+    def _answer(self, submitted: Submitted) -> bytes:
+        """Wait for the answer of what was submitted; raise the error that came, or that none did."""
+        assert self._ring is not None
+        try:
+            answer = self._ring.answer(submitted)
+        except DaemonUnavailable as error:
+            self._raise(error, stopping=False)
+        self._unfinished -= 1
+        if answer.code == Outcome.refused:
+            refused = attach_pb2.Refused.FromString(answer.payload)
+            typed = errors.by_name(refused.error)(refused.message)
+            self._raise(typed, stopping=isinstance(typed, DaemonUnavailable))
+        return answer.payload
 
     @contextmanager
-    def _awaiting(self, method: str, *, counted: bool = False) -> Iterator[None]:
-        """Note for `staging` whether the call inside ended with an answer, and type its error.
-
-        counted: among those that are unfinished, already.
-        """
+    def _awaiting(self, method: str) -> Iterator[None]:
+        """Note for `staging` whether the gRPC call inside ended with an answer, and type its error."""
         uses_arena = method not in _WITHOUT_ARENA
-        # Counted first and taken back by an answer, so that an interruption at any point leaves it counted.
-        self._unfinished += uses_arena and not counted
+        # As in `_submit`.
+        self._unfinished += uses_arena
         try:
             yield
         except grpc.RpcError as error:
-            typed, answered = wire.typed_error(error, method), wire.answered(error)
-            stopping = isinstance(typed, DaemonUnavailable)
-        except _AnsweredError as error:
-            typed, answered = error.error, True
-            stopping = isinstance(typed, DaemonUnavailable)
+            if wire.answered(error):
+                self._unfinished -= uses_arena
+            typed = wire.typed_error(error, method)
+            self._raise(typed, stopping=isinstance(typed, DaemonUnavailable))
         except DaemonUnavailable as error:
-            typed, answered, stopping = error, False, False
-        else:
-            self._unfinished -= uses_arena
-            return
-        if answered:
-            self._unfinished -= uses_arena
+            self._raise(error, stopping=False)
+        self._unfinished -= uses_arena
+
+    def _raise(self, error: HillInferError, *, stopping: bool) -> NoReturn:
+        """Raise the error of a call, or `DaemonGone` if it is one of a daemon that has."""
         # A refusal with DaemonUnavailable, or a call broken off, means that it is about to stop, if not gone.
         patience = max(self._stopping_s, _HANG_UP_S) if stopping else _HANG_UP_S
-        if isinstance(typed, (DaemonUnavailable, ForeignToken)) and self._hung_up(patience):
-            raise DaemonGone(str(typed)) from None
-        raise typed from None
+        if isinstance(error, (DaemonUnavailable, ForeignToken)) and self._hung_up(patience):
+            raise DaemonGone(str(error)) from None
+        raise error from None
 
     def _hung_up(self, within_s: float) -> bool:
         # The daemon sends nothing more on it: an event is its end.
         waiting = select.poll()
         waiting.register(self._connection, select.POLLIN)
         return bool(waiting.poll(within_s * 1000))
-
-
-def _payload(answer: Entry) -> bytes:
-    """Return what the daemon answered; raises `_AnsweredError` for a refusal."""
-    if answer.code == Outcome.refused:
-        refused = attach_pb2.Refused.FromString(answer.payload)
-        raise _AnsweredError(errors.by_name(refused.error)(refused.message))
-    return answer.payload
-
-
-class _AnsweredError(Exception):
-    """An error that came through the ring."""
-
-    def __init__(self, error: HillInferError) -> None:
-        super().__init__(str(error))
-        self.error = error

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from google.protobuf.message import Message
 
 from hillinfer_core.arena import Arena
-from hillinfer_core.errors import DaemonUnavailable, DeadlineExceeded, InvalidInput
+from hillinfer_core.errors import DaemonUnavailable, DeadlineExceeded, HillInferError, InvalidInput
 from hillinfer_core.ring import (
     PAYLOAD_BYTES,
     RING_BYTES,
@@ -69,21 +69,13 @@ class RingTransport:
         Raises `DeadlineExceeded` when there is none in time and `DaemonUnavailable`
         when there will be none.
         """
-        name = submitted.method.name
-        while submitted.ticket not in self._early:
-            left = max(0.0, submitted.deadline - time.monotonic())
-            found = self._wait(left)
-            if found is Waited.hung_up:
-                raise DaemonUnavailable(
-                    f"{name}: the daemon ended the session; its contexts are gone, connect a new one"
-                )
-            if found is Waited.deadline:
-                raise DeadlineExceeded(
-                    f"{name}: no answer within {submitted.timeout_s:g} s; see the daemon's log"
-                )
+        while (entry := self._early.pop(submitted.ticket, None)) is None:
+            found = self._wait(max(0.0, submitted.deadline - time.monotonic()))
             if isinstance(found, list):
-                self._early.update((entry.ticket, entry) for entry in found)
-        return self._early.pop(submitted.ticket)
+                self._early.update((each.ticket, each) for each in found)
+            elif found is not Waited.interrupted:
+                raise _no_answer(submitted, found)
+        return entry
 
     def close(self) -> None:
         """Closes the descriptors."""
@@ -96,3 +88,12 @@ class RingTransport:
             raise DaemonUnavailable(
                 f"the daemon broke the ring's rules ({error}); connect a new session"
             ) from None
+
+
+def _no_answer(submitted: Submitted, why: Waited) -> HillInferError:
+    name = submitted.method.name
+    if why is Waited.hung_up:
+        return DaemonUnavailable(
+            f"{name}: the daemon ended the session; its contexts are gone, connect a new one"
+        )
+    return DeadlineExceeded(f"{name}: no answer within {submitted.timeout_s:g} s; see the daemon's log")

@@ -8,9 +8,10 @@ own (hillinferd/service/express.py) shares.
 
 Memory: a page of four counters of 32 bits, each on a cache line of its own, then the entries of both rings.
 Counters only grow (modulo 2**32); each is written by one side, which never reads it back: the other side
-could have changed it. Entries are copied before they are looked at, for the same reason. Doorbells order
-memory: a system call on both sides lies between writing an entry and reading it. They are pipes and not
-eventfds because whoever shares an open file can make it blocking: of a pipe each side has an end of its own.
+could have changed it. Entries are copied before they are looked at, for the same reason. Counters order
+memory: one says that an entry is there once all of it is. So whoever finds one need not have heard the
+doorbell, and clears it before sleeping, not after. Doorbells are pipes and not eventfds because whoever
+shares an open file can make it blocking: of a pipe each side has an end of its own.
 """
 
 from __future__ import annotations

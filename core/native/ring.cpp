@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -91,36 +92,36 @@ nb::object take(RingConsumer &ring) {
 
 enum class Waited : int { deadline = 0, hung_up = 1, interrupted = 2 };
 
+// Why no entry comes; none where one is there. What was rung so far is taken back before it sleeps and not after: an
+// entry that is there already costs no system call, and the answer to what was just asked no further one.
+std::optional<Waited> wait_until_there(const RingConsumer &ring, int doorbell, int connection, double timeout_s) {
+    using Clock = std::chrono::steady_clock;
+    const auto until = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s));
+    while (true) {
+        const bool open = clear_doorbell(doorbell);
+        if (ring.waiting()) return std::nullopt;
+        if (!open) return Waited::hung_up;
+        const auto left = std::max(Clock::duration::zero(), until - Clock::now());
+        const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(left).count();
+        const timespec patience{time_t(ns / 1000000000), long(ns % 1000000000)};
+        pollfd fds[] = {{doorbell, POLLIN, 0}, {connection, POLLIN, 0}};
+        const int ready = ppoll(fds, 2, &patience, nullptr);
+        if (ring.waiting()) return std::nullopt;
+        if (ready < 0) return Waited::interrupted;
+        if (ready && !fds[0].revents) return Waited::hung_up;
+        if (left == Clock::duration::zero()) return Waited::deadline;
+    }
+}
+
 // Waits for entries. Returns all that are there, or a Waited, or a str that says what makes no sense. An event of
 // `connection` is the other side's end.
 nb::object wait(RingConsumer &ring, int doorbell, int connection, double timeout_s) {
-    using Clock = std::chrono::steady_clock;
-    const auto until = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s));
-    Waited waited = Waited::deadline;
-    bool there = false;
-    {
+    std::optional<Waited> none;
+    if (!ring.waiting()) {
         nb::gil_scoped_release released;
-        while (true) {
-            const auto left = std::max(Clock::duration::zero(), until - Clock::now());
-            const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(left).count();
-            const timespec patience{time_t(ns / 1000000000), long(ns % 1000000000)};
-            pollfd fds[] = {{doorbell, POLLIN, 0}, {connection, POLLIN, 0}};
-            const int ready = ppoll(fds, 2, &patience, nullptr);
-            if (ready < 0) {
-                waited = Waited::interrupted;
-                break;
-            }
-            const bool rung = fds[0].revents && clear_doorbell(doorbell);
-            there = rung && ring.waiting();
-            if (there) break;
-            if (ready && !rung) {
-                waited = Waited::hung_up;
-                break;
-            }
-            if (left == Clock::duration::zero()) break;
-        }
+        none = wait_until_there(ring, doorbell, connection, timeout_s);
     }
-    return there ? take(ring) : nb::object(nb::int_(int(waited)));
+    return none ? nb::object(nb::int_(int(*none))) : take(ring);
 }
 
 int64_t put(RingProducer &ring, uint64_t ticket, uint32_t code, uint32_t timeout_ms, nb::bytes payload, int doorbell) {

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -138,6 +139,8 @@ def test_a_client_waits_for_entries(memory: Arena) -> None:
         theirs.send(b"end")
         assert wait() == [entry(5)]  # what came before the end counts
         assert wait() is Waited.hung_up
+        complete.put(entry(6))
+        assert wait() == [entry(6)]  # what is there need not have been heard of
         memory.view(128, (1,), "<u4")[0] += 100
         ring_doorbell(rung)
         with pytest.raises(InvalidInput, match="100 of its 16"):
@@ -146,6 +149,30 @@ def test_a_client_waits_for_entries(memory: Arena) -> None:
         with pytest.raises(BrokenPipeError):
             complete.put(entry(8), rung)
         os.close(rung)
+
+
+def test_what_was_heard_of_entries_taken_already_ends_no_wait(memory: Arena) -> None:
+    (_, collect), (_, complete) = client_ends(memory), daemon_ends(memory)
+    bell, rung = os.pipe2(os.O_NONBLOCK)
+    connection, theirs = socket.socketpair()
+    with connection, theirs:
+        for number in range(3):
+            complete.put(entry(number), rung)
+            assert collect.wait(bell, connection.fileno(), 60) == [entry(number)]
+        assert collect.wait(bell, connection.fileno(), 0.01) is Waited.deadline
+        while True:  # as many as the pipe holds
+            try:
+                os.write(rung, b"x" * 8)
+            except BlockingIOError:
+                break
+        complete.put(entry(3), rung)
+        assert collect.wait(bell, connection.fileno(), 60) == [entry(3)]
+        with ThreadPoolExecutor(1) as thread:
+            waited = thread.submit(collect.wait, bell, connection.fileno(), 60)
+            complete.put(entry(4), rung)
+            assert waited.result() == [entry(4)]
+    os.close(bell)
+    os.close(rung)
 
 
 def test_a_senseless_length_is_refused(memory: Arena) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,22 +57,33 @@ class Answer(Protocol):
         ...
 
 
+class Amounts(NamedTuple):
+    """How much a decode step brings, which is the same in every layer; the lists have one for each sequence.
+
+    wanted: tokens to select; ends: one past the last token to rank; append: up to where tokens go to the
+    context first. slots, hot_rows: to make room for before.
+    """
+
+    wanted: list[int]
+    ends: list[int]
+    append: list[int]
+    slots: int
+    hot_rows: int
+
+
 @dataclass
 class Job:
     """What is to be brought for the next decode step of a layer.
 
     lengths: tokens of each sequence before that step; the answer is good for no other. held: uint32
     [B, Hkv, S], of slots and hot pool, which stay as they are until then.
-    ends: one past the last token to rank; append: up to where tokens go to the context first.
     """
 
     layer: HierarchicalLayer
     step: int
-    wanted: list[int]
     lengths: list[int]
+    amounts: Amounts
     held: Ids
-    ends: list[int]
-    append: list[int]
     sampled: bool
     first: bool
     """Whether the slots were empty, so that every row is brought: it says little of the steps after it."""
@@ -87,29 +98,57 @@ class Job:
     def appends(self) -> bool:
         """Whether there is anything to append first."""
         layer, contexts = self.layer, self.layer.cache.contexts
-        return any(end > contexts[row].length(layer.index) for row, end in enumerate(self.append))
+        return any(end > contexts[row].length(layer.index) for row, end in enumerate(self.amounts.append))
 
     def append_ahead(self) -> None:
         """Append what the step would append itself. Blocks."""
         layer, contexts = self.layer, self.layer.cache.contexts
-        for row, end in enumerate(self.append):
+        for row, end in enumerate(self.amounts.append):
             layer.append_pinned(row, contexts[row], end)
 
     def items(self, query: F32) -> tuple[list[int], list[EvaluateItem]]:
         """See `items`."""
-        return items(self.layer, query, self.wanted, self.ends, self.held)
+        return items(self.layer, query, self.amounts.wanted, self.amounts.ends, self.held)
 
 
-def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool) -> Job | None:
-    """Make room for the next decode step of `layer` and return its job; None where nothing is to be asked.
+class Jobs:
+    """Makes the jobs of one cache. What those of a step have in common is worked out once."""
 
-    ahead: the step is the one in progress, and what waits in the recent window may be
-    appended for it; else the token that leaves the window in that step is not ranked.
+    def __init__(self) -> None:
+        self._latest: dict[bool, tuple[list[int], Amounts | None]] = {}
+        """Of steps in progress, and of those after them: the lengths, and how much is brought then."""
+
+    def forget(self) -> None:
+        """Work it out anew: the contexts or the policy are others, or what is held is."""
+        self._latest.clear()
+
+    def make(self, layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool) -> Job | None:
+        """Make room for the next decode step of `layer` and return its job; None where it asks nothing.
+
+        ahead: the step is the one in progress, and what waits in the recent window may be
+        appended for it; else the token that leaves the window in that step is not ranked.
+        """
+        slots = layer.slots
+        if layer.cache.guarantee is not None:
+            return None
+        lengths, (before, amounts) = slots.lengths.tolist(), self._latest.get(ahead, (None, None))
+        if lengths != before:
+            amounts = _amounts(layer, lengths, ahead)
+            self._latest[ahead] = lengths, amounts
+        if amounts is None:
+            return None
+        first = not slots.selected
+        slots.resize(amounts.slots)
+        layer.hot.resize(amounts.hot_rows)
+        return Job(layer, step, lengths, amounts, held(layer), sampled, first)
+
+
+def _amounts(layer: HierarchicalLayer, lengths: list[int], ahead: bool) -> Amounts | None:
+    """Return how much the next decode step brings; None where nothing is to be asked for it.
+
+    Any layer says the same of a step: as the budget is divided, each has room for what it is about to append.
     """
     slots, cache = layer.slots, layer.cache
-    if cache.guarantee is not None:
-        return None
-    lengths = slots.lengths.tolist()
     sizes = [cache.selection_size(n + 1, slots) for n in lengths]
     most = max(sizes)
     ends = [n + ahead - slots.recent for n in lengths]
@@ -121,9 +160,6 @@ def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool)
     division = cache.divide(slots, most)
     if not division.keep_slots:
         return None
-    first = not slots.selected
-    slots.resize(most)
-    layer.hot.resize(division.hot_rows)
     append = []
     if ahead:
         waiting = layer.waiting
@@ -131,7 +167,7 @@ def make_job(layer: HierarchicalLayer, step: int, sampled: bool, *, ahead: bool)
             min(layer.append_end(context, n + 1, waiting), n)
             for context, n in zip(cache.contexts, lengths, strict=True)
         ]
-    return Job(layer, step, wanted, lengths, held(layer), ends, append, sampled, first)
+    return Amounts(wanted, ends, append, most, division.hot_rows)
 
 
 def append_for_next(layer: HierarchicalLayer) -> bool:

@@ -18,7 +18,7 @@ from hillinfer.hkm.staging import on_accelerator
 from hillinfer.pipeline import choice, device
 from hillinfer.pipeline.alone import is_same
 from hillinfer.pipeline.choice import Measured, Predictor
-from hillinfer.pipeline.job import Job, Prefetched, append_for_next, make_job
+from hillinfer.pipeline.job import Job, Jobs, Prefetched, append_for_next
 from hillinfer.pipeline.timeline import APPEND, COMPUTE, EVALUATE, MODEL, PREDICT, WAIT, WORKER, Timeline
 from hillinfer.pipeline.under_way import InThread, Query, Request
 from hillinfer.session import Brought, EvaluateItem, Session
@@ -61,6 +61,7 @@ class Pipeline:
         self._session = session
         self.policy = policy
         self._policy_lock = threading.Lock()
+        self._maker = Jobs()
         self._jobs: dict[int, Job] = {}
         self._postponed: tuple[Job, torch.Tensor, Query] | None = None
         self._side = device.SideStream()
@@ -90,7 +91,7 @@ class Pipeline:
             return
         if not state.known or layer.index in self._jobs:
             return
-        job = make_job(layer, state.step, sampled, ahead=True)
+        job = self._maker.make(layer, state.step, sampled, ahead=True)
         if job is None:
             return
         start = perf_counter()
@@ -119,7 +120,7 @@ class Pipeline:
             return
         if not Request.serves(self.policy) or on_accelerator(layer.slots.keys):
             return
-        job = make_job(layer, state.step, self._is_sampled(state), ahead=True)
+        job = self._maker.make(layer, state.step, self._is_sampled(state), ahead=True)
         if job is None:
             return
         start = perf_counter()
@@ -183,7 +184,7 @@ class Pipeline:
             if append_for_next(layer):
                 self._note_amid_compute(APPEND, state.step - 1, layer.index, start, perf_counter())
         if state.predictor is Predictor.previous_step:
-            job = make_job(layer, state.step, self._is_sampled(state), ahead=False)
+            job = self._maker.make(layer, state.step, self._is_sampled(state), ahead=False)
             if job is not None:
                 self._begin(job, query, device.to_host(query[:, :, 0]))
 
@@ -209,6 +210,7 @@ class Pipeline:
         Blocks. Raises what there was to be raised.
         """
         self._postponed = None
+        self._maker.forget()
         for index in [layer] if layer is not None else list(self._jobs):
             job = self._jobs.pop(index, None)
             if job is not None and job.answer is not None:
