@@ -2,7 +2,6 @@
 // each operation and waking other threads takes longer than the sums do.
 #include <nanobind/stl/optional.h>
 
-#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
