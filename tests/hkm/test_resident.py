@@ -167,6 +167,22 @@ def test_where_one_layers_selection_does_not_fit_everything_is_attended(attached
 
 
 @torch.inference_mode()
+def test_layers_that_append_in_a_step_keep_within_what_was_divided_before_it(attached, model):
+    for limit in range(1000 << 10, 1800 << 10, 200 << 10):
+        with attached(limit, budget="5%", predictor="next_layer") as attachment:
+            cache = attachment.new_cache()
+            model(random_ids(TOKENS), past_key_values=cache, logits_to_keep=1)
+            before = cache.contexts[0].length(3)
+            for _ in range(2 * cache.contexts[0].append_unit):
+                model(random_ids(1), past_key_values=cache)
+                assert held(cache) <= ARENA + limit
+            assert cache.contexts[0].length(3) > before
+            assert cache.full_layers[3].hot.capacity
+            assert len({layer.hot.capacity for layer in cache.full_layers[1:]}) == 1
+            assert attachment.report().resident_peak_bytes <= ARENA + limit
+
+
+@torch.inference_mode()
 def test_rows_asked_for_a_step_ahead_are_counted(attached, model):
     waited = 0
     for limit in range(700 << 10, 2000 << 10, 100 << 10):
