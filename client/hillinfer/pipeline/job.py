@@ -88,7 +88,8 @@ class Job:
     first: bool
     """Whether the slots were empty, so that every row is brought: it says little of the steps after it."""
     own: torch.Tensor | None = None
-    """The query [B, H, 1, D], if it is meant to be the layer's own: the answer is good for no other."""
+    """The query [B, H, 1, D], if it is meant to be the layer's own: the answer is good for no other, but for
+    rounding."""
     began: float = 0.0
     waited: float | None = None
     """When the thread of the model began to wait for it, if that was before the layer took it."""
