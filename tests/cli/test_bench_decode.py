@@ -138,13 +138,13 @@ def _row(system, dtype="float32", rate=10.0, prefill=20.0, client=0.0, **also):
         "question_s": spread | {"median": 0.5},
         "full_bytes": 1000, "resident_bytes": 160, "resident_without_keys_bytes": 100, "miss_rate": None,
         "written_bytes_per_step": 7, "read_bytes_per_step": 9,
-        "cpu_ms_per_step": {"client": client, "daemon": 2.0}, **also,
+        "cpu_ms_per_step": {"client": client, "daemon": 2.0}, "parts_ms": {}, **also,
     }  # fmt: skip
 
 
 def test_ratios_are_those_to_the_faster_dtype_of_the_same_cell():
     rows = [
-        _row("hillinfer", rate=12.0, prefill=22.0, client=60.0),
+        _row("hillinfer", rate=12.0, prefill=22.0, client=60.0, parts_ms={"predict": 3.0, "place": 1.5}),
         _row("default", rate=8.0, prefill=20.0),
         _row("default", "bfloat16", rate=6.0, prefill=40.0),
         _row("default", rate=100.0, batch=2),
@@ -158,6 +158,7 @@ def test_ratios_are_those_to_the_faster_dtype_of_the_same_cell():
     assert (found["resident_share"], found["resident_without_keys_share"]) == (0.16, 0.1)
     assert found["overhead"] == {"client_ms": 10.0, "daemon_ms": 2.0}
     assert found["overhead_share"] == 0.12
+    assert found["beyond_work_share"] == 0.075
     table = as_markdown(as_object(rows))
     assert "1.50 times the rate of the default cache" in table
     assert table.count("| default 2%, ") == 3

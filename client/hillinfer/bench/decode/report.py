@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hillinfer.bench.decode.systems import ATTENDED, DEFAULT, HILLINFER
+from hillinfer.pipeline.timeline import PLACE, PREDICT
 from hillinfer_core.errors import InvalidInput
 from hillinfer_core.units import format_bytes
 
@@ -56,7 +57,8 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     its prefill to the quicker one's; question_of_ttft: the next question's first token to the first one's,
     before which the text is read. overhead_share: of a step, the CPU time of the client beyond the model's
     own (with the attended tokens in a plain cache) and that of the daemon; the process that stands for the
-    drive is not counted. None where there is nothing to compare with.
+    drive is not counted. beyond_work_share: the same without what is arithmetic or moves rows, the spans
+    `predict` and `place` (by the clock, one thread). None where there is nothing to compare with.
     """
     found = []
     for mine in (row for row in rows if row["system"] == HILLINFER):
@@ -69,9 +71,10 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
             _median(mine, "question_s"),
             _median(mine, "prefill_s"),
         )
-        overhead = None
+        overhead, work_ms = None, 0.0
         if bare is not None:
             cpu = mine["cpu_ms_per_step"]
+            work_ms = sum(mine["parts_ms"].get(name, 0.0) for name in (PREDICT, PLACE))
             overhead = {
                 "client_ms": round(cpu["client"] - bare["cpu_ms_per_step"]["client"], 3),
                 "daemon_ms": cpu["daemon"],
@@ -91,6 +94,9 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "overhead_share": None
                 if overhead is None
                 else _over(sum(overhead.values()), mine["step_p50_ms"]),
+                "beyond_work_share": None
+                if overhead is None
+                else _over(sum(overhead.values()) - work_ms, mine["step_p50_ms"]),
             }
         )
     return found
@@ -149,6 +155,7 @@ def _compared(each: dict[str, Any]) -> str:
             ("resident_without_keys_share", "held {:.1%} of the KV"),
             ("resident_share", "{:.1%} with evaluation keys"),
             ("overhead_share", "overhead {:.0%} of a step"),
+            ("beyond_work_share", "{:.0%} without predicting queries and placing rows"),
         )
         if each[name] is not None
     ]
