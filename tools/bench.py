@@ -3,7 +3,7 @@
     tools/bench.py [NAME...]
 
 writes what each prints to build/bench/NAME.txt, under the command, date and machine that made it, and plots
-beside it. They want the machine to themselves; all of them take an hour or more on two cores.
+beside it. They want the machine to themselves; all of them take two hours or more on two cores.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ BENCHMARKS = {
         "kvpath --systems hillinfer,hkm_only,key_abstracts,previous_step_blocks --budget 2% "
         "--budget key_abstracts=20% --budget previous_step_blocks=20%",
         "kvpath --budget 20% --resident 144MiB",
+        "kvpath --budget 20% --resident 240MiB --systems hillinfer,hkm_only,host_scoring",
     ],
     "split": ["split --slow cpu@40 --slow drive@40"],
     "decode": [
         "decode --context-tokens 4096 --markdown",
-        "decode --context-tokens 16384 --readings 2 --markdown",
+        "decode --context-tokens 16384 --readings 5 --markdown",
+        "decode --context-tokens 16384 --systems hillinfer --steps 150 --markdown",
+        "decode --context-tokens 65000 --readings 1 --rounds 3 --markdown",
         "decode --context-tokens 65000 --readings 0 --markdown",
+        "decode --context-tokens 4096,16384 --batch 1,2,4,8 --systems hillinfer,default:float32 "
+        "--readings 0 --markdown --plot {directory}/decode.svg",
     ],
     "growth": ["growth --steps 6 --plot {directory}/decode-growth.svg"],
     "placement": ["placement"],
-    "recall": ["recall --untrained --markdown"],
+    "recall": ["recall --untrained --markdown", "recall --coarse --context-tokens 16384 --markdown"],
 }
 """Command lines of `hillinfer bench`, by the name of what they measure."""
 

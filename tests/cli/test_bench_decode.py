@@ -76,8 +76,12 @@ def test_every_system_has_a_row_and_a_kept_run_is_gone_on_with(run, tmp_path):
     events = json.loads(trace.read_text())["traceEvents"]
     assert {"compute", "evaluate+fetch"} <= {each["name"] for each in events}
 
-    code, out, err = run(*options, "--batch", "1", "--readings", 0, "--systems", "hillinfer,default")
+    picture = tmp_path / "rates.svg"
+    code, out, err = run(
+        *options, "--batch", "1", "--readings", 0, "--systems", "hillinfer,default", "--plot", picture
+    )
     assert code == 0, err
+    assert "<svg" in picture.read_text()
     told = json.loads(out)
     assert len(told["rows"]) == 8 + 3
     assert told == json.loads(kept.read_text())
@@ -114,6 +118,7 @@ def test_recorded_keys_are_ranked_by_recorded_queries(run, tmp_path):
 def test_what_cannot_be_is_said(run, tmp_path):
     for options, message in (
         (("--systems", "magic"), "no such system: magic"),
+        (("--plot", "rates.gif"), ".png or .svg"),
         (("--systems", "offloaded"), "needs a GPU"),
         (("--context-tokens", "many"), "numbers of at least 1"),
         (("--model", tmp_path), "--model or --shape"),

@@ -103,6 +103,9 @@ def decode_command(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the last context's trace, for Perfetto.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw rates and bytes held, .png or .svg.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print tables as Markdown.")] = False,
 ) -> None:
@@ -115,15 +118,19 @@ def decode_command(
         check_writable(file)
 
     from hillinfer.bench.decode.measure import Plan, measure_cell
+    from hillinfer.bench.decode.plot import draw
     from hillinfer.bench.decode.replay import Replay
     from hillinfer.bench.decode.report import Rows, as_markdown, as_object
     from hillinfer.bench.decode.stand_in import paced
     from hillinfer.bench.decode.subject import SHAPES, of_directory, of_shape
     from hillinfer.bench.decode.systems import NAMES, OFFLOADED, Setup
     from hillinfer.bench.kvpath.recording import recorded
+    from hillinfer.eval.plot import check_file
     from hillinfer.model_directory import bundled_model, device_named, dtype_named
     from hillinfer.progress import progress_for_stderr
 
+    if plot is not None:
+        check_file(plot)
     if shape is not None and (model is not None or shape not in SHAPES):
         raise InvalidInput(f"give --model or --shape, and of shapes one of {', '.join(SHAPES)}")
     on_cpu = device_named(device) == "cpu" and pace_compute is None
@@ -162,6 +169,8 @@ def decode_command(
             )  # fmt: skip
             measure_cell(setup, plan, _say, rows.put)
     told = as_object(rows.rows)
+    if plot is not None:
+        draw(told, plot)
     if as_json:
         print(json.dumps(told, indent=2))
         return

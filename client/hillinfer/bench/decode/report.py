@@ -19,7 +19,8 @@ _KV = {
     "made up": "made-up KV, no text read",
     "recorded": "made-up KV, ranked by recorded keys and queries",
 }
-_CELL = ("model", "device", "profile", "context_tokens", "kv", "batch")
+CELL = ("model", "device", "profile", "context_tokens", "kv", "batch")
+"""What rows have in common that are compared."""
 
 
 class Rows:
@@ -62,7 +63,7 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     found = []
     for mine in (row for row in rows if row["system"] == HILLINFER):
-        cell = [row for row in rows if all(row[name] == mine[name] for name in _CELL)]
+        cell = [row for row in rows if all(row[name] == mine[name] for name in CELL)]
         default = [row for row in cell if row["system"] == DEFAULT]
         offloaded = [row for row in cell if row["system"] == "offloaded"]
         bare = next((r for r in cell if r["system"] == ATTENDED and r["dtype"] == mine["dtype"]), None)
@@ -80,7 +81,7 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "daemon_ms": cpu["daemon"],
             }
         found.append(
-            {name: mine[name] for name in (*_CELL, "dtype", "budget")}
+            {name: mine[name] for name in (*CELL, "dtype", "budget")}
             | {
                 "rate_of_default": _over(rate, max(_medians(default, "tokens_per_s"), default=None)),
                 "rate_of_offloaded": _over(rate, max(_medians(offloaded, "tokens_per_s"), default=None)),
@@ -105,12 +106,12 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def as_markdown(told: dict[str, Any]) -> str:
     """Return a table for each cell, and the ratios."""
     rows: list[Row] = told["rows"]
-    cells = list(dict.fromkeys(tuple(row[name] for name in _CELL) for row in rows))
+    cells = list(dict.fromkeys(tuple(row[name] for name in CELL) for row in rows))
     parts = []
     for cell in cells:
-        mine = [row for row in rows if tuple(row[name] for name in _CELL) == cell]
-        parts.append(_table(dict(zip(_CELL, cell, strict=True)), mine))
-        parts += [_compared(each) for each in told["ratios"] if tuple(each[name] for name in _CELL) == cell]
+        mine = [row for row in rows if tuple(row[name] for name in CELL) == cell]
+        parts.append(_table(dict(zip(CELL, cell, strict=True)), mine))
+        parts += [_compared(each) for each in told["ratios"] if tuple(each[name] for name in CELL) == cell]
         parts += [_paced(mine)] if any(row.get("pace") for row in mine) else []
     return "\n\n".join(parts)
 
@@ -178,7 +179,7 @@ def _paced(rows: Sequence[Row]) -> str:
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in (*_CELL, "system", "dtype", "budget"))
+    return tuple(row[name] for name in (*CELL, "system", "dtype", "budget"))
 
 
 def _median(row: Row, name: str) -> float | None:
