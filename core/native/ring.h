@@ -71,6 +71,8 @@ class RingConsumer {
 
     void take(uint32_t count) { lane_.set_taken(taken_ += count); }
 
+    bool soon = false;  // whether the latest entry that was waited for came so
+
   private:
     RingLane lane_;
     uint32_t taken_;
