@@ -184,7 +184,7 @@ class Attachment:
         if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
             cache = self.new_cache()
             if past is not None and any(getattr(layer, "record_past", False) for layer in past.layers):
-                cache.activate_past_recording()  # type: ignore[no-untyped-call]
+                cache.activate_past_recording()  # type: ignore[no-untyped-call]  # untyped there
             kwargs["past_key_values"] = cache
             return args, kwargs
         raise UnsupportedModel(

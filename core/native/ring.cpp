@@ -146,7 +146,7 @@ nb::object wait(RingConsumer &ring, int doorbell, int connection, double timeout
         nb::gil_scoped_release released;
         const auto began = Clock::now();
         if (!ring.soon || !comes_soon(ring)) none = wait_until_there(ring, doorbell, connection, timeout_s);
-        ring.soon = Clock::now() - began < kSoon && several_processors();
+        ring.soon = !none && Clock::now() - began < kSoon && several_processors();
     }
     return none ? nb::object(nb::int_(int(*none))) : take(ring);
 }

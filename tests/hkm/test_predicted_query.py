@@ -96,6 +96,28 @@ def test_the_query_alone_is_the_layers_own(daemon, monkeypatch, name, native):
         assert all([type(way) for way in query.ways] == expected for query in queries)
 
 
+def assert_given_up(daemon, model, layer, change):
+    """The query alone of `layer`, the second, is its own until `change`, and is found out soon after it."""
+    query, same = LayerQuery(layer, 1), []
+
+    def take(module, args, kwargs):
+        if not is_taking():
+            same.append(is_same(query(args, kwargs), layer_query(layer, args, kwargs)))
+
+    model.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    ids = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(2))
+    with hillinfer.attach(model, socket=daemon.socket, budget=40) as attachment:
+        cache = attachment.new_cache()
+        model(ids[:, :10], past_key_values=cache)
+        assert query.alone
+        change()
+        for step in range(8):
+            model(ids[:, 10 + step : 11 + step], past_key_values=cache)
+    assert not query.alone
+    assert False in same[1:4]
+    assert all(same[4:])
+
+
 @torch.inference_mode()
 def test_a_query_alone_that_is_another_one_is_given_up(daemon, monkeypatch):
     """A layer that scales its query from some position on, as some do, is found out when compared again."""
@@ -109,24 +131,12 @@ def test_a_query_alone_that_is_another_one_is_given_up(daemon, monkeypatch):
             return project(hidden) * (scale if is_taking() else 1.0)
 
     layer.self_attn.q_proj = Scaled()
-    query, same = LayerQuery(layer, 1), []
 
-    def take(module, args, kwargs):
-        if not is_taking():
-            same.append(torch.equal(query(args, kwargs), layer_query(layer, args, kwargs)))
-
-    model.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
-    ids = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(2))
-    with hillinfer.attach(model, socket=daemon.socket, budget=40) as attachment:
-        cache = attachment.new_cache()
-        model(ids[:, :10], past_key_values=cache)
-        assert query.alone
+    def change():
+        nonlocal scale
         scale = 2.0
-        for step in range(8):
-            model(ids[:, 10 + step : 11 + step], past_key_values=cache)
-    assert not query.alone
-    assert False in same[1:4]
-    assert all(same[4:])
+
+    assert_given_up(daemon, model, layer, change)
 
 
 @torch.inference_mode()
@@ -145,24 +155,12 @@ def test_a_layer_that_comes_to_rotate_otherwise_is_given_up(daemon, monkeypatch,
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate_otherwise)
     model = tiny(*FAMILIES["llama"])
     layer = model.model.layers[1]
-    query, same = LayerQuery(layer, 1), []
 
-    def take(module, args, kwargs):
-        if not is_taking():
-            same.append(is_same(query(args, kwargs), layer_query(layer, args, kwargs)))
-
-    model.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
-    ids = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(2))
-    with hillinfer.attach(model, socket=daemon.socket, budget=40) as attachment:
-        cache = attachment.new_cache()
-        model(ids[:, :10], past_key_values=cache)
-        assert query.alone
+    def change():
+        nonlocal turned
         turned = 1e-3
-        for step in range(8):
-            model(ids[:, 10 + step : 11 + step], past_key_values=cache)
-    assert not query.alone
-    assert False in same[1:4]
-    assert all(same[4:])
+
+    assert_given_up(daemon, model, layer, change)
 
 
 @torch.inference_mode()

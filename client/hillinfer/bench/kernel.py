@@ -137,7 +137,7 @@ def _measure_peers(
         if peer is None:
             continue
         _verify(name, peer(rows, q[:, 0], k), expected)
-        jobs[name] = lambda peer=peer: peer(rows, q[:, 0], k)  # type: ignore[misc]
+        jobs[name] = lambda peer=peer: peer(rows, q[:, 0], k)  # type: ignore[misc]  # of a lambda's default
     times = _interleaved(jobs, max(3, repeats // 4))
     seconds = {name: statistics.median(each) for name, each in times.items()}
     return {

@@ -78,7 +78,7 @@ def measure(
     with ExitStack() as stack, torch.inference_mode():
         running = []
         for size in sizes:
-            at = replace(point, **{name: size})  # type: ignore[arg-type]
+            at = replace(point, **{name: size})  # type: ignore[arg-type]  # by name
             running.append(_Running(at, at.setup(pool_dir, at.tokens + longest), stack))
             say(f"{axis}: {size:,} ready")
         for each in running:

@@ -106,11 +106,11 @@ class CountedCache(Cache):
             layer.tokens += tokens
 
 
-class _CountedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class _CountedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # untyped there
     is_sliding = False
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped there
         self.tokens = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -156,9 +156,9 @@ def paced(subject: Subject, gpu_name: str, batch: int) -> Subject:
         pace = Pace(gpu)
         layers = [StandInLayer(made.config, number, pace) for number in range(model.layers)]
         made.model.layers = torch.nn.ModuleList(layers)
-        made.pace = pace  # type: ignore[assignment]
-        made.to(dtype=dtype, device=device)  # type: ignore[call-arg]
-        made.eval()  # type: ignore[no-untyped-call]
+        made.pace = pace  # type: ignore[assignment]  # torch: modules or tensors only
+        made.to(dtype=dtype, device=device)  # type: ignore[call-arg]  # a decorator hides them
+        made.eval()  # type: ignore[no-untyped-call]  # untyped there
         return made
 
     def text(tokens: int) -> torch.Tensor:
@@ -171,5 +171,5 @@ def paced(subject: Subject, gpu_name: str, batch: int) -> Subject:
 def parameters(config: Any) -> int:
     """Return how many weights a model of that configuration has; none is made."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped there
     return int(model.num_parameters())

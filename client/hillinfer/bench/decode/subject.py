@@ -105,9 +105,9 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 def _random(config: LlamaConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # untyped there
             copy.deepcopy(config), dtype=dtype
         )
     assert isinstance(model, PreTrainedModel)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()  # type: ignore[no-untyped-call]  # untyped there
     return model
