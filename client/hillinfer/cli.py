@@ -8,11 +8,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from threading import Timer
+from typing import TYPE_CHECKING
 
 from hillinfer_core.errors import HillInferError, ResidentTooSmall
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 TERMINATED = 128 + signal.SIGTERM
 """Exit code, as shells tell it."""
+
+STOP_AGAIN_S = 0.02
+"""Time for a finaliser to end in. Our choice; where it does not, the next try follows."""
 
 EXTRAS = {
     "matplotlib": "plots",
@@ -31,6 +39,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # As ^C does, a time limit's signal ends private daemons in order, and takes their pools away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    sys.unraisablehook = _stop_again
     try:
         from hillinfer.commands import app
 
@@ -47,6 +56,18 @@ def main() -> None:
         if error.strerror is None:
             raise
         _fail(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
+
+
+def _stop_again(lost: UnraisableHookArgs) -> None:
+    """Repeat a signal that came in a finaliser or a callback, where Python drops what the handler raises."""
+    stops = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
+    number = stops.get(lost.exc_type)
+    if number is None:
+        sys.__unraisablehook__(lost)
+        return
+    again = Timer(STOP_AGAIN_S, os.kill, (os.getpid(), number))  # later: this still runs within the finaliser
+    again.daemon = True
+    again.start()
 
 
 def _fail(message: str, code: int) -> None:

@@ -145,6 +145,27 @@ def test_a_command_that_is_stopped_leaves_no_pool_and_no_daemon(tmp_path, ending
         shutil.rmtree(temporary)
 
 
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_in_a_finaliser_still_stops_the_command(ending):
+    # Python drops what is raised there; regex's objects have such finalisers, and ^C was lost in one.
+    command = (
+        "import signal, sys, time, types\n"
+        "from hillinfer.cli import main\n"
+        "class Finalised:\n"
+        "    def __del__(self):\n"
+        f"        signal.raise_signal({ending})\n"
+        "def app(prog_name):\n"
+        "    Finalised()\n"
+        "    time.sleep(60)\n"
+        "    print('not stopped')\n"
+        "sys.modules['hillinfer.commands'] = types.SimpleNamespace(app=app)\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", command], check=False, capture_output=True, text=True)
+    assert done.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 143}[ending], done.stderr
+    assert "not stopped" not in done.stdout
+
+
 def test_help_imports_neither_torch_nor_transformers():
     check = (
         "import sys; sys.argv = ['hillinfer', '--help']\n"
