@@ -37,10 +37,9 @@ def test_every_constant_has_a_source_and_its_range_holds_the_nominal():
 
 
 def test_with_the_exact_query_a_step_is_the_sum_of_its_layers():
-    asking = Layer(project=1, attend=2, weights=0, upload=3, scan_drive=4, scan_card=5, fetch=6, delay=7)
-    one = replace(asking, client=8, place=9)
+    one = Layer(1, 2, weights=0, upload=3, scan_drive=4, scan_card=5, fetch=6, delay=7, place=9)
     simulation, _ = build(one, 10, Predictor.exact)
-    assert simulation.run() == pytest.approx(10 * (1 + 8 + 7 + 5 + 6 + 3 + 9 + 2))
+    assert simulation.run() == pytest.approx(10 * (1 + 7 + 5 + 6 + 3 + 9 + 2))
 
 
 def test_a_predicted_query_hides_what_is_shorter_than_a_layer():

@@ -13,7 +13,7 @@ def test_prediction_and_measurement_are_of_the_same_steps():
     assert told["ratio"] == pytest.approx(told["predicted_s"] / told["measured_s"])
     # Nothing overlaps with the exact query: all layers' parts, one after another.
     one, layers = told["layer"], told["layers"]
-    parts = ("project", "client", "delay", "scan_card", "fetch", "place", "attend")
+    parts = ("project", "delay", "scan_card", "fetch", "place", "attend")
     assert told["predicted_s"] == pytest.approx(layers * sum(one[name] for name in parts))
     assert one["place"] > 0
     assert told["selected_per_layer"] >= told["misses_per_layer"] >= 0

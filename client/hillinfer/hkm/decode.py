@@ -39,7 +39,7 @@ def decode(
     if keep is None:
         candidates = sum(max(int(n) - slots.pinned, 0) for n in slots.lengths)
         return layer.everything(query, scaling, candidates)
-    output = _attend(layer, query, scaling)
+    output = attend(layer, query, scaling)
     layer.pools.settle()
     if not keep:
         layer.cache.account()
@@ -47,7 +47,8 @@ def decode(
     return output
 
 
-def _attend(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> torch.Tensor:
+def attend(layer: HierarchicalLayer, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attend `query` [B, H, 1, D] to what the layer's slots hold; [B, H, 1, D]."""
     slots = layer.slots
     visible = slots.visible()
     plain = visible is None and layer.softcap is None

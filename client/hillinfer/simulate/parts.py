@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hillinfer.bench.selections import step
 from hillinfer.evaluation import EvaluateItem
 from hillinfer.hkm.cache import HierarchicalCache
-from hillinfer.hkm.decode import bring
+from hillinfer.hkm.decode import attend, bring
 from hillinfer.hkm.layer import HierarchicalLayer
 from hillinfer.hkm.policy import ColdPoolRanking
 from hillinfer.pipeline.query import decoder_layers
@@ -151,10 +151,10 @@ class AskingTimer:
 
 
 class SelectingTimer:
-    """Times what the client does to select for a layer: divide memory, put the question, place, settle.
+    """Times what a selection costs a layer besides its answer: dividing memory, asking, placing, attending.
 
     A cache replays the selections of the steps that are predicted, a step behind them; whoever answers does
-    it at once, and is not counted. nothing: a cache of which nothing is ranked, as in `Layer.client`.
+    it at once, and is not counted. nothing: a cache of which nothing is ranked.
     """
 
     def __init__(self, cache: HierarchicalCache, nothing: HierarchicalCache, query: torch.Tensor) -> None:
@@ -186,6 +186,7 @@ class SelectingTimer:
         self._answers.spent_s = 0.0
         began = perf_counter()
         bring(layer, self._query, 1.0)
+        attend(layer, self._query, 1.0)
         layer.pools.settle()
         layer.cache.account()
         self.times.add(kind, perf_counter() - began - self._answers.spent_s)

@@ -15,7 +15,7 @@ GPU, LINK, CPU, FPGA, DRIVE = "gpu", "link", "cpu", "fpga", "drive"
 """Resources: `drive` is NAND with its one path out, shared by streams to FPGA and host and by rows."""
 
 CLIENT = "client"
-"""The thread of each application that runs the model: it appends, and places rows in pools."""
+"""The thread of each application that runs the model: it places rows in pools."""
 
 
 RESOURCES = (GPU, LINK, CPU, FPGA, DRIVE, CLIENT)
@@ -82,15 +82,14 @@ def build(
             # The first layer has none before it that could predict.
             ahead = predictor is not Predictor.exact and number > 0
             thread = CLIENT if application == 0 else f"{CLIENT} {application}"
-            client = add(thread, one.client, [project])
-            asked = [before[-2]] if ahead and number > 1 else [] if ahead else [client]
+            asked = [before[-2]] if ahead and number > 1 else [] if ahead else [project]
             request = add(f"request of {application}.{number}", one.delay, asked)
             stream = [add(DRIVE, one.scan_drive / _PIECES, [request]) for _ in range(_PIECES)]
             card = add(FPGA, one.scan_card, [request])
             scored = add(CPU, one.scan_cpu, stream if one.cpu_needs_stream else asked)
             fetch = add(DRIVE, one.fetch, [*stream, card, scored])
             upload = add(LINK, one.upload, [fetch])
-            place = add(thread, one.place, [client, upload])
+            place = add(thread, one.place, [project, upload])
             attend = add(GPU, one.attend, [place])
             if application == 0:
                 marks.append((asked[0] if asked else None, upload, project))

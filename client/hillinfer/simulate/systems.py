@@ -53,7 +53,7 @@ class Layer:
 
     project, attend: GPU; weights: link, those that do not fit the GPU. scan_drive: streaming for scoring;
     scan_card: the FPGA's; scan_cpu: the host's; fetch: missing rows; upload: link. delay: of a request.
-    client, place: the model's thread, before it asks (hooks, appending), and placing rows in pools.
+    place: the model's thread, placing rows in pools.
     cpu_needs_stream: the host scores what the drive streamed. moved: bytes read from NAND; ios: row reads.
     """
 
@@ -66,7 +66,6 @@ class Layer:
     scan_cpu: float = 0.0
     fetch: float = 0.0
     delay: float = 0.0
-    client: float = 0.0
     place: float = 0.0
     cpu_needs_stream: bool = False
     moved: float = 0.0

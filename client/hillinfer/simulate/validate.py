@@ -1,9 +1,9 @@
 """`hillinfer simulate --validate`: decode steps of this machine, predicted and measured, in one run.
 
-The parts are measured alone, between the steps that they predict. Turns to the daemon, and selecting with
-answers that are there at once, take turns with the layers of a model that has a plain cache of as many tokens
-as are attended, and is timed without them; what the client does for a layer besides, on a text that its
-pinned tokens hold. The events of `step.build` put them together; nothing is fitted to a measured step.
+The parts are measured alone, between the steps that they predict. The model, with what the client does for a
+layer of which nothing is ranked: on a text that its pinned tokens hold. Turns to the daemon, and selecting
+and attending with answers that are there at once, take turns with the layers of those steps, which are timed
+without them. The events of `step.build` put them together; nothing is fitted to a measured step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hillinfer.attachment import attach
 from hillinfer.bench.selections import step
@@ -38,7 +38,7 @@ WITHIN = 0.15
 """The aim: predicted to measured."""
 
 _SHORT = 24
-"""Tokens of a text of which nothing is ranked: its steps show what the client does for a layer besides."""
+"""Tokens of a text of which nothing is ranked, with room for a step of each kind."""
 
 
 def compare(
@@ -50,7 +50,7 @@ def compare(
     what `attach` raises.
     """
     directory = ModelDirectory(bundled_model())
-    model, plain = directory.load(torch.float32), directory.load(torch.float32)
+    model = directory.load(torch.float32)
     ids = directory.tokenizer(
         make_demo(directory.tokenizer, context_tokens).context, return_tensors="pt"
     ).input_ids
@@ -58,12 +58,11 @@ def compare(
     layers = text.num_hidden_layers
     measured: list[float] = []
     computing: list[float] = []
-    beside: list[float] = []
     with (
         PrivateDaemon() as daemon,
         Session.connect(daemon.socket, name="hillinfer simulate") as session,
         attach(model, session=session, budget=budget, resident="256MiB", predictor="exact") as attachment,
-        Between(model) as attached, Between(plain) as bare,
+        Between(model) as between,
         torch.inference_mode(),
         progress("reading", ids.shape[1] + steps) as advance,
     ):  # fmt: skip
@@ -74,8 +73,6 @@ def compare(
         step(model, tiny, ids[:, :_SHORT])
         cache.policy = questions = Questions()
         token = step(model, cache, token)
-        attended = cache.full_layers[0].slots.attended
-        short, tiny_plain = _plain(plain, ids[:, :attended]), _plain(plain, ids[:, :_SHORT])
         asking = AskingTimer(session, questions, layers)
         query = torch.from_numpy(questions.latest[0].query)[None, :, None]
         selecting = SelectingTimer(attachment.new_cache(), tiny, query)
@@ -88,14 +85,11 @@ def compare(
                 before = dict(cache.pipeline.timeline.sums)
             took, following = _timed(model, cache, token)
             selecting.follow(cache)
-            parts = [bare.step(short, token, kind) for kind in kinds]
-            short.crop(-len(kinds))
+            parts = [between.step(tiny, token, kind) for kind in kinds]
+            tiny.crop(_SHORT)
             if number >= WARM:
                 measured.append(took)
                 computing += parts
-            if number < 8:  # of the pinned tokens' room, so that nothing is ranked
-                alone = bare.step(tiny_plain, token, asking.few)
-                beside.append(attached.step(tiny, token, asking.few) - alone)
             token = following
             advance(ids.shape[1] + number)
         taken = (cache.tally.selected - selected) / len(measured) / layers
@@ -108,8 +102,7 @@ def compare(
     ask, model_s = asking.result(), median(computing)
     one = Layer(
         project=model_s / layers / 4, attend=model_s / layers * 3 / 4, weights=0, upload=0,
-        client=max(0.0, median(beside)) / layers, delay=ask.turn / layers,
-        scan_card=(ask.tokens + ask.selected) / layers, fetch=ask.rows / layers,
+        delay=ask.turn / layers, scan_card=(ask.tokens + ask.selected) / layers, fetch=ask.rows / layers,
         place=selecting.result() / layers,
     )  # fmt: skip
     simulation, _ = build(one, layers, Predictor.exact)
@@ -128,12 +121,6 @@ def _timed(model: PreTrainedModel, cache: Any, token: torch.Tensor) -> tuple[flo
     began = perf_counter()
     following = step(model, cache, token)
     return perf_counter() - began, following
-
-
-def _plain(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
-    cache = DynamicCache()
-    step(model, cache, ids)
-    return cache
 
 
 def as_text(told: list[dict[str, Any]]) -> str:
