@@ -1,6 +1,5 @@
 """Decode steps: closed forms, monotone in every rate, and decided by the client's own policies."""
 
-
 import pytest
 
 from hillinfer.pipeline.choice import SAFE_TOKENS, Predictor
