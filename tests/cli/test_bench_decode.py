@@ -162,8 +162,8 @@ def test_ratios_are_those_to_the_faster_dtype_of_the_same_cell():
     assert found["question_of_ttft"] == round(0.5 / 22.5, 4)
     assert (found["resident_share"], found["resident_without_keys_share"]) == (0.16, 0.1)
     assert found["overhead"] == {"client_ms": 10.0, "daemon_ms": 2.0}
-    assert found["overhead_share"] == 0.12
-    assert found["beyond_work_share"] == 0.075
+    assert found["overhead_share"] == 0.144  # of 1 / 12 s
+    assert found["beyond_work_share"] == 0.09
     table = as_markdown(as_object(rows))
     assert "1.50 times the rate of the default cache" in table
     assert table.count("| default 2%, ") == 3

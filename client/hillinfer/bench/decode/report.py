@@ -56,10 +56,10 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     rate_of_default: its tokens/s to those of the default cache, of the faster dtype; prefill_of_default:
     its prefill to the quicker one's; question_of_ttft: the next question's first token to the first one's,
-    before which the text is read. overhead_share: of a step, the CPU time of the client beyond the model's
-    own (with the attended tokens in a plain cache) and that of the daemon; the process that stands for the
-    drive is not counted. beyond_work_share: the same without what is arithmetic or moves rows, the spans
-    `predict` and `place` (by the clock, one thread). None where there is nothing to compare with.
+    before which the text is read. overhead_share: of a mean step, the CPU time of the client beyond the
+    model's own (with the attended tokens in a plain cache) and that of the daemon; the process that stands
+    for the drive is not counted. beyond_work_share: the same without what is arithmetic or moves rows, the
+    spans `predict` and `place` (by the clock, one thread). None where there is nothing to compare with.
     """
     found = []
     for mine in (row for row in rows if row["system"] == HILLINFER):
@@ -73,6 +73,8 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
             _median(mine, "prefill_s"),
         )
         overhead, work_ms = None, 0.0
+        # CPU time is a mean; the steps after a question, which bring more rows, are long and count in both.
+        mean_ms = None if rate is None else 1e3 * mine["batch"] / rate
         if bare is not None:
             cpu = mine["cpu_ms_per_step"]
             work_ms = sum(mine["parts_ms"].get(name, 0.0) for name in (PREDICT, PLACE))
@@ -92,12 +94,10 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "resident_share": _over(mine["resident_bytes"], mine["full_bytes"]),
                 "resident_without_keys_share": _over(mine["resident_without_keys_bytes"], mine["full_bytes"]),
                 "overhead": overhead,
-                "overhead_share": None
-                if overhead is None
-                else _over(sum(overhead.values()), mine["step_p50_ms"]),
+                "overhead_share": None if overhead is None else _over(sum(overhead.values()), mean_ms),
                 "beyond_work_share": None
                 if overhead is None
-                else _over(sum(overhead.values()) - work_ms, mine["step_p50_ms"]),
+                else _over(sum(overhead.values()) - work_ms, mean_ms),
             }
         )
     return found
