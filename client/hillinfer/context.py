@@ -130,8 +130,9 @@ class Context:
 
     @survives
     def append_ahead(self, layer: int, keys: Array, values: Array) -> None:
-        """Begins to append n tokens as `append` does if that is one request of whole units; does not wait.
+        """Begins to append n tokens as `append` does; does not wait.
 
+        Nothing begins but one request, in which tail and tokens are whole units.
         Whatever needs to know does, and finds that they are there or, after any failure, not: then they are
         to be appended again. Raises `InvalidInput` for another shape or dtype.
         """
@@ -139,25 +140,28 @@ class Context:
         shape, session, tokens = self.shape, self.session, keys.shape[1]
         with session.lock:
             self.flushed(layer)
-            whole = not self._tail_tokens[layer] and tokens % self.append_unit == 0
-            if not whole or self.saved or tokens > (self._append_limit or tokens):
+            held = self._tail_tokens[layer]
+            count = held + tokens
+            if count % self.append_unit or self.saved or count > (self._append_limit or count):
                 return
             link, questions = session.attached(), session.questions
-            found = questions.room_to_append(link, (shape.kv_heads, tokens, 2, shape.head_dim), keys.dtype)
+            found = questions.room_to_append(link, (shape.kv_heads, count, 2, shape.head_dim), keys.dtype)
             if found is None:
                 return
             region, rows = found
-            rows[:, :, 0], rows[:, :, 1] = keys, values
+            rows[:, :held] = self._tails[layer, :, :held]
+            rows[:, held:, 0], rows[:, held:, 1] = keys, values
 
             def ended(response: cold_pool_pb2.AppendResponse | None) -> None:
                 self._appending.discard(layer)
                 if response is not None:
                     self._note_appended(region, response)
                     self._origin.keep(layer, rows)
+                    self._tail_tokens[layer] = 0
                     self._flushed[layer] = response.layer_tokens
 
             self._appending.add(layer)
-            request = self._append_request(layer, tokens, region)
+            request = self._append_request(layer, count, region)
             if not questions.append(link, request, session.timeout_s, ended):
                 self._appending.discard(layer)
 

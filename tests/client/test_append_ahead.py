@@ -82,6 +82,9 @@ def test_what_is_no_request_of_whole_units_is_left_alone(session: Session) -> No
         context.append(1, KEYS[:, TOKENS : TOKENS + 1], VALUES[:, TOKENS : TOKENS + 1])
         ahead(context, 1)
         assert context.length(1) == TOKENS + 1
+        ahead(context, 1, TOKENS + 1, UNIT - 1)  # which fills the unit
+        for layer in (0, 1):
+            assert_holds(context, layer, TOKENS + UNIT * layer)
         with pytest.raises(errors.InvalidInput):
             context.append_ahead(0, KEYS[:1], VALUES[:1])
 

@@ -11,6 +11,7 @@ from test_exactness import ARENA, prompt
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hillinfer
+from hillinfer.context import Context
 from hillinfer.hkm.slots import Slots
 from hillinfer.pipeline import alone, choice, prefetch
 from hillinfer.pipeline.choice import Measured, Predictor, choose
@@ -253,6 +254,24 @@ def test_requests_ahead_bring_what_the_thread_does(model, daemon, predictor):
             assert cache.pipeline.timeline.sums[WORKER, EVALUATE] > 0
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
+
+
+@torch.inference_mode()
+def test_the_first_step_after_a_text_sends_what_all_layers_append_and_waits_for_none(
+    model, session, monkeypatch
+):
+    ids, _ = prompt(1, 599, False)
+    append, waited_for = Context.append, []
+    monkeypatch.setattr(Context, "append", lambda *these: (waited_for.append(these[1]), append(*these)))
+    with hillinfer.attach(model, session=session, budget=100, predictor="next_layer") as attachment:
+        cache = attachment.new_cache()
+        model(ids, past_key_values=cache)
+        (context,) = cache.contexts
+        before = [context.length(layer) for layer in range(4)]
+        waited_for.clear()
+        model(ids[:, :1], past_key_values=cache)
+        assert not waited_for
+        assert all(context.length(layer) > length for layer, length in enumerate(before))
 
 
 @torch.inference_mode()
