@@ -37,7 +37,7 @@ test: setup ## run the tests (one file: make test ARGS=tests/cli/test_tasks.py)
 	$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: setup ## run the tests of hundreds of repetitions
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -m long --hypothesis-profile=exploring $(ARGS)
 
 test-vm: setup ## run the tests of failing and unplugged drives in a virtual machine (docs/testing-vm.md)
 	$(BIN)/python tests/vm/run.py $(ARGS)

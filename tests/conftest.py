@@ -1,6 +1,9 @@
 """Set before anything imports torch: idle OpenMP threads must sleep, the daemon needs the cores too.
 
 With HILLINFER_REQUIRE_ALL set, a test that skips fails, unless it is the processor that lacks something.
+
+hypothesis tries the same examples in each run, so that a failure is of the change and not of chance; others
+with `--hypothesis-profile=exploring`, as `make test-long` has it.
 """
 
 import os
@@ -8,11 +11,16 @@ from collections.abc import Generator
 from typing import TypeVar
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("exploring", derandomize=False)
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 _LONG_FILES_FIRST = ("hls",)
 """Directories whose files would have one worker go on alone if they came last."""

@@ -17,6 +17,9 @@ from hillinfer.demo import make_demo
 from hillinfer.model_directory import bundled_model
 from hillinfer.private_daemon import PrivateDaemon
 
+UNIGNORED = ("env", "--default-signal=INT")
+"""What shells start in the background ignores ^C, and so would whatever it starts."""
+
 KEYS = {
     "model",
     "context_tokens",
@@ -129,7 +132,9 @@ def test_a_command_that_is_stopped_leaves_no_pool_and_no_daemon(tmp_path, ending
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # sockets' names are short
     command = [Path(sys.executable).with_name("hillinfer"), "eval", "--prompts", "90", "--tasks", "single"]
     environment = os.environ | {"TMPDIR": str(temporary), "HILLINFER_RUNTIME_DIR": str(tmp_path)}
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        [*UNIGNORED, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     try:
         waits = time.monotonic() + 60
         while not any(temporary.glob("hillinfer-eval-*/*.pool")):
@@ -161,7 +166,8 @@ def test_a_signal_that_comes_in_a_finaliser_still_stops_the_command(ending):
         "sys.modules['hillinfer.commands'] = types.SimpleNamespace(app=app)\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", command], check=False, capture_output=True, text=True)
+    command = [*UNIGNORED, sys.executable, "-c", command]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 143}[ending], done.stderr
     assert "not stopped" not in done.stdout
 
