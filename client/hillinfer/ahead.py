@@ -125,6 +125,8 @@ class Questions:
         self, link: Link, shape: tuple[int, ...], dtype: npt.DTypeLike
     ) -> tuple[cold_pool_pb2.Region, npt.NDArray[Any]] | None:
         """Return where rows lie that `append` is to send; None where there is no room for them."""
+        if None not in self._users and self._users[0] is self._users[1]:
+            return None  # one evaluation has all of the arena
         for _ in range(2):
             staging = link.staging(_FOR_APPENDS, self._under_way)
             if not self._appending:

@@ -83,7 +83,13 @@ class Express {
         riders_.insert_or_assign(submitted, std::move(rider));
     }
 
-    void remove(int submitted) { riders_.erase(submitted); }
+    void remove(int submitted) {
+        if (waiting_ && waiting_->submitted == submitted) {
+            waiting_ = nullptr;
+            since_.clear();
+        }
+        riders_.erase(submitted);
+    }
 
     // False for a request that cannot be repeated this way.
     bool permit(int submitted, nb::bytes asked, std::vector<uint32_t> held, size_t drive, int worker) {

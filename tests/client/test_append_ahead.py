@@ -101,6 +101,24 @@ def test_without_room_or_ring_nothing_begins(daemon: PrivateDaemon, arena_kib: i
             assert_holds(context, layer, TOKENS + held[layer])
 
 
+def test_nothing_begins_beside_a_question_that_has_all_of_the_arena(daemon: PrivateDaemon) -> None:
+    """Its rows reach into the part where appends lie."""
+    tokens, nothing = 7 * UNIT, np.full((SHAPE.kv_heads, 1), 0xFFFFFFFF, np.uint32)
+    keys, values = random_kv(SHAPE, tokens)
+    with Session.connect(daemon.socket, SHAPE.kv_heads * tokens * SHAPE.row_bytes + (8 << 10)) as session:
+        context = begun(session)
+        context.append(0, keys[:, TOKENS:], values[:, TOKENS:])
+        question = EvaluateItem(context, random_query(4, 64), tokens, 0, tokens, nothing)
+        with stopped(daemon.pid):
+            asked = session.ask_ahead(0, [question])
+            assert asked is not None
+            ahead(context, 1)
+        [brought] = session.collect(asked)
+        expected = context.fetch_range(0, 0, tokens)
+        np.testing.assert_array_equal(brought.rows.reshape(expected.shape), expected)
+        assert_holds(context, 1, TOKENS)
+
+
 def test_what_fails_is_raised_by_the_append_that_is_waited_for(session: Session) -> None:
     with begun(session) as context:
         bad = KEYS[:, :UNIT].copy()

@@ -2,190 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_client import RawClient, wait_for
-from service_thread import Served, drive_settings, served
+from express_rig import QUERY, Watched, watched
+from raw_client import wait_for
 
-from hillinfer import Context, DType, EvaluateItem, Precision, Session, Shape
-from hillinfer.ring import RingTransport, Submitted
-from hillinfer_core.arena import Arena
 from hillinfer_core.errors import (
-    DaemonUnavailable,
     DeadlineExceeded,
-    DeviceUnavailable,
     HillInferError,
     InvalidInput,
 )
-from hillinfer_core.layout import PAGE
 from hillinfer_core.packed import ask_again
-from hillinfer_core.protocol import attach_socket
 from hillinfer_core.ring import (
     ENTRIES,
-    ENTRY_BYTES,
-    RING_BYTES,
-    Entry,
     Method,
     Outcome,
-    ring_doorbell,
 )
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinferd.metrics.recorder import Recorder
-from hillinferd.rpc.ring import RingServer
-from hillinferd.service.drive import Drive
-from hillinferd.service.express import Flight, Run
 from hillinferd.service.limits import Limits
-from hillinferd.service.work_queue import Piece
-
-SHAPE = Shape(2, 2, 64, DType.float16, Precision.int8)
-HELD = np.full((2, 4), 0xFFFFFFFF, np.uint32)
-QUERY = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
-
-
-@dataclass
-class Watched:
-    """A daemon of the test's own: what the express carried, the queue's pieces, what those took over."""
-
-    served: Served
-    directory: Path
-    runs: list[Run] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-    flights: list[Flight] = field(default_factory=list)
-
-    @property
-    def drive(self) -> Drive:
-        return self.served.service.drives[0]
-
-    @property
-    def carried(self) -> int:
-        return self.served.run(lambda: sum(len(run.seconds) for run in self.runs))
-
-    @property
-    def evaluated(self) -> int:
-        """Evaluations that took a turn of the queue."""
-        return self.served.run(lambda: sum(piece.operation == "evaluate" for piece in self.pieces))
-
-    def check_flights(self) -> None:
-        """One was taken over, unless something else of the loop broke in and all went through the queue."""
-        assert len(self.flights) == 1 or self.evaluated > 1
-
-    def connect(self) -> Asking:
-        return Asking(Session.connect(attach_socket(self.directory), restart_s=0.2))
-
-    @contextmanager
-    def stopped(self) -> Iterator[int]:
-        """Have the worker stand still."""
-        pid = self.drive.worker.pid
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            yield pid
-        finally:
-            os.kill(pid, signal.SIGCONT)
-
-
-class Asking:
-    """A session with a context that asks the same again and again."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.context = self.fill()
-
-    def fill(self) -> Context:
-        context = self.session.open_context(SHAPE)
-        rng = np.random.default_rng(0)
-        for layer in range(SHAPE.layers):
-            keys, values = rng.standard_normal((2, 2, 256, 64)).astype(np.float16)
-            context.append(layer, keys, values)
-        return context
-
-    def ask(self, layer: int = 0, first: int = 0, end: int = 256, query: np.ndarray = QUERY) -> np.ndarray:
-        item = EvaluateItem(self.context, query, 8, first, end, HELD)
-        return self.session.evaluate_and_bring(layer, [item])[0].ids
-
-    @property
-    def ring(self) -> RingTransport:
-        return self.session._link._ring
-
-    def packed(self) -> bytes:
-        """Ask a few times, and return what went into the ring."""
-        found: list[bytes] = []
-        submit = self.ring.submit
-
-        def spied(method: Method, payload: bytes, timeout_s: float) -> Submitted:
-            found.append(payload)
-            return submit(method, payload, timeout_s)
-
-        self.ring.submit = spied
-        self.ask()
-        self.ask()
-        self.ring.submit = submit
-        return found[-1]
-
-    def submit_and_wait(self, payloads: list[bytes]) -> list[Entry]:
-        submitted = [self.ring.submit(Method.EvaluatePacked, payload, 30) for payload in payloads]
-        return [self.ring.answer(each) for each in submitted]
-
-    def taken(self, submitted: Submitted) -> bool:
-        """Whether the daemon has taken a request, of a session that has submitted all by the ring."""
-        return int(self.memory.view(64, (1,), "<u4")[0]) == submitted.ticket
-
-    def under_way(self, threads: ThreadPoolExecutor) -> Future[np.ndarray]:
-        """Ask, and return when the daemon has taken the request: its counter says so."""
-        counter = self.memory.view(64, (1,), "<u4")
-        before = int(counter[0])
-        asked = threads.submit(self.ask)
-        wait_for(lambda: int(counter[0]) != before, 60)
-        return asked
-
-    @property
-    def memory(self) -> Arena:
-        return Arena(self.fds.memory, RING_BYTES)
-
-    @property
-    def fds(self):
-        return self.session._link._ring._fds
-
-    def hung_up(self) -> bool:
-        self.session._link._connection.settimeout(60)
-        return self.session._link._connection.recv(1) == b""
 
 
 @pytest.fixture
 def daemon(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     with watched(runtime_dir, monkeypatch) as found:
-        yield found
-
-
-@contextmanager
-def watched(
-    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, request_timeout_s: float = 60.0
-) -> Iterator[Watched]:
-    with served(runtime_dir, drive_settings("one", runtime_dir / "pool", request_timeout_s)) as service:
-        found = Watched(service, runtime_dir)
-        go_on = RingServer.go_on
-
-        def spied(self: RingServer, flight: Flight) -> None:
-            found.flights.append(flight)
-            go_on(self, flight)
-
-        monkeypatch.setattr(RingServer, "go_on", spied)
-        service.run(
-            lambda: service.service.observe(
-                lambda _, piece, __: found.pieces.append(piece), lambda _, run: found.runs.append(run)
-            )
-        )
         yield found
 
 
@@ -389,136 +235,6 @@ def test_of_several_sessions_each_is_answered_and_accounted_once(daemon: Watched
     assert daemon.carried + daemon.evaluated == sum(counts)
     for asking in askings:
         asking.session.close()
-
-
-def test_a_worker_that_dies_meanwhile_is_an_error_at_once(daemon: Watched) -> None:
-    one = daemon.connect()
-    for _ in range(3):
-        one.ask()
-    with ThreadPoolExecutor(1) as threads:
-        pid = daemon.drive.worker.pid
-        os.kill(pid, signal.SIGSTOP)
-        asked = one.under_way(threads)
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(DeviceUnavailable, match="died and is being restarted"):
-            asked.result(60)
-    daemon.check_flights()
-    with pytest.raises(DeviceUnavailable, match="was lost"):
-        one.ask()
-    wait_for(lambda: daemon.drive.worker.up, 60)
-    one.context = one.fill()
-    for _ in range(3):
-        one.ask()
-    one.session.close()
-
-
-def test_a_worker_that_hangs_is_replaced(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with watched(runtime_dir, monkeypatch, request_timeout_s=1.5) as daemon:
-        one = daemon.connect()
-        for _ in range(3):
-            one.ask()
-        os.kill(daemon.drive.worker.pid, signal.SIGSTOP)
-        with pytest.raises(DeviceUnavailable, match=r"did not answer in 1.5 s"):
-            one.ask()
-        daemon.check_flights()
-        one.session.close()
-
-
-@pytest.mark.parametrize("how", ["closed", "left", "stopped"])
-def test_an_end_while_one_is_under_way(daemon: Watched, how: str) -> None:
-    one, other = daemon.connect(), daemon.connect()
-    one.ask()
-    one.ask()
-    with ThreadPoolExecutor(1) as threads:
-        with daemon.stopped():
-            asked = one.under_way(threads)
-            if how == "closed":
-                session = daemon.served.run(lambda: next(iter(daemon.served.service.sessions)))
-                daemon.served.run(session.closing.set)
-            elif how == "left":
-                one.session._link._connection.shutdown(socket.SHUT_RDWR)
-            else:
-                finishing = asyncio.run_coroutine_threadsafe(
-                    daemon.served.service.sessions.finish(60), daemon.served.loop
-                )
-                # The one that is under way ends first.
-                daemon.served.run(lambda: None)
-                assert not finishing.done()
-        if how == "stopped":
-            assert len(asked.result(60)) == 2
-            assert finishing.result(60)
-            with pytest.raises(DaemonUnavailable, match="stopping"):
-                one.ask()
-        else:
-            with pytest.raises(DaemonUnavailable):
-                asked.result(60)
-            other.ask()
-    daemon.check_flights()
-
-
-@pytest.mark.parametrize("what", ["submitted", "taken", "length", "bells"])
-def test_a_client_that_breaks_the_rules_of_a_ring_in_use_is_hung_up_on_alone(
-    daemon: Watched, what: str
-) -> None:
-    one, other = daemon.connect(), daemon.connect()
-    for _ in range(3):
-        one.ask()
-        other.ask()
-    expected, counters = other.ask(), one.memory.view(0, (PAGE // 4,), "<u4")
-    if what == "submitted":
-        counters[0] += 17
-        ring_doorbell(one.fds.submitted)
-    elif what == "length":
-        for slot in range(ENTRIES):
-            one.memory.view(PAGE + slot * ENTRY_BYTES + 16, (1,), "<u4")[0] = ENTRY_BYTES
-        counters[0] += 1
-        ring_doorbell(one.fds.submitted)
-    elif what == "taken":
-        counters[48] += 100
-        with pytest.raises(DaemonUnavailable):
-            one.ask()
-    else:
-        # Nobody listens to the client's doorbell any more.
-        deaf = os.open("/dev/null", os.O_RDONLY)
-        os.dup2(deaf, one.fds.completed)
-        os.close(deaf)
-        with pytest.raises(HillInferError):
-            one.ask()
-    if what in ("submitted", "length"):
-        assert one.hung_up()
-    for _ in range(3):
-        np.testing.assert_array_equal(other.ask(), expected)
-    with RawClient(daemon.directory) as client:
-        assert client.open(SHAPE) > 0
-
-
-def test_a_request_that_changes_while_it_is_read_harms_nobody_else(daemon: Watched) -> None:
-    """A thread rewrites layer and tokens of every entry: each is refused, or carried out as it was read."""
-    one, other = daemon.connect(), daemon.connect()
-    for _ in range(3):
-        one.ask()
-    expected, stop = other.ask(), threading.Event()
-    memory = one.memory
-
-    def rewrite() -> None:
-        rng = np.random.default_rng(3)
-        while not stop.is_set():
-            slot = int(rng.integers(0, ENTRIES)) * ENTRY_BYTES + PAGE + 20
-            memory.view(slot, (1,), "<u4")[0] = rng.choice([0, 1, 2, 1 << 31])
-            memory.view(slot + 24, (2,), "<u4")[:] = rng.choice([0, 100, 256, 257, 1 << 31], 2)
-
-    thread = threading.Thread(target=rewrite)
-    thread.start()
-    try:
-        for _ in range(300):
-            with suppress(InvalidInput):
-                one.ask()
-            np.testing.assert_array_equal(other.ask(), expected)
-    finally:
-        stop.set()
-        thread.join()
-    assert daemon.served.run(lambda: daemon.drive.worker.restarts) == 0
-    one.ask()
 
 
 def test_a_recorder_counts_runs_as_it_counts_pieces(daemon: Watched) -> None:

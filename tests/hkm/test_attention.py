@@ -102,6 +102,18 @@ def test_attention_in_one_thread(monkeypatch, kind, dtype, dim, group, tokens):
     )
 
 
+def test_attention_in_one_thread_to_a_query_that_lies_in_pieces():
+    """Of several sequences with one KV head, cut out of what one projection makes of all."""
+    torch.manual_seed(1)
+    made = torch.randn(2, 1, 6 * 16)
+    query = made[..., : 4 * 16].view(2, 1, 4, 16).transpose(1, 2)
+    keys, values = torch.randn(2, 2, 1, 30, 16)
+    got = attend_stored(
+        query, Attended.of(*(to_storage(each).reshape(2, 30, 16) for each in (keys, values))), 0.3
+    )
+    torch.testing.assert_close(got, attend_slots(query, keys, values, 0.3, None), atol=1e-5, rtol=1e-5)
+
+
 def test_attention_in_one_thread_is_as_sharp_as_its_scores():
     """Scores far apart, as softmax without an overflow has them, and numbers that are not finite."""
     query = torch.ones(1, 2, 1, 16)

@@ -257,6 +257,30 @@ def test_requests_ahead_bring_what_the_thread_does(model, daemon, predictor):
 
 
 @torch.inference_mode()
+def test_a_step_that_was_interrupted_leaves_nothing_for_the_next_one(model, session):
+    """In the first layer, before it holds the token: the cache goes on, with the queries of another token."""
+    ids, _ = prompt(1, 600, False)
+    logits = []
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with hillinfer.attach(model, session=session, budget=60, predictor="next_layer") as attachment:
+        for stops in (False, True):
+            cache = attachment.new_cache()
+            decode(model, cache, ids, 4)
+            if stops:
+                hook = model.model.layers[0].self_attn.register_forward_pre_hook(interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    model(torch.tensor([[7]]), past_key_values=cache)
+                hook.remove()
+                assert cache.pipeline.pending == [0, 1]
+            logits.append(model(torch.tensor([[90]]), past_key_values=cache).logits[0, -1])
+            assert cache.pipeline.layers[0].own
+    torch.testing.assert_close(logits[0], logits[1])
+
+
+@torch.inference_mode()
 def test_the_first_step_after_a_text_sends_what_all_layers_append_and_waits_for_none(
     model, session, monkeypatch
 ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hillinfer_core.attend import Attended, attend
@@ -116,7 +117,9 @@ def attend_stored(query: torch.Tensor, attended: Attended, scaling: float) -> to
     """
     batch, heads, _, dim = query.shape
     wide = (query if query.dtype is torch.float32 else query.float()).numpy()
-    output = attend(wide.reshape(len(attended.keys), -1, dim), attended, scaling)
+    # Of one KV head and several sequences even a reshaped view may be strided.
+    grouped = np.ascontiguousarray(wide.reshape(len(attended.keys), -1, dim))
+    output = attend(grouped, attended, scaling)
     return torch.from_numpy(output.reshape(batch, heads, 1, dim)).to(query.dtype)
 
 

@@ -45,9 +45,12 @@ class PredictionHooks:
         cache: Any = kwargs.get("past_key_values")
         pipeline, ids = getattr(cache, "pipeline", None), kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
-        if pipeline is None or not pipeline.asks_own or ids is None or ids.shape[1] != 1:
+        if pipeline is None:
             return
         cache.check_usable()
+        pipeline.forget_interrupted(own=True)
+        if not pipeline.asks_own or ids is None or ids.shape[1] != 1:
+            return
         if cache.layers[0].is_sliding:
             return
         self._first.try_with(kwargs)
@@ -73,6 +76,7 @@ class PredictionHooks:
                 return
             if number == 0:
                 cache.check_usable()
+                pipeline.forget_interrupted(own=False)
                 pipeline.timeline.mark = pipeline.timeline.mark or perf_counter()
             if not self._known[number] and pipeline.asks_own and not cache.layers[number].is_sliding:
                 pipeline.before_own(cache.layers[number], lambda: self._own(number, args, kwargs))

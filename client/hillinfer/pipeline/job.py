@@ -85,6 +85,8 @@ class Job:
     amounts: Amounts
     held: Ids
     sampled: bool
+    ahead: bool
+    """Whether it was made in that step, and not at the end of the one before."""
     first: bool
     """Whether the slots were empty, so that every row is brought: it says little of the steps after it."""
     own: torch.Tensor | None = None
@@ -141,7 +143,7 @@ class Jobs:
         first = not slots.selected
         slots.resize(amounts.slots)
         layer.hot.resize(amounts.hot_rows)
-        return Job(layer, step, lengths, amounts, held(layer), sampled, first)
+        return Job(layer, step, lengths, amounts, held(layer), sampled, ahead, first)
 
 
 def _amounts(layer: HierarchicalLayer, lengths: list[int], ahead: bool) -> Amounts | None:

@@ -74,6 +74,17 @@ class Pipeline:
         with self._policy_lock:
             return self.policy.select(self._session, layer, items)
 
+    def forget_interrupted(self, *, own: bool) -> None:
+        """Forget what a step that was interrupted in its first layer had asked for; own: by `before_own` too.
+
+        Called as a step begins, which has nothing of that under way then. Blocks. Raises nothing: of what is
+        wrong with the daemon the step will hear itself.
+        """
+        self._postponed = None
+        for index in [index for index, job in self._jobs.items() if job.ahead and (own or job.own is None)]:
+            with suppress(HillInferError):
+                self.drop(index)
+
     def before(
         self,
         layer: HierarchicalLayer,

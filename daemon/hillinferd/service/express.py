@@ -138,21 +138,27 @@ class Express(selectors.EpollSelector):
         return ready
 
     def _tell(self, events: list[tuple[int, int]]) -> None:
-        for submitted, drive, waited, seconds, traffic, *counts in self._native.take_runs():
-            run = Run(waited, seconds, Traffic(*traffic), *counts)
-            _guarded(partial(self._riders[submitted].note, drive, run))
-        flight = self._native.take_flight()
+        # All of it first: what a rider is told may end it.
+        runs, flight = self._native.take_runs(), self._native.take_flight()
+        waiting, left = self._native.take_waiting(), self._native.take_left()
+        riders = self._riders
+        for submitted, drive, waited, seconds, traffic, *counts in runs:
+            if submitted in riders:
+                run = Run(waited, seconds, Traffic(*traffic), *counts)
+                _guarded(partial(riders[submitted].note, drive, run))
         if flight is not None:
             submitted, drive, began, *entry, answer = flight
-            flown = Flight(drive, began, Entry._make(entry), answer)
-            _guarded(partial(self._riders[submitted].go_on, flown))
-        waiting = self._native.take_waiting()
+            if submitted in riders:
+                flown = Flight(drive, began, Entry._make(entry), answer)
+                _guarded(partial(riders[submitted].go_on, flown))
         if waiting is not None:
             submitted, since = waiting
-            _guarded(partial(self._riders[submitted].expect, since))
             events.append((submitted, _EPOLLIN))
-        for submitted in self._native.take_left():
-            _guarded(self._riders[submitted].leave)
+            if submitted in riders:
+                _guarded(partial(riders[submitted].expect, since))
+        for submitted in left:
+            if submitted in riders:
+                _guarded(riders[submitted].leave)
 
 
 def _guarded(call: Callable[[], None]) -> None:
