@@ -89,7 +89,9 @@ class PrivateDaemon:
         self._stop()
 
     def _command(self, runtime_dir: Path) -> list[str]:
-        command = [sys.executable, "-m", "hillinferd", "--runtime-dir", str(runtime_dir), "--die-with-parent"]
+        # -P: what lies in the directory that this runs in is no module of the daemon's.
+        command = [sys.executable, "-P", "-m", "hillinferd"]
+        command += ["--runtime-dir", str(runtime_dir), "--die-with-parent"]
         if self._pool_capacity is not None:
             command += ["--pool-capacity", str(self._pool_capacity)]
         if self._evaluation_keys_dram is not None:

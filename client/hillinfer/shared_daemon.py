@@ -57,7 +57,7 @@ def connect(name: str) -> Session:
 
 
 def _start(log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "hillinferd", "--pool", str(log.parent / "pool")]
+    command = [sys.executable, "-P", "-m", "hillinferd", "--pool", str(log.parent / "pool")]
     command += ["--exit-when-idle", str(IDLE_S)]
     try:
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

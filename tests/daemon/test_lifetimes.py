@@ -302,6 +302,24 @@ def test_a_second_daemon_refuses_and_the_first_goes_on(daemon: Path, tmp_path: P
         check(client, fill(client))
 
 
+def test_files_where_it_is_started_are_no_modules_of_its_own(tmp_path: Path) -> None:
+    for name in ("random", "numpy", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not of this directory')")
+    start = (
+        "from hillinfer import PrivateDaemon, Session\n"
+        "with PrivateDaemon() as daemon: Session.connect(daemon.socket).close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 PARENT = """
 import subprocess, sys, time
 sys.path.insert(0, sys.argv[2])

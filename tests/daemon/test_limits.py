@@ -155,6 +155,30 @@ def test_every_limit_refuses_what_is_above_it_and_says_which_it_is(runtime_dir: 
         np.testing.assert_array_equal(first.fetch_range(context, SHAPE, 0, 0, 64), ROWS)
 
 
+@pytest.mark.parametrize("name", ["session_quota", "user_quota", "context_quota"])
+def test_what_is_kept_aside_counts_too(runtime_dir: Path, name: str) -> None:
+    tail, aside = ROWS[:, :15], ROWS[:, :15].nbytes
+    with (
+        served(runtime_dir, drive_settings("one", runtime_dir / "pool")) as service,
+        RawClient(runtime_dir) as client,
+    ):
+        used = service.run(lambda: service.service.drives[0].catalogue._used)
+        context = client.open_named(SHAPE, durable_name="aside").context_id
+        apply(service, **{name: aside - 1})
+        refused(partial(client.append, context, 0, 0, tail, tail=True), name)
+        apply(service, **{name: aside})
+        client.append(context, 0, 0, tail[:, :3], tail=True)
+        client.append(context, 0, 0, tail, tail=True)
+        assert used[ME] == aside
+        apply(service)
+        client.append(context, 0, 0, ROWS)
+        assert used[ME] == client.status().pool.used_bytes
+        client.append(context, 0, 64, tail, tail=True)
+        client.close_context(context)
+        client.delete("aside")
+        assert used[ME] == 0
+
+
 @pytest.mark.parametrize("name", ["session_request_limit", "user_request_limit"])
 def test_requests_in_flight_are_bounded_and_the_bound_can_be_changed(runtime_dir: Path, name: str) -> None:
     with (

@@ -167,7 +167,7 @@ class _Application:
 def _application(socket: Path, user: int, tokens: int, seed: int) -> Iterator[_Application]:
     told = {"socket": str(socket), "uid": user, "gid": _GROUP, "tokens": tokens, "seed": seed}
     process = subprocess.Popen(
-        [sys.executable, "-m", "hillinfer.bench.sharing_client", json.dumps(told)],
+        [sys.executable, "-P", "-m", "hillinfer.bench.sharing_client", json.dumps(told)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -196,7 +196,7 @@ def _daemon(pool_dir: Path) -> Iterator[Path]:
     log = directory / "hillinferd.log"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hillinferd", "--config", str(config), "--die-with-parent"],
+            [sys.executable, "-P", "-m", "hillinferd", "--config", str(config), "--die-with-parent"],
             stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
         )  # fmt: skip
     try:

@@ -163,7 +163,7 @@ class Catalogue:
                     f"context {durable.name!r} of user {durable.uid} has an extent at {extent.offset} "
                     "not in the pool or of another; see what can be kept with `hillinferctl fsck`"
                 ) from None
-        self._used[durable.uid] += durable.extent_bytes
+        self._used[durable.uid] += durable.extent_bytes + durable.tail_bytes
         self._durables[key] = durable
 
     def open(self, session_id: int, uid: int, shape: Shape) -> Context:
@@ -293,6 +293,17 @@ class Catalogue:
         layer.placed.extend(placed)
         layer.tokens += tokens
 
+    def check_tail(self, context: Context, durable: Durable, layer_index: int, tokens: int) -> None:
+        """Raise :class:`QuotaExceeded` if there is no room to keep ``tokens`` of a layer aside."""
+        more = tokens - durable.tails[layer_index]
+        self._check_room(context, more * context.shape.kv_heads * context.shape.row_bytes)
+
+    def set_tail(self, durable: Durable, layer_index: int, tokens: int) -> None:
+        """Account the tokens of a layer that are kept aside."""
+        more = tokens - durable.tails[layer_index]
+        self._used[durable.uid] += more * durable.shape.kv_heads * durable.shape.row_bytes
+        durable.tails[layer_index] = tokens
+
     def rollback(self, context: Context, placed: list[Placed]) -> None:
         """Free what :meth:`reserve` allocated."""
         self._free(context.uid, [item.extent for item in placed])
@@ -309,6 +320,7 @@ class Catalogue:
     def delete(self, durable: Durable) -> None:
         """Forget a durable context that nobody has open, and free its extents."""
         del self._durables[durable.uid, durable.name]
+        self._used[durable.uid] -= durable.tail_bytes
         self._free(durable.uid, durable.extents)
 
     def _check_session(self, session_id: int, uid: int, shape: Shape) -> None:
@@ -346,7 +358,10 @@ class Catalogue:
             tokens = next_tokens(covered)
             new += extent_bytes(context.shape, tokens)
             covered += tokens
-        if not new:
+        self._check_room(context, new)
+
+    def _check_room(self, context: Context, new: int) -> None:
+        if new <= 0:
             return
         for what, used, limit in (
             ("context", _own_bytes(context), self.quotas.context),
@@ -371,7 +386,8 @@ class Catalogue:
 
 
 def _own_bytes(context: Context) -> int:
-    return sum(placed.extent.length for layer in context.layers for placed in layer.own)
+    aside = context.durable.tail_bytes if context.durable else 0
+    return aside + sum(placed.extent.length for layer in context.layers for placed in layer.own)
 
 
 def key_bytes(shape: Shape, tokens: int) -> int:

@@ -62,6 +62,11 @@ class Durable:
         """Bytes of the pool that it takes."""
         return sum(extent.length for extent in self.extents)
 
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of rows that are kept aside in the catalogue."""
+        return sum(self.tails) * self.shape.kv_heads * self.shape.row_bytes
+
     def check_matches(self, shape: Shape, labels: Mapping[str, str]) -> None:
         """Raise :class:`ContextMismatch` naming the first difference to what a caller expects."""
         for name in ("layers", "kv_heads", "head_dim", "dtype", "precision"):

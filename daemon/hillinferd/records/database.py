@@ -28,7 +28,6 @@ CREATE TABLE record (
 ) WITHOUT ROWID
 """
 
-_LARGEST = (1 << 63) - 1
 
 _SEQUENCE = struct.Struct("<QI")
 
@@ -137,14 +136,16 @@ class Database:
         self, kind: str, context: int | None = None, layer: int | None = None
     ) -> Iterator[tuple[Key, bytes]]:
         """Yield the records of a kind, of one context and layer if they are named, ascending by key."""
+        named = {"kind": kind, "context": context, "layer": layer}
+        wanted = {name: value for name, value in named.items() if value is not None}
+        # Equal, and not between: of several ranges SQLite's index serves only the first.
+        terms = " AND ".join(f"{name} = :{name}" for name in wanted)
         query = (
-            "SELECT kind, context, layer, first, body, crc FROM record WHERE kind = ? "
-            "AND context BETWEEN ? AND ? AND layer BETWEEN ? AND ? ORDER BY context, layer, first"
+            f"SELECT kind, context, layer, first, body, crc FROM record WHERE {terms} "
+            "ORDER BY context, layer, first"
         )
-        contexts = (0, _LARGEST) if context is None else (context, context)
-        layers = (0, _LARGEST) if layer is None else (layer, layer)
         with self._typed():
-            for *parts, body, crc in self._db.execute(query, (kind, *contexts, *layers)):
+            for *parts, body, crc in self._db.execute(query, wanted):
                 yield Key(*parts), self._checked(Key(*parts), body, crc)
 
     def settle(self) -> None:

@@ -78,6 +78,7 @@ class ColdPoolService:
         self.refused: Counter[str] = Counter()
         """Errors that transports answered with, by name."""
         self._opening: dict[tuple[int, str], Drive] = {}
+        self._openers: Counter[tuple[int, str]] = Counter()
         self._attaching: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
         self.instance = secrets.token_hex(16)
@@ -177,12 +178,15 @@ class ColdPoolService:
         drive = self._opening.get(name) or self._drive_for(session, ask)
         if not ask.durable_name:
             return await drive.open_context(session, ask, deadline)
-        # The name must not come to be on two drives.
+        # The name must not come to be on two drives, however many ask for it at once.
         self._opening[name] = drive
+        self._openers[name] += 1
         try:
             return await drive.open_context(session, ask, deadline)
         finally:
-            self._opening.pop(name, None)
+            self._openers[name] -= 1
+            if not self._openers[name]:
+                del self._openers[name], self._opening[name]
 
     @_counted
     async def close_context(self, session: Session, context_id: int, deadline: float | None) -> None:

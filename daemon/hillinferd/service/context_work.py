@@ -121,7 +121,7 @@ class ContextWork:
         self.catalogue.commit(context, ask.layer, ask.tokens, placed)
         if context.durable:
             # Recorded with the append: what was kept aside is among the new tokens, or never will be.
-            context.durable.tails[ask.layer] = 0
+            self.catalogue.set_tail(context.durable, ask.layer, 0)
         context.evaluation_key_bytes = done.context_key_bytes
         held = context.layers[ask.layer].tokens
         return requests.Appended(held, context.evaluation_key_bytes, context.checksum_bytes)
@@ -143,9 +143,10 @@ class ContextWork:
         rows = admission.append_tail(session, context, ask)
         assert session.arena_fd is not None
         assert context.durable is not None
+        self.catalogue.check_tail(context, context.durable, ask.layer, ask.tokens)
         data = os.pread(session.arena_fd, rows.length, rows.offset)
         await self._store().put_tail(context.durable, ask.layer, ask.tokens, data)
-        context.durable.tails[ask.layer] = ask.tokens
+        self.catalogue.set_tail(context.durable, ask.layer, ask.tokens)
         held = context.layers[ask.layer].tokens
         return requests.Appended(held, context.evaluation_key_bytes, context.checksum_bytes)
 
@@ -175,9 +176,9 @@ class ContextWork:
                 "append the same number to each before saving"
             )
         await self.ensure_loaded(context)
-        done = await self._call(messages.SealContext(context_id))
         durable.gid = gid
         try:
+            done = await self._call(messages.SealContext(context_id))
             await self._store().save(durable, done.sealed)
         except BaseException:
             durable.gid = None

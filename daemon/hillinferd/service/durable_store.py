@@ -94,8 +94,10 @@ class DurableStore:
         return data
 
     async def save(self, durable: Durable, sealed: list[tuple[int, SealedKeys]]) -> None:
-        """Record that the context is complete."""
+        """Record that the context is complete, and note its checksum, which stays the same from then on."""
         await asyncio.to_thread(self._opened.save, durable, sealed)
+        contents = await asyncio.to_thread(self._opened.content, durable)
+        durable.checksum = await asyncio.to_thread(self._opened.checksum, durable, contents)
 
     async def delete(self, durable: Durable) -> None:
         """Forget the context."""

@@ -256,7 +256,7 @@ class Supervisor:
         ours.setblocking(False)
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "hillinferd.worker", str(theirs.fileno())),
+                *(sys.executable, "-P", "-m", "hillinferd.worker", str(theirs.fileno())),
                 *(self._settings.to_json(), self._log_level),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hillinfer_core import kernel
-from hillinfer_core.errors import CorruptData, MemoryLimit
+from hillinfer_core.errors import CorruptData, HillInferError, MemoryLimit
 from hillinfer_core.exchange import HeldKeys
 from hillinfer_core.layout import PAGE, TILE_TOKENS, Shape
 from hillinfer_core.reference import I32, U8, U32, Q
@@ -242,7 +242,7 @@ class KeyKeeper:
         if self.residency.admit(segment.offset, segment.nbytes):
             try:
                 self._driver.load_keys(segment, tiles)
-            except (MemoryError, OSError) as error:
+            except (MemoryError, OSError, HillInferError) as error:
                 # They are in the pool: what cannot be kept in memory is streamed.
                 log.warning("evaluation keys are not kept in memory", offset=segment.offset, error=error)
                 self.residency.forget(segment.offset)

@@ -43,6 +43,22 @@ def by_grpc(daemon: Restartable) -> Iterator[Session]:
         yield connected
 
 
+def test_a_context_goes_on_that_began_with_one_whose_writer_was_still_there(
+    daemon: Restartable, session: Session
+) -> None:
+    with (
+        Session.connect(daemon.socket) as writing,
+        writing.open_context(SHAPE, durable="new", labels=LABELS) as written,
+    ):
+        fill(written, 0, TOKENS)
+        written.save()
+        context = session.open_context(SHAPE, base="new", labels=LABELS)
+    daemon.restart(signal.SIGKILL)
+    check(context)
+    context.close()
+    session.delete_context("new")
+
+
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("kind", ["session", "by_grpc"])
 def test_a_context_on_a_saved_one_goes_on(

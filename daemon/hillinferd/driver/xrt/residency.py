@@ -39,8 +39,12 @@ class Residency:
         if self.used + size > self.capacity:
             raise MemoryError(f"{size} bytes do not fit beside {self.used} of {self.capacity}")
         buffer = self._make(size)
-        buffer.view[: tiles.nbytes] = tiles.reshape(-1).data
-        buffer.to_card(buffer.size)
+        try:
+            buffer.view[: tiles.nbytes] = tiles.reshape(-1).data
+            buffer.to_card(buffer.size)
+        except BaseException:
+            buffer.close()
+            raise
         self._held[segment.offset] = buffer
 
     def unload(self, offset: int) -> None:
