@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 
 import numpy as np
+import pytest
 from xrt_rig import opened
 
 from hillinfer_core.arena import Arena, create_arena
@@ -20,7 +22,10 @@ POOL = 8 << 20
 SHAPE = Shape(1, 1, 64, DType.float16, Precision.int4)
 
 
-def test_an_append_whose_keys_cannot_be_copied_to_the_card_is_made(tmp_path: Path) -> None:
+def test_an_append_whose_keys_cannot_be_copied_to_the_card_is_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)  # pytest keeps what is logged, and the error holds the card's memory
     with opened(tmp_path, {"capacity": POOL}, p2p=False) as driver:
         operations, seeds = Operations(driver), itertools.count()
         catalogue = Catalogue(ExtentAllocator(POOL, GRANULE), Quotas())

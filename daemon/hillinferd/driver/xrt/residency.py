@@ -39,12 +39,8 @@ class Residency:
         if self.used + size > self.capacity:
             raise MemoryError(f"{size} bytes do not fit beside {self.used} of {self.capacity}")
         buffer = self._make(size)
-        try:
-            buffer.view[: tiles.nbytes] = tiles.reshape(-1).data
-            buffer.to_card(buffer.size)
-        except BaseException:
-            buffer.close()
-            raise
+        buffer.view[: tiles.nbytes] = tiles.reshape(-1).data
+        buffer.to_card(buffer.size)
         self._held[segment.offset] = buffer
 
     def unload(self, offset: int) -> None:
