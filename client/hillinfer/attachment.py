@@ -77,6 +77,7 @@ class Attachment:
         self._owns_session = owns_session
         self._last: HierarchicalCache | None = None
         self._caches: weakref.WeakSet[HierarchicalCache] = weakref.WeakSet()
+        self._replaced: weakref.WeakSet[DynamicCache] = weakref.WeakSet()
         self._attached = True
         self._previous = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION_NAME)
@@ -179,9 +180,24 @@ class Attachment:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put our cache in the place of the empty default one that `generate` makes."""
         past = kwargs.get("past_key_values")
-        if kwargs.get("use_cache", True) is False or isinstance(past, HierarchicalCache):
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in module.parameters()):
+            raise InvalidInput(
+                "no gradient flows through a cold pool: call the model within torch.no_grad() or "
+                "torch.inference_mode(), as generate() does"
+            )
+        if isinstance(past, HierarchicalCache):
+            past.check_whole()
+            return args, kwargs
+        if kwargs.get("use_cache", True) is False:
             return args, kwargs
         if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
+            if past is not None:
+                if past in self._replaced:
+                    raise InvalidInput(
+                        "another cache took the place of this DynamicCache, and has its tokens: pass on the "
+                        "step's past_key_values, or one of new_cache()"
+                    )
+                self._replaced.add(past)
             cache = self.new_cache()
             if past is not None and any(getattr(layer, "record_past", False) for layer in past.layers):
                 cache.activate_past_recording()  # type: ignore[no-untyped-call]  # untyped there
@@ -209,6 +225,8 @@ def attach(
     trace: bool = False,
 ) -> Attachment:
     """Keep the model's KV cache in the cold pool; `model.generate` then works unchanged.
+
+    Called by itself, the model wants `torch.no_grad()` or `torch.inference_mode()`.
 
     budget: tokens attended per decode step (a count, or per cent of the past;
     while a context is short, a per cent means at least 72 tokens or, with pinned tokens of your

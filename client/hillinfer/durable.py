@@ -10,6 +10,15 @@ from hillinfer_core.layout import DType, Precision, Shape
 from hillinfer_core.v1 import cold_pool_pb2
 
 
+def is_text(word: str) -> bool:
+    """Whether UTF-8 can say it: a command line's words may hold bytes that are none."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class DurableContext:
     """A context that outlives its session. See `Session.list_contexts`."""
@@ -63,5 +72,9 @@ def check_names(durable: str | None, base: str | None, labels: Mapping[str, str]
         raise InvalidInput("a context is durable or has a base, not both")
     if "" in (durable, base):
         raise InvalidInput("the name of a context cannot be empty")
+    words = {"the name of a context": durable or base or "", **(labels or {})}
+    for what, word in words.items():
+        if not is_text(word) or not is_text(what):
+            raise InvalidInput(f"{what!a} is no UTF-8 text: {word!a}")
     if labels and durable is None and base is None:
         raise InvalidInput("labels are for contexts with a name: give durable or base")

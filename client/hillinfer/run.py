@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hillinfer import shared_daemon
 from hillinfer.attachment import Attachment, attach
+from hillinfer.durable import is_text
 from hillinfer.hkm.cache import HierarchicalCache
 from hillinfer.kept_context import open_kept
 from hillinfer.model_directory import ModelDirectory
@@ -259,6 +260,8 @@ class _LineEnd(StoppingCriteria):
 
 
 def _encode(directory: ModelDirectory, text: str, *, special: bool) -> torch.Tensor:
+    if not is_text(text):
+        raise InvalidInput(f"this is no UTF-8 text: {text[:40]!a}")
     ids = directory.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
     assert isinstance(ids, torch.Tensor)
     return ids

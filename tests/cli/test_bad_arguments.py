@@ -25,6 +25,7 @@ def context(tmp_path):
 def refused(context, tmp_path, monkeypatch, capfd):
     """Return a function that runs with one thing wrong and returns the line that says what."""
     monkeypatch.setenv("HILLINFER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # `main` sets its own
 
     def run(*arguments, model=MODEL, context=context, ask="print VAR misty_harbor ->"):
         command = ["hillinfer", "run", "--model", model, "--context", context, "--ask", ask, *arguments]
@@ -58,6 +59,13 @@ def test_no_daemon_at_the_socket_named(refused, tmp_path):
 
 def test_no_share_of_the_cpu(refused):
     assert "auto, or 0 to 1, not 'half'" in refused("--cpu-share", "half")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"ask": "what \udcff"}, {"arguments": ("--context-name", "a\udcff", "--json")}]
+)
+def test_no_text(refused, arguments):
+    assert "is no UTF-8 text" in refused(*arguments.pop("arguments", ()), **arguments)
 
 
 def test_no_such_model_directory(refused, tmp_path):

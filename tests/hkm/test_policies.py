@@ -187,7 +187,7 @@ def test_mass_is_the_sum_of_the_attention_of_all_queries():
     expected = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1).sum((1, 2))
     mass = np.zeros((2, 300), np.float32)
     for start, end in ((0, 270), (270, 299), (299, 300)):  # in chunks, as a context is read
-        add_mass(mass[:, :end], query[:, start:end], keys[:, :end].numpy(), 0.3)
+        add_mass(mass[:, :end], query[:, start:end], keys[:, :end].numpy(), 0.3, None)
     np.testing.assert_allclose(mass, expected.numpy(), rtol=1e-4)
 
 

@@ -98,7 +98,8 @@ class SelectionMetrics:
         self._layers = layers
         self._predictor = predictor
         self._copy = KeyCopy()
-        self._before: dict[int, Ids] = {}
+        self._before: dict[int, list[Ids]] = {}
+        """By layer, of each KV head."""
 
     def observe(self, cache: HierarchicalCache, layer: int, query: torch.Tensor, scaling: float) -> None:
         """Measure this step, unless it is exact."""
@@ -110,13 +111,14 @@ class SelectionMetrics:
         sums = self._layers.setdefault(layer, Sums())
         exact = query[0, :, 0].float().cpu().numpy()
         keys = all_keys(self._copy, cache, layer)
-        mass = attention_mass(exact, keys, scaling)
+        mass = attention_mass(exact, keys, scaling, cache.full_layers[layer].softcap)
         scores = group_sum(exact, keys)[:, first:end]
-        before = self._before.get(layer)
+        before, self._before[layer] = self._before.get(layer), []
         for head, slot_ids in enumerate(slots.ids[0]):
             chosen = slot_ids[slot_ids != EMPTY]
             if cache.full_layers[layer].attended_all:
                 chosen = np.arange(first, end, dtype=np.uint32)
+            self._before[layer].append(chosen)
             attended = np.concatenate([np.arange(first), np.arange(end, tokens), chosen])
             sums.captured_mass.append(float(mass[head][:, attended].sum(axis=-1).mean()))
             if not len(chosen):
@@ -125,7 +127,6 @@ class SelectionMetrics:
             sums.recall.append(len(np.intersect1d(wanted, chosen)) / len(chosen))
             if before is not None:
                 sums.step_overlap.append(len(np.intersect1d(before[head], chosen)) / len(chosen))
-        self._before[layer] = slots.ids[0].copy()
         predicted = None if self._predictor is None else self._predictor.predicted.get(layer)
         if predicted is not None:
             sums.query_cosine.append(_cosine(predicted, exact))

@@ -241,11 +241,9 @@ class HierarchicalCache(Cache):
                 f"{self._durable} is not saved yet and cannot be rolled back: save() first, "
                 "or begin with new_cache() without a name"
             )
-        new = None
-        if self._base is not None:
-            new = self.session.open_context(
-                old.shape, base=self._base, owner=self._owner, labels=self._labels
-            )
+        new, base = None, self._base
+        if base is not None:
+            new = self.session.open_context(old.shape, base=base, owner=self._owner, labels=self._labels)
             if new.length(0) > tokens:
                 new.close()
                 new, self._base = None, None
@@ -256,6 +254,7 @@ class HierarchicalCache(Cache):
                     rows = old.fetch_range(layer, start, min(self.block_tokens, tokens - start))
                     new.append(layer, rows[:, :, 0], rows[:, :, 1])
         except BaseException:
+            self._base = base
             with suppress(HillInferError):
                 new.close()
             raise
@@ -266,15 +265,35 @@ class HierarchicalCache(Cache):
         if not self._usable:
             raise InvalidInput("this cache is closed, or a step of it failed: begin with new_cache()")
 
-    def check_whole(self) -> None:
-        """As `check_usable`, and fail the cache if the layers hold different tokens."""
+    def check_whole(self, *, in_step: bool = False) -> None:
+        """As `check_usable`, and fail the cache if the layers hold different tokens.
+
+        in_step: the first of `full_layers` has begun; sliding ones before it have the tokens already.
+        """
         self.check_usable()
-        if len({layer.get_seq_length() for layer in self.full_layers}) > 1:
+        sliding = () if in_step else self._sliding
+        if len({layer.get_seq_length() for layer in (*sliding, *self.full_layers)}) > 1:
             self.fail()
             raise InvalidInput(
                 "a step of this cache ended between two layers, which hold different tokens now: begin with "
                 "new_cache()"
             )
+
+    def reset(self) -> None:
+        """Not supported, as the others here: said before any layer is touched."""
+        self.full_layers[0].reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Not supported."""
+        self.full_layers[0].reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Not supported."""
+        self.full_layers[0].batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Not supported."""
+        self.full_layers[0].batch_select_indices(indices)
 
     def fail(self) -> None:
         """Refuse every further step."""

@@ -41,9 +41,7 @@ def decode(
         return layer.everything(query, scaling, candidates)
     output = attend(layer, query, scaling)
     layer.pools.settle()
-    if not keep:
-        layer.cache.account()
-        slots.resize(0)
+    layer.keeps_slots = keep
     return output
 
 

@@ -57,6 +57,8 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._seen = 0  # columns so far, padding included
         self.attended_all = False
         """Whether the latest decode step streamed every token instead of filling slots."""
+        self.keeps_slots = True
+        """Whether the slots of the step in progress stay as they are after it."""
         self._pending = False  # between `update` and `attend`
         self.softcap: float | None = None
         self.sample: Sample | None = None  # of the step in progress, where it is sampled
@@ -73,9 +75,10 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.slots = Slots(batch, kv_heads, head_dim, config.sinks, recent, key_states)
         self.hot = HotPool(batch, kv_heads, head_dim, to_storage(key_states[:0]).dtype)
         self.pools = Pools(self.slots, self.hot)
-        self.is_initialized = True
         for row, context in enumerate(contexts):
             self._fill_pinned(row, context, key_states)
+        # Last: what is interrupted before begins anew.
+        self.is_initialized = True
 
     def begin_with(self, tokens: int) -> None:
         """Count the tokens that the context holds before the model's first step."""
@@ -110,7 +113,7 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.cache.check_usable()
         else:
             # An interruption or an error outside of attention, in a layer before, has told the cache nothing.
-            self.cache.check_whole()
+            self.cache.check_whole(in_step=True)
         if self._pending:
             self.cache.fail()
             raise UnsupportedModel("the model changes the keys after the cache: attention never saw them")
@@ -202,6 +205,10 @@ class HierarchicalLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             output = self._attend(query, key, value, padding, scaling)
             if self.cache.observer is not None:
                 self.cache.observer(self.cache, self.index, query, scaling)
+            if not self.keeps_slots:
+                self.cache.account()
+                self.slots.resize(0)
+                self.keeps_slots = True
             if query.shape[2] == 1:
                 losses = None if self.sample is None else self.sample.losses
                 self.cache.pipeline.attended(self, query, losses)

@@ -23,6 +23,12 @@ from hillinfer_core.moves import SlotArrays, join_rows, put_tokens, split_rows
 EMPTY = np.uint32(0xFFFFFFFF)
 
 
+def _zeros(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    # A tensor of inference_mode could not be changed by `generate`, which runs without.
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
 class Slots:
     """The attended KV of one layer for a batch of sequences. Not thread-safe."""
 
@@ -31,7 +37,7 @@ class Slots:
     ) -> None:
         self.sinks = sinks
         self.recent = recent
-        self._kv = like.new_zeros((2, batch, kv_heads, sinks + recent, head_dim))
+        self._kv = _zeros(like, (2, batch, kv_heads, sinks + recent, head_dim))
         self.keys, self.values = self._kv
         self.ids = np.full((batch, kv_heads, 0), EMPTY, np.uint32)
         self.full = [True] * batch
@@ -151,7 +157,7 @@ class Slots:
         self.ids = np.concatenate([grown, pad], axis=-1)
         self.full = [not selected] * len(self.full)
         held = self._kv[..., : self.pinned + kept, :]
-        self._kv = held.new_zeros((*held.shape[:3], self.pinned + selected, held.shape[-1]))
+        self._kv = _zeros(held, (*held.shape[:3], self.pinned + selected, held.shape[-1]))
         self._kv[..., : held.shape[3], :] = held
         self.keys, self.values = self._kv
         self._note_memory()

@@ -65,13 +65,14 @@ def all_keys(copy: KeyCopy, cache: HierarchicalCache, layer: int) -> F32:
 class Reading:
     """What the exact reading of a context left behind, by layer.
 
-    tokens: read. scaling: of the attention scores. last_query: float32 [H, D] of
+    tokens: read. scaling, softcap: of the attention scores. last_query: float32 [H, D] of
     the last token. mass: float32 [Hkv, tokens], the attention that each token got
     from all queries and the heads of its group; empty where no policy asked for it.
     """
 
     tokens: int
     scaling: dict[int, float] = field(default_factory=dict)
+    softcap: dict[int, float | None] = field(default_factory=dict)
     last_query: dict[int, F32] = field(default_factory=dict)
     mass: dict[int, F32] = field(default_factory=dict)
 
@@ -150,10 +151,15 @@ def group_sum(query: F32, keys: F32) -> F32:
     return products
 
 
-def attention_mass(query: F32, keys: F32, scaling: float) -> F32:
-    """Softmax over all `keys` [Hkv, n, D] for each query head of `query` [H, D]: [Hkv, group, n]."""
+def attention_mass(query: F32, keys: F32, scaling: float, softcap: float | None = None) -> F32:
+    """Softmax over all `keys` [Hkv, n, D] for each query head of `query` [H, D]: [Hkv, group, n].
+
+    softcap: of the scores, as the model has it (`HierarchicalLayer.softcap`).
+    """
     grouped = query.reshape(len(keys), -1, query.shape[-1])
     scores = np.matmul(grouped, keys.transpose(0, 2, 1)) * np.float32(scaling)
+    if softcap is not None:
+        scores = np.tanh(scores / np.float32(softcap)) * np.float32(softcap)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     mass: F32 = weights / weights.sum(axis=-1, keepdims=True)
     return mass

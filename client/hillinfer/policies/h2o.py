@@ -48,7 +48,7 @@ class H2O(HostPolicy):
         """Add this step's attention over what is left."""
         keys = all_keys(self.copy, cache, layer)
         mass, dropped = self._room(layer, keys.shape[1])
-        add_mass(mass, query[0], keys, scaling, dropped)
+        add_mass(mass, query[0], keys, scaling, cache.full_layers[layer].softcap, dropped)
 
     def _room(self, layer: int, tokens: int) -> tuple[F32, np.ndarray[Any, np.dtype[np.bool_]]]:
         mass = self._mass[layer]
@@ -65,6 +65,7 @@ def add_mass(
     query: torch.Tensor,
     keys: F32,
     scaling: float,
+    softcap: float | None,
     dropped: np.ndarray[Any, np.dtype[np.bool_]] | None = None,
 ) -> None:
     """Add to `mass` [Hkv, n] what the last queries [H, q, D] give to each of `keys` [Hkv, n, D].
@@ -79,6 +80,8 @@ def add_mass(
         block = grouped[:, :, start : start + _QUERY_BLOCK]
         seen = tokens - query.shape[1] + start + block.shape[2]
         scores = torch.matmul(block, transposed[:, None, :, :seen]) * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         rows = torch.arange(seen - block.shape[2], seen)[:, None]
         scores.masked_fill_(torch.arange(seen)[None] > rows, float("-inf"))
         if hidden is not None:

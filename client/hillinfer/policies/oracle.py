@@ -17,5 +17,6 @@ class Oracle(HostPolicy):
 
     def choose(self, layer: int, item: EvaluateItem, keys: F32) -> Ids:
         """By each token's share of the attention."""
-        mass: F32 = attention_mass(item.query, keys, self.reading.scaling[layer]).sum(axis=1)
-        return best(mass, item)
+        reading = self.reading
+        mass = attention_mass(item.query, keys, reading.scaling[layer], reading.softcap[layer])
+        return best(mass.sum(axis=1), item)

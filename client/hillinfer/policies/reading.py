@@ -21,10 +21,11 @@ class Reader:
         """See `hillinfer.hkm.cache.Observer`."""
         reading = self.reading
         reading.scaling[layer] = scaling
+        reading.softcap[layer] = softcap = cache.full_layers[layer].softcap
         reading.last_query[layer] = query[0, :, -1].float().cpu().numpy()
         if self._copy is None:
             return
         keys = all_keys(self._copy, cache, layer)
         if layer not in reading.mass:
             reading.mass[layer] = np.zeros((len(keys), reading.tokens), np.float32)
-        add_mass(reading.mass[layer][:, : keys.shape[1]], query[0], keys, scaling)
+        add_mass(reading.mass[layer][:, : keys.shape[1]], query[0], keys, scaling, softcap)
