@@ -36,8 +36,8 @@ run: setup ## answer four questions about a 16K-token text through the daemon (m
 test: setup ## run the tests (one file: make test ARGS=tests/cli/test_tasks.py)
 	$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: setup ## run the tests of hundreds of repetitions
-	$(BIN)/python -m pytest -m long --hypothesis-profile=exploring $(ARGS)
+test-long: setup ## run the tests of hundreds of repetitions, and property tests with other examples
+	$(BIN)/python -m pytest -m "long or hypothesis" --hypothesis-profile=exploring $(ARGS)
 
 test-vm: setup ## run the tests of failing and unplugged drives in a virtual machine (docs/testing-vm.md)
 	$(BIN)/python tests/vm/run.py $(ARGS)

@@ -152,6 +152,7 @@ class Questions:
 
     def settle_appends(self, link: Link) -> None:
         """Wait until the daemon is done with all appends. Raises nothing."""
+        start = time.perf_counter() if self._appending else None
         while self._appending:
             appending = self._appending.pop(0)
             response = None
@@ -161,6 +162,8 @@ class Questions:
                     response = link.answer_append(appending.submitted)
             finally:
                 appending.ended(response)
+        if start is not None:
+            self.waited_s += time.perf_counter() - start
 
     def settle(self, link: Link, asked: Asked) -> None:
         """Wait until the daemon is done with it and with all sent before; keep what came. Raises nothing."""

@@ -77,7 +77,9 @@ class Attachment:
         self._owns_session = owns_session
         self._last: HierarchicalCache | None = None
         self._caches: weakref.WeakSet[HierarchicalCache] = weakref.WeakSet()
-        self._replaced: weakref.WeakSet[DynamicCache] = weakref.WeakSet()
+        self._replaced: weakref.WeakKeyDictionary[DynamicCache, HierarchicalCache]
+        self._replaced = weakref.WeakKeyDictionary()
+        """Caches of callers, and those that took their places."""
         self._attached = True
         self._previous = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION_NAME)
@@ -180,7 +182,11 @@ class Attachment:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put our cache in the place of the empty default one that `generate` makes."""
         past = kwargs.get("past_key_values")
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in module.parameters()):
+        if kwargs.get("use_cache", True) is False and not isinstance(past, HierarchicalCache):
+            return args, kwargs
+        given = kwargs.get("inputs_embeds")
+        needing = module.parameters() if given is None else (given, *module.parameters())
+        if torch.is_grad_enabled() and any(each.requires_grad for each in needing):
             raise InvalidInput(
                 "no gradient flows through a cold pool: call the model within torch.no_grad() or "
                 "torch.inference_mode(), as generate() does"
@@ -188,17 +194,16 @@ class Attachment:
         if isinstance(past, HierarchicalCache):
             past.check_whole()
             return args, kwargs
-        if kwargs.get("use_cache", True) is False:
-            return args, kwargs
         if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
-            if past is not None:
-                if past in self._replaced:
-                    raise InvalidInput(
-                        "another cache took the place of this DynamicCache, and has its tokens: pass on the "
-                        "step's past_key_values, or one of new_cache()"
-                    )
-                self._replaced.add(past)
+            before = None if past is None else self._replaced.get(past)
+            if before is not None and before.get_seq_length():
+                raise InvalidInput(
+                    "another cache took the place of this DynamicCache, and has its tokens: pass on the "
+                    "step's past_key_values, or one of new_cache(); to begin anew, make another"
+                )
             cache = self.new_cache()
+            if past is not None:
+                self._replaced[past] = cache
             if past is not None and any(getattr(layer, "record_past", False) for layer in past.layers):
                 cache.activate_past_recording()  # type: ignore[no-untyped-call]  # untyped there
             kwargs["past_key_values"] = cache

@@ -129,10 +129,10 @@ class Context:
             self._tail_tokens[layer] = held + tokens - taken
 
     @survives
-    def append_ahead(self, layer: int, keys: Array, values: Array) -> None:
-        """Begins to append n tokens as `append` does; does not wait.
+    def append_ahead(self, layer: int, keys: Array, values: Array) -> bool:
+        """Begins to append n tokens as `append` does; does not wait. Returns whether anything has begun.
 
-        Nothing begins but one request, in which tail and tokens are whole units.
+        Nothing but one request does, in which tail and tokens are whole units.
         Whatever needs to know does, and finds that they are there or, after any failure, not: then they are
         to be appended again. Raises `InvalidInput` for another shape or dtype.
         """
@@ -143,11 +143,11 @@ class Context:
             held = self._tail_tokens[layer]
             count = held + tokens
             if count % self.append_unit or self.saved or count > (self._append_limit or count):
-                return
+                return False
             link, questions = session.attached(), session.questions
             found = questions.room_to_append(link, (shape.kv_heads, count, 2, shape.head_dim), keys.dtype)
             if found is None:
-                return
+                return False
             region, rows = found
             rows[:, :held] = self._tails[layer, :, :held]
             rows[:, held:, 0], rows[:, held:, 1] = keys, values
@@ -162,8 +162,10 @@ class Context:
 
             self._appending.add(layer)
             request = self._append_request(layer, count, region)
-            if not questions.append(link, request, session.timeout_s, ended):
+            sent = questions.append(link, request, session.timeout_s, ended)
+            if not sent:
                 self._appending.discard(layer)
+            return sent
 
     @survives
     def _begin_append(self) -> None:

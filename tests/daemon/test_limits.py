@@ -22,6 +22,7 @@ from hillinfer_core.errors import ConfigError
 from hillinfer_core.layout import DType, Precision, Shape
 from hillinfer_core.v1 import cold_pool_pb2 as pb
 from hillinferd import config
+from hillinferd.domain.placement import extent_bytes, next_tokens
 from hillinferd.service.limits import Limits
 from hillinferd.service.work_queue import Piece, Priority
 
@@ -170,9 +171,11 @@ def test_what_is_kept_aside_counts_too(runtime_dir: Path, name: str) -> None:
         client.append(context, 0, 0, tail[:, :3], tail=True)
         client.append(context, 0, 0, tail, tail=True)
         assert used[ME] == aside
-        apply(service)
+        # What is kept aside goes when the tokens come.
+        apply(service, **{name: extent_bytes(SHAPE, next_tokens(0))})
         client.append(context, 0, 0, ROWS)
         assert used[ME] == client.status().pool.used_bytes
+        apply(service)
         client.append(context, 0, 64, tail, tail=True)
         client.close_context(context)
         client.delete("aside")

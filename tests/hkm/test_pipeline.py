@@ -281,9 +281,7 @@ def test_a_step_that_was_interrupted_leaves_nothing_for_the_next_one(model, sess
 
 
 @torch.inference_mode()
-def test_the_first_step_after_a_text_sends_what_all_layers_append_and_waits_for_none(
-    model, session, monkeypatch
-):
+def test_the_first_step_after_a_text_sends_what_all_layers_append_at_once(model, session, monkeypatch):
     ids, _ = prompt(1, 599, False)
     append, waited_for = Context.append, []
     monkeypatch.setattr(Context, "append", lambda *these: (waited_for.append(these[1]), append(*these)))

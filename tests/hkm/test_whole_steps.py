@@ -115,6 +115,24 @@ def test_what_a_cache_cannot_do_changes_none_of_its_layers(sliding, session, cha
 
 
 @torch.no_grad()
+def test_a_first_step_that_fails_may_be_made_again_with_the_callers_cache(model, session):
+    given = DynamicCache(config=model.config)
+    with hillinfer.attach(model, session=session):
+        hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(IDS, past_key_values=given)
+        hook.remove()
+        model(IDS, past_key_values=given)
+
+
+def test_without_a_cache_gradients_flow_as_ever(model, session):
+    with hillinfer.attach(model, session=session):
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+    model.zero_grad()
+
+
+@torch.no_grad()
 def test_a_cache_that_another_took_the_place_of_is_not_begun_twice(model, session):
     with hillinfer.attach(model, session=session) as attachment:
         replaced = DynamicCache(config=model.config)

@@ -174,7 +174,7 @@ def _amounts(layer: HierarchicalLayer, lengths: list[int], ahead: bool) -> Amoun
 
 
 def append_for_next(layer: HierarchicalLayer) -> bool:
-    """Begin to append what the next decode step of `layer` would, and wait for; say if there is anything.
+    """Begin to append what the next decode step of `layer` would, and wait for; say if anything is sent.
 
     What comes of it the layer's next `Job` sees, which appends what was not.
     """
@@ -184,8 +184,7 @@ def append_for_next(layer: HierarchicalLayer) -> bool:
         end = min(layer.append_end(context, length + 1, layer.waiting), length)
         if end > first:
             keys, values = slots.pinned_rows(row, first, end - first)
-            context.append_ahead(index, to_storage(keys), to_storage(values))
-            any_sent = True
+            any_sent |= context.append_ahead(index, to_storage(keys), to_storage(values))
     return any_sent
 
 

@@ -260,8 +260,9 @@ class Pipeline:
         if job.appends and Request.serves(self.policy):
             # Here and not in the worker, which would want the interpreter's lock meanwhile, several times.
             # After several tokens at once all layers have some: the daemon takes them one after another.
-            for each in job.layer.cache.full_layers:
-                append_for_next(each)
+            for each in job.layer.cache.full_layers[job.layer.index :]:
+                if not append_for_next(each):
+                    break
             job.append_ahead()
             begun = self._note_waiting(job, start, waited)
             start, waited = perf_counter(), self._session.waited_s

@@ -116,7 +116,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Quotas:
-    """Bytes of the cold pool that a user, context and session may take, and contexts they may have open."""
+    """Bytes of the cold pool, and kept aside, that each may take; contexts they may have open."""
 
     user: int = UNLIMITED
     context: int = UNLIMITED
@@ -282,7 +282,8 @@ class Catalogue:
             raise InvalidInput(f"append takes multiples of {shape.append_unit} tokens, not {tokens}")
         if tokens > context.append_limit:
             raise InvalidInput(f"append takes at most {context.append_limit} tokens, not {tokens}")
-        self._check_quotas(context, layer, first_token + tokens)
+        aside = context.durable.tails[layer_index] if context.durable else 0  # goes when they come
+        self._check_quotas(context, layer, first_token + tokens, aside)
         placed = extend(self.allocator, shape, layer.covered, first_token + tokens)
         self._used[context.uid] += sum(item.extent.length for item in placed)
         return placed
@@ -352,13 +353,14 @@ class Catalogue:
         self._contexts[context.context_id] = context
         return context
 
-    def _check_quotas(self, context: Context, layer: Layer, needed: int) -> None:
+    def _check_quotas(self, context: Context, layer: Layer, needed: int, aside: int) -> None:
         new, covered = 0, layer.covered
         while covered < needed:
             tokens = next_tokens(covered)
             new += extent_bytes(context.shape, tokens)
             covered += tokens
-        self._check_room(context, new)
+        if new:
+            self._check_room(context, new - aside * context.shape.kv_heads * context.shape.row_bytes)
 
     def _check_room(self, context: Context, new: int) -> None:
         if new <= 0:
@@ -370,7 +372,7 @@ class Catalogue:
         ):
             if used + new > limit:
                 raise QuotaExceeded(
-                    f"this {what} has {format_bytes(used)} of the cold pool and may have "
+                    f"this {what} has {format_bytes(used)} of the cold pool, and kept aside, and may have "
                     f"{format_bytes(limit)}; close or delete contexts, or raise {what}_quota"
                 )
 

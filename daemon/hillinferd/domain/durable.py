@@ -32,7 +32,8 @@ class Durable:
     changes, and any number of volatile contexts (``readers``) begin with its tokens.
 
     ``unique`` tells it from every other there ever is; ``checksum`` is over the checksums of its rows and
-    over its tails, as of when it was last loaded. ``gid``: a group that may begin with it, None for none.
+    over its tails, as of when it was last loaded or saved. ``gid``: a group that may begin with it, None
+    for none.
     """
 
     record_id: int

@@ -95,9 +95,11 @@ class DurableStore:
 
     async def save(self, durable: Durable, sealed: list[tuple[int, SealedKeys]]) -> None:
         """Record that the context is complete, and note its checksum, which stays the same from then on."""
-        await asyncio.to_thread(self._opened.save, durable, sealed)
+        # Of rows and tails, which are there: nothing can fail once the record is made.
         contents = await asyncio.to_thread(self._opened.content, durable)
-        durable.checksum = await asyncio.to_thread(self._opened.checksum, durable, contents)
+        checksum = await asyncio.to_thread(self._opened.checksum, durable, contents)
+        await asyncio.to_thread(self._opened.save, durable, sealed)
+        durable.checksum = checksum
 
     async def delete(self, durable: Durable) -> None:
         """Forget the context."""
