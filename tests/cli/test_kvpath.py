@@ -34,7 +34,7 @@ def test_all_that_rank_evaluation_keys_choose_the_same_and_bring_the_rows(record
     chosen = {}
     with rig(workload, "none", Precision.int4, 48 << 20, tmp_path) as ready:
         for name, kind in SYSTEMS.items():
-            if name == "reload":
+            if name.startswith("reload"):
                 continue
             system = kind(ready)
             cache = ready.cache(Budget(alpha=0.1), system, system.hot_pool)
@@ -52,15 +52,16 @@ def test_all_that_rank_evaluation_keys_choose_the_same_and_bring_the_rows(record
             chosen[name] = np.sort(ids, axis=-1)
             cache.close()
             system.close()
-    same = ("hkm_only", "no_csd", "host_scoring_int4")
+    same = ("hkm_only", "host_ranking", "no_csd", "host_scoring_int4")
     for name in same:
         np.testing.assert_array_equal(chosen[name], chosen["hillinfer"], err_msg=name)
+    np.testing.assert_array_equal(chosen["host_scoring_held"], chosen["host_scoring"])
     exact = chosen["host_scoring"]
     query = workload.queries[3, 0].reshape(8, 4, 128).sum(1)
     scores = np.einsum("hnd,hd->hn", workload.keys[0].astype(np.float32), query)[:, 4 : TOKENS - 32]
     best = np.sort(np.argsort(-scores, axis=-1)[:, : exact.shape[1]] + 4, axis=-1)
     assert np.mean(exact == best) > 0.99  # float32 sums in another order may exchange the last
-    assert len(chosen) == len(SYSTEMS) - 1
+    assert len(chosen) == len(SYSTEMS) - 2
 
 
 def test_a_recording_that_does_not_fill_the_shape_is_refused(recording):
@@ -80,7 +81,7 @@ def test_the_command_prints_a_row_for_each_system(recording, tmp_path, monkeypat
             main()
         return (ended.value.code or 0, *capsys.readouterr())
 
-    systems = "hillinfer,host_scoring,reload,host_scoring_int4"
+    systems = "hillinfer,host_scoring,reload,host_scoring_int4,host_scoring_held,reload_held,host_ranking"
     picture = tmp_path / "kvpath.svg"
     code, out, err = run(
         "--systems",
@@ -108,6 +109,11 @@ def test_the_command_prints_a_row_for_each_system(recording, tmp_path, monkeypat
     assert by_name["reload"]["moved_bytes"] >= TOKENS * 8 * 512
     assert by_name["host_scoring"]["moved_bytes"] >= TOKENS * 8 * 256
     assert by_name["hillinfer"]["moved_bytes"] < by_name["host_scoring_int4"]["moved_bytes"]
+    for name, token_bytes in (("reload", 8 * 512), ("host_scoring", 8 * 256)):
+        held = by_name[f"{name}_held"]
+        assert held["moved_bytes"] < by_name[name]["moved_bytes"] - TOKENS // 10 * token_bytes
+        assert held["resident_bytes"] <= by_name["hillinfer"]["resident_bytes"] + (2 << 20)
+    assert by_name["host_ranking"]["moved_bytes"] < by_name["host_scoring_int4"]["moved_bytes"] / 2
     assert 0 < by_name["hillinfer"]["miss_rate"] < 1
     code, _, err = run("--systems", "magic")
     assert code == 2

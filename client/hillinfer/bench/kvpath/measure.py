@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ def measure(
         running = []
         for name, budget in budgets.items():
             of_rig = rig if SYSTEMS[name].keys_in_memory or streaming is None else streaming
-            system = SYSTEMS[name](of_rig)
+            system = SYSTEMS[name](replace(of_rig, attends=budget))
             stack.callback(system.close)
             running.append(_Running(of_rig, system, budget))
             stack.callback(running[-1].cache.close)

@@ -42,6 +42,8 @@ class Rig:
     precision: Precision
     resident: int
     """Bytes that each system may hold."""
+    attends: Budget | None = None
+    """How much the system that it is given to attends to; None before that is known."""
 
     def cache(self, budget: Budget, policy: SelectionPolicy, hot_pool: bool = True) -> HierarchicalCache:
         """Return HKM's cache over the saved context, ready to select; with or without a hot pool."""

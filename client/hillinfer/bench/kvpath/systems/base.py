@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from hillinfer.bench.kvpath.rig import Rig
+from hillinfer.bench.kvpath.rig import ARENA_BYTES, Rig
 from hillinfer.bench.kvpath.systems.streaming import Stream
 from hillinfer.session import Brought, EvaluateItem, Session
 
@@ -47,6 +47,15 @@ class System(ABC):
         """Let go of threads and contexts."""
         if self.stream is not None:
             self.stream.close()
+
+
+def held_tokens(rig: Rig, token_bytes: int) -> int:
+    """Return the tokens of which each layer can hold `token_bytes` in what slots leave of `resident`."""
+    shape = rig.workload.shape
+    attended = 0 if rig.attends is None else rig.attends.of(rig.workload.tokens)
+    slots = attended * shape.kv_heads * 2 * shape.head_dim * 2 * rig.workload.layers
+    room = max(0, rig.resident - ARENA_BYTES - slots)
+    return min(rig.workload.tokens, room // rig.workload.layers // token_bytes)
 
 
 class HostSystem(System):

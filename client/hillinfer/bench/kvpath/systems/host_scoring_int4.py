@@ -58,6 +58,22 @@ class NoCsd(HostSystem):
         self._ahead.shutdown()
 
 
+class HostRanking(NoCsd):
+    """All INT4 keys stay in the host's memory, as in the card's for HillInfer; the host ranks them."""
+
+    name = "host_ranking"
+    keys_in_memory = True
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__(rig)
+        self._kept: dict[int, list[MirroredKeys]] = {}
+
+    def _pieces(self, layer: int, item: EvaluateItem, first: int) -> Iterator[MirroredKeys]:
+        if layer not in self._kept:
+            self._kept[layer] = list(super()._pieces(layer, item, first))
+        return iter(self._kept[layer])
+
+
 class HostScoringInt4(NoCsd):
     """The same without a hot pool: what was selected last is all that is remembered."""
 

@@ -28,15 +28,18 @@ class Stream:
         self._owned = owned
         self._ahead = ThreadPoolExecutor(1, "hillinfer-kvpath-stream")
 
-    def pieces(self, layer: int, tokens: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def pieces(self, layer: int, tokens: int, start: int = 0) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Yield (first token, rows [kv_heads, n, 2, row_dim]), valid until the next is asked for.
 
+        start: the token that the first piece begins with.
         Nobody else may use the arena meanwhile.
         """
+        if start >= tokens:
+            return
         shape, staging = self._context.shape, self._context.session.staging()
         staging.reset()
         per_token = shape.kv_heads * shape.row_bytes
-        size = min(tokens, (staging.nbytes - _BUFFERS * PAGE) // _BUFFERS // per_token)
+        size = min(tokens - start, (staging.nbytes - _BUFFERS * PAGE) // _BUFFERS // per_token)
         places = [
             staging.take((size * per_token // shape.dtype.itemsize,), shape.dtype.storage)
             for _ in range(_BUFFERS)
@@ -58,8 +61,8 @@ class Stream:
             numbers = count * per_token // shape.dtype.itemsize
             return flat[:numbers].reshape(shape.kv_heads, count, 2, shape.head_dim)
 
-        coming = self._ahead.submit(fetch, 0, places[0])
-        for at, first in enumerate(range(0, tokens, size)):
+        coming = self._ahead.submit(fetch, start, places[0])
+        for at, first in enumerate(range(start, tokens, size)):
             rows = coming.result()
             if first + size < tokens:
                 coming = self._ahead.submit(fetch, first + size, places[(at + 1) % _BUFFERS])
