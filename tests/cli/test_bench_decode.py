@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ import torch
 from hillinfer.bench.decode.growth_fits import COSTS, exponents, faster, lines
 from hillinfer.bench.decode.growth_fits import as_markdown as as_growth
 from hillinfer.bench.decode.processes import children, cpu_s
+from hillinfer.bench.decode.replay import Replay
 from hillinfer.bench.decode.report import Rows, as_markdown, as_object, ratios
 from hillinfer.bench.decode.subject import of_shape, twin
 from hillinfer.bench.kvpath.recording import Recording
 from hillinfer.cli import main
+from hillinfer.evaluation import EvaluateItem
+from hillinfer.kv_shape import KvShape
 from hillinfer_core.errors import InvalidInput
 
 TOKENS = 2048
@@ -134,6 +138,26 @@ def test_what_cannot_be_is_said(run, tmp_path):
         Rows(tmp_path / "other.json")
 
 
+def test_recorded_queries_move_with_every_step_from_the_first_on():
+    tokens, steps = 512, 6
+    rng = np.random.default_rng(0)
+    recording = Recording(
+        rng.standard_normal((4, 2, tokens, 64)).astype(np.float16),
+        rng.standard_normal((steps, 4, 8, 64)).astype(np.float32),
+    )
+    replay = Replay(recording, KvShape(1, 8, 128), 32, tokens)
+    contexts = [SimpleNamespace(context_id=number) for number in (1, 2)]
+    held = np.empty((8, 0), np.uint32)
+    seen = []
+    for step in range(steps + 1):
+        items = [EvaluateItem(each, np.zeros((32, 128)), 9, 0, tokens - 31 + step, held) for each in contexts]
+        one, other = replay.asked(0, items)
+        np.testing.assert_array_equal(one.query, other.query)
+        seen.append(one.query)
+    assert len({each.tobytes() for each in seen[:steps]}) == steps
+    np.testing.assert_array_equal(seen[steps], seen[0])
+
+
 def _row(system, dtype="float32", rate=10.0, prefill=20.0, client=0.0, **also):
     spread = {"median": rate, "least": rate, "greatest": rate, "of": 5}
     return {
@@ -154,6 +178,7 @@ def test_ratios_are_those_to_the_faster_dtype_of_the_same_cell():
         _row("default", "bfloat16", rate=6.0, prefill=40.0),
         _row("default", rate=100.0, batch=2),
         _row("attended only", client=50.0),
+        _row("attended only", client=90.0, budget="20%"),
     ]
     (found,) = ratios(rows)
     assert found["rate_of_default"] == 1.5

@@ -141,6 +141,8 @@ def _coarse_choices(seen: Captured, budget: Budget) -> list[Choice]:
     choices = [Choice("own", "sum", None, _mass(weights, own))]
     queries = seen.queries.reshape(len(keys), -1, QUERIES, keys.shape[2]).sum(axis=1)
     for way, part, kept in screened(keys, queries):
+        if kept.sum(axis=-1).min() < k:
+            continue  # fewer than the budget are left to choose from
         ids = _best(np.where(kept, reduced, -np.inf), k)
         choices.append(Choice(f"{way} 1/{part}", "sum", _shared(own, ids), _mass(weights, ids)))
     return choices

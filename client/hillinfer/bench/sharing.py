@@ -123,7 +123,9 @@ def _round(found: Sharing, applications: Sequence[_Application], seconds: float,
     appending = four[3]
     appending.ask(work="append", start=start, seconds=seconds)
     first.ask(work="evaluate", start=start, seconds=seconds, depth=1)
-    beside, appended = first.answer(), appending.answer()
+    beside, appended = (
+        [done for done in each.answer() if done[0] <= start + seconds] for each in (first, appending)
+    )
     for name, done in (("alone", alone), ("beside_append", beside)):
         latencies = 1e3 * np.array([latency for _, latency in done])
         getattr(found, f"p50_{name}_ms").rounds.append(float(np.percentile(latencies, 50)))

@@ -82,6 +82,14 @@ class Machine:
         except KeyError:
             raise AttributeError(name) from None
 
+    def shared_by(self, applications: int) -> Machine:
+        """Return what each of so many applications has: its part of the card's and the host's memory."""
+        mine = Machine()
+        mine._values = dict(self._values)
+        for name in ("fpga_memory", "host_memory"):
+            mine._values[name] /= applications
+        return mine
+
     @property
     def kernel_rate(self) -> float:
         """Bytes/s that the FPGA ranks from its own memory."""

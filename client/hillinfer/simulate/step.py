@@ -56,7 +56,7 @@ def simulate(
     cpu_share: float | None = None,
 ) -> Step:
     """Return one decode step. cpu_share: see `systems.layer`."""
-    one = layer(system, work, machine, same_drive, cpu_share)
+    one = layer(system, work, machine.shared_by(applications), same_drive, cpu_share)
     predictor = PREDICTING.get(system) or _chosen(one, work, machine, applications)
     simulation, _ = build(one, work.model.layers, predictor, applications)
     seconds = simulation.run()

@@ -83,7 +83,7 @@ def misses(alpha: float, held: float, machine: Machine) -> float:
     """Return the miss rate by the pools; where not even the attended rows fit, of those that do."""
     fitting = min(1.0, held / alpha)
     return 1.0 - fitting * (
-        1.0 - miss_rate(round(alpha, 4), round(max(held, alpha), 2), machine.step_overlap)
+        1.0 - miss_rate(round(alpha, 4), round(max(held, alpha), 3), machine.step_overlap)
     )
 
 

@@ -73,7 +73,7 @@ def measure(
     its own on the same daemon. Blocks. Raises what `attach` raises.
     """
     name, usual, point = AXES[axis]
-    sizes = sizes or usual
+    sizes = sorted(sizes or usual)
     longest = WARM_UP + rounds * steps + 1
     with ExitStack() as stack, torch.inference_mode():
         running = []

@@ -30,12 +30,16 @@ def read_axes(file: Path) -> list[dict[str, Any]]:
 
 
 def exponents(points: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Return for each cost the exponent b of size ** b that fits it best in logarithms; None of no cost."""
+    """Return for each cost the exponent b of size ** b that fits it best in logarithms.
+
+    None of no cost, and of a single size.
+    """
     found: dict[str, float | None] = {}
     sizes = np.log([point["size"] for point in points])
     for cost in COSTS:
         values = np.array([point[cost] for point in points], float)
-        found[cost] = round(float(np.polyfit(sizes, np.log(values), 1)[0]), 3) if (values > 0).all() else None
+        known = (values > 0).all() and len(set(sizes)) > 1
+        found[cost] = round(float(np.polyfit(sizes, np.log(values), 1)[0]), 3) if known else None
     return found
 
 

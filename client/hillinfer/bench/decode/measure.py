@@ -184,7 +184,7 @@ def row(each: Measured, setup: Setup, plan: Plan) -> dict[str, Any]:
         "context_tokens": plan.context_tokens,
         "kv": "read" if plan.readings else "made up" if setup.replay is None else "recorded",
         "batch": setup.batch,
-        "budget": setup.budget if system.name == HILLINFER else None,
+        "budget": setup.budget if system.name in (HILLINFER, ATTENDED) else None,
         "profile": setup.profile,
         "rounds": len(each.rounds),
         "steps": steps,

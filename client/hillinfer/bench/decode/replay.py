@@ -34,7 +34,9 @@ class Replay(ColdPoolRanking):
         if recorded != tokens:
             raise InvalidInput(f"the recording has {recorded} tokens, not {tokens}: name another file")
         shape = LayerShape(kv.kv_heads, heads, kv.head_dim, kv.layers)
-        self._workload, self._tokens = make_workload(recording, shape, seed=0), tokens
+        self._workload = make_workload(recording, shape, seed=0)
+        self._first: dict[int, int] = {}
+        """By context, up to where its first step ranked."""
 
     def keys(self, layer: int) -> torch.Tensor:
         """Return float16 [kv_heads, tokens, head_dim], to fill the layer's cache with."""
@@ -44,7 +46,9 @@ class Replay(ColdPoolRanking):
         """Return `items` with the recorded queries."""
         again, of = divmod(layer, self._workload.layers)
         queries = self._workload.queries[:, of]
+        # Each step ranks one token more.
+        steps = [each.end - self._first.setdefault(each.context.context_id, each.end) for each in items]
         return [
-            each._replace(query=queries[(max(0, each.end - self._tokens) + again * _APART) % len(queries)])
-            for each in items
+            each._replace(query=queries[(step + again * _APART) % len(queries)])
+            for step, each in zip(steps, items, strict=True)
         ]

@@ -66,7 +66,8 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
         cell = [row for row in rows if all(row[name] == mine[name] for name in CELL)]
         default = [row for row in cell if row["system"] == DEFAULT]
         offloaded = [row for row in cell if row["system"] == "offloaded"]
-        bare = next((r for r in cell if r["system"] == ATTENDED and r["dtype"] == mine["dtype"]), None)
+        same = {"system": ATTENDED, "dtype": mine["dtype"], "budget": mine["budget"]}
+        bare = next((row for row in cell if all(row[name] == same[name] for name in same)), None)
         rate, question, prefill = (
             _median(mine, "tokens_per_s"),
             _median(mine, "question_s"),
