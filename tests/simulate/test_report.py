@@ -27,7 +27,7 @@ def told_of(work):
             "rows": [],
         },
         "sweep": configurations.sweep(work),
-        "equal_mass": configurations.equal_mass(work.model, work.batch, work.tokens),
+        "unequal_shares": configurations.unequal_shares(work.model, work.batch, work.tokens),
         "wear": month(work.model),
     }
 

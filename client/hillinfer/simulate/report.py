@@ -23,7 +23,7 @@ def as_markdown(told: Told) -> str:
             *_applications(told),
         ]
     parts += ["", *_sensitivity(told["sensitivity"]), "", *_sweep(told["sweep"])]
-    parts += ["", "### At about equal attention captured", *_equal_mass(told["equal_mass"])]
+    parts += ["", "### key_abstracts at 20 % and hillinfer at 2 %", *_unequal_shares(told["unequal_shares"])]
     if "wear" in told:
         parts += ["", "### A month's wear", *_wear(told["wear"])]
     return "\n".join(parts)
@@ -96,13 +96,19 @@ def _sweep(told: Told) -> list[str]:
     return [title, *_table(["ranked by the CPU, whatever memory its keys take", "step ms"], body)]
 
 
-def _equal_mass(rows: Sequence[Told]) -> list[str]:
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def _unequal_shares(rows: Sequence[Told]) -> list[str]:
     body = [
         [each["model"], str(each["batch"]), f"{each['tokens']:,}", each["system"], f"{each['alpha']:.0%}",
-         f"{each['captured']:.3f}", f"{each['step_ms']:,.0f}", each["bottleneck"]]
+         f"{each['captured']:.3f}", _share(each["answered"]), f"{each['step_ms']:,.0f}", each["bottleneck"]]
         for each in rows
     ]  # fmt: skip
-    return _table(["model", "batch", "tokens", "system", "alpha", "captured", "step ms", "busiest"], body)
+    return _table(
+        ["model", "batch", "tokens", "system", "alpha", "captured", "answered", "step ms", "busiest"], body
+    )
 
 
 def _wear(told: Told) -> list[str]:
