@@ -2,8 +2,9 @@
 
 Names, argument checks and exceptions are those of XRT 2022.1's binding. What would harm a machine with a real
 card (reading memory that was never written, a view that outlives its buffer, results taken before a run has
-ended) is noted in :attr:`FakeCard.violations`, which a test must find empty. Memory of the card and of the
-host are two copies, so that a missing sync shows as wrong bytes. The kernel is ``hillinfer_core.reference``.
+ended, another bitstream while kernels of the last are open) is noted in :attr:`FakeCard.violations`, which a
+test must find empty. Memory of the card and of the host are two copies, so that a missing sync shows as wrong
+bytes. The kernel is ``hillinfer_core.reference``.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class FakeCard:
     loaded: UUID = NONE
     kernels: tuple[str, ...] = ()
     loads: list[str] = field(default_factory=list)
+    open_kernels: int = 0
     allocated: int = 0
     most_allocated: int = 0
     runs: int = 0
@@ -152,6 +154,8 @@ class device:  # noqa: N801
             raise RuntimeError("interface uuid mismatch")
         if card.allocated:
             card.violations.append("a bitstream was loaded while buffers were in use")
+        if card.open_kernels:
+            card.violations.append("a bitstream was loaded while kernels of the last were open")
         card.loads.append(str(loading.own))
         card.loaded = loading.own
         try:
@@ -192,6 +196,11 @@ class kernel:  # noqa: N801
         if name.partition(":")[0] not in of.card.kernels:
             raise RuntimeError(f"No such kernel '{name}'")
         self.device, self.name = of, name
+        of.card.open_kernels += 1
+
+    def __del__(self) -> None:
+        if hasattr(self, "name"):
+            self.device.card.open_kernels -= 1
 
     def group_id(self, argument: int) -> int:
         if not 0 <= argument < BUFFERS:

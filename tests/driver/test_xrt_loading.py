@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -15,6 +17,7 @@ from hillinfer_core.layout import Precision
 from hillinferd.cec.catalogue import read_catalogue
 from hillinferd.cec.configurations import SHIPPED
 from hillinferd.cec.loader import Loader
+from hillinferd.cec.xclbin import read_xclbin
 from hillinferd.driver.contract import Scan
 from hillinferd.driver.xrt import scan
 from hillinferd.driver.xrt.driver import XrtDriver
@@ -75,6 +78,54 @@ def test_one_that_computes_wrongly_makes_way(tmp_path: Path, manifest: Path) -> 
         # What failed is loaded, and not used.
         with pytest.raises(DeviceUnavailable, match="hillinferctl cec load"):
             driver.evaluate(wanted)
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    """The collector never runs, as it may not between two bitstreams."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_the_old_kernels_are_closed_before_another_bitstream(tmp_path: Path, manifest: Path) -> None:
+    with opened(tmp_path, NONE) as driver:
+        used = loader(driver, manifest)
+        used.load("evaluate_int8", 0)
+        assert driver.fake.open_kernels == 1
+        used.load("evaluate_int4", 0)
+        used.rollback(0)
+        assert driver.fake.loads == [str(UUID(int=number)) for number in (1, 2, 1)]
+        assert driver.fake.violations == []
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize(
+    "fault",
+    [{"miscomputing": {UUID(int=2)}}, {"torn": "blocks"}, {"end_state": 5}, {"memory": 32 << 10}],
+    ids=lambda fault: next(iter(fault)),
+)
+def test_the_kernels_of_one_that_failed_are_closed_before_going_back(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, object]
+) -> None:
+    with opened(tmp_path, NONE) as driver:
+        used = loader(driver, manifest)
+        used.load("evaluate_int8", 0)
+        whole = {name: getattr(driver.fake, name) for name in fault}
+        configure = driver.configure
+
+        def with_fault(path: Path) -> None:
+            for name, value in (fault if read_xclbin(path).uuid == UUID(int=2) else whole).items():
+                setattr(driver.fake, name, value)
+            configure(path)
+
+        monkeypatch.setattr(driver, "configure", with_fault)
+        with pytest.raises(BadBitstream, match=r"int8\.xclbin is loaded again"):
+            used.load("evaluate_int4", 0)
+        assert driver.fake.loads == [str(UUID(int=number)) for number in (1, 2, 1)]
+        assert driver.fake.violations == []
 
 
 def test_a_uuid_read_back_wrong(tmp_path: Path, manifest: Path) -> None:

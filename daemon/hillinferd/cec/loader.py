@@ -98,24 +98,27 @@ class Loader:
 
     def _change(self, entry: Entry, path: Path) -> None:
         """Make ``entry`` the loaded bitstream, or the last good one again."""
+        good = self._state.good
         try:
             self._apply(entry, path)
+            return
         except HillInferError as error:
-            good = self._state.good
             if entry not in (good, self._state.previous):
                 self._directory.forget(entry)
             if good is None:
                 raise
-            self._return_to(good, entry, error)
-            raise BadBitstream(f"{error}; {good.file} is loaded again") from None
+            fault = str(error)
+        # Only now: the error's traceback may hold runs, whose kernels keep the card from another bitstream.
+        self._return_to(good, entry, fault)
+        raise BadBitstream(f"{fault}; {good.file} is loaded again")
 
-    def _return_to(self, good: Entry, failed: Entry, error: HillInferError) -> None:
-        log.warning("%s failed (%s); loading %s again", failed.file, error, good.file)
+    def _return_to(self, good: Entry, failed: Entry, fault: str) -> None:
+        log.warning("%s failed (%s); loading %s again", failed.file, fault, good.file)
         try:
             self._apply(good, self._directory.copy_of(good))
         except HillInferError as second:
             raise DeviceUnavailable(
-                f"{failed.file} failed ({error}), and the last good one, {good.file}, cannot be loaded again "
+                f"{failed.file} failed ({fault}), and the last good one, {good.file}, cannot be loaded again "
                 f"({second}); reset the card (xbutil reset), then hillinferctl cec load {good.kernel.name}"
             ) from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,14 @@ class Scanner:
         self._card, self._kernels, self._group, self._reader = card, kernels, group, reader
         self.residency = Residency(key_capacity, lambda size: Buffer(card, size, group, p2p=p2p))
         self._hung = ""
+        # No methods of this object: in a cycle with it, kernels and buffers would wait for the collector.
+        streamable = partial(_make, card, group, self.residency, p2p=p2p)
+        # Never P2P: the processor reads results, and reads over PCIe one word at a time.
+        plain = partial(_make, card, group, self.residency, p2p=False)
         # The room for work first; keys get what is left.
-        self._streams = [Scratch(self._streamable, STREAM_BYTES) for _ in range(STREAMED)]
-        self._queries, self._histograms = Scratch(self._plain, PAGE), Scratch(self._plain, PAGE)
-        self._lanes = [Lane(Scratch(self._plain, PAGE), Scratch(self._plain, PAGE)) for _ in range(LANES)]
+        self._streams = [Scratch(streamable, STREAM_BYTES) for _ in range(STREAMED)]
+        self._queries, self._histograms = Scratch(plain, PAGE), Scratch(plain, PAGE)
+        self._lanes = [Lane(Scratch(plain, PAGE), Scratch(plain, PAGE)) for _ in range(LANES)]
 
     @property
     def hung(self) -> bool:
@@ -125,7 +130,11 @@ class Scanner:
         return Outcome(found.ids, found.scores, counts.reshape(heads, -1).astype(np.uint32), found.checksums)
 
     def close(self) -> None:
-        """Give all of the card's memory back."""
+        """Give the kernels and all of the card's memory back.
+
+        XRT refuses another bitstream while a compute unit of the old one is open.
+        """
+        self._kernels = {}
         self.residency.close()
         for lane in self._lanes:
             lane.blocks.close()
@@ -239,23 +248,17 @@ class Scanner:
             for stream in self._streams[: len(streamed)]:
                 stream.fit(max(streamed))
 
-    def _streamable(self, size: int) -> Buffer:
-        return self._make(size, p2p=self.p2p)
 
-    def _plain(self, size: int) -> Buffer:
-        # Never P2P: the processor reads results, and reads over PCIe one word at a time.
-        return self._make(size, p2p=False)
-
-    def _make(self, size: int, *, p2p: bool) -> Buffer:
-        while True:
-            try:
-                return Buffer(self._card, size, self._group, p2p=p2p)
-            except MemoryError:
-                if not self.residency.make_room():
-                    raise DeviceUnavailable(
-                        f"card {self._card.bdf}: its memory has no room for {size} bytes; end other programs "
-                        "that use the card, or use a smaller budget"
-                    ) from None
+def _make(card: Card, group: int, residency: Residency, size: int, *, p2p: bool) -> Buffer:
+    while True:
+        try:
+            return Buffer(card, size, group, p2p=p2p)
+        except MemoryError:
+            if not residency.make_room():
+                raise DeviceUnavailable(
+                    f"card {card.bdf}: its memory has no room for {size} bytes; end other programs "
+                    "that use the card, or use a smaller budget"
+                ) from None
 
 
 def _launch(scan: Scan, segment: KeySegment) -> Launch:
