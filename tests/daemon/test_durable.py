@@ -344,6 +344,14 @@ def test_recycled_space_shows_nothing_of_whoever_had_it(durable: Path) -> None:
             second.evaluate(context, SHAPE, 0, QUERY, 1, 0, 256)
 
 
+def test_an_empty_file_becomes_a_pool(runtime_dir: Path) -> None:
+    pool, configuration = runtime_dir / "pool", runtime_dir / "hillinferd.toml"
+    pool.touch()
+    configuration.write_text(f'pool = "{pool}"\n')
+    with running_daemon(runtime_dir, "--config", str(configuration)), RawClient(runtime_dir) as client:
+        assert 0 < client.status().pool.capacity_bytes < pool.stat().st_size
+
+
 def test_an_idle_daemon_ends_when_told_to(runtime_dir: Path) -> None:
     with running_daemon(runtime_dir, "--exit-when-idle", "1", *flags(runtime_dir)) as process:
         with RawClient(runtime_dir) as client:
