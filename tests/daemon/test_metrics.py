@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from raw_client import RawClient, Refused, running_daemon, wait_for
 from test_limits import ROWS, SHAPE
 
 from hillinfer_core.protocol import metrics_socket
+from hillinferd.metrics.metrics import process_collector
 
 DASHBOARD = Path(__file__).parents[2] / "monitoring" / "grafana-dashboard.json"
 
@@ -114,6 +116,21 @@ def _only_known_metrics_are_shown(found: Samples) -> None:
     ):
         # Prometheus itself adds the instance.
         assert labels - {"instance"} <= set(found[metric][0][0]), metric
+
+
+def test_the_process_has_metrics_where_proc_has_processes_only(tmp_path: Path) -> None:
+    (tmp_path / "self").symlink_to("/proc/self")
+
+    def of(proc: Path) -> Samples:
+        registry = CollectorRegistry()
+        registry.register(process_collector(str(proc)))
+        return samples(generate_latest(registry).decode())
+
+    whole, sandboxed = of(Path("/proc")), of(tmp_path)
+    assert "hillinferd_process_resident_memory_bytes" in whole
+    assert set(sandboxed) == set(whole)
+    name = "hillinferd_process_start_time_seconds"
+    assert total(sandboxed, name) == pytest.approx(total(whole, name), abs=60)
 
 
 def test_the_margin_of_the_watchdog_is_measured(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,15 @@ def test_the_first_client_starts_the_daemon(machine: Machine) -> None:
     assert "SYSLOG_IDENTIFIER=hillinferd" in entry
 
 
+def test_the_process_has_metrics_in_the_sandbox(machine: Machine) -> None:
+    ask = (
+        "import socket; asked = socket.socket(socket.AF_UNIX); asked.settimeout(20); "
+        "asked.connect('/run/hillinfer/metrics.sock'); asked.sendall(b'GET /metrics HTTP/1.1\\r\\n\\r\\n'); "
+        "print(asked.makefile().read())"
+    )
+    assert "hillinferd_process_resident_memory_bytes" in machine.run(PYTHON, "-c", ask)
+
+
 def test_who_is_not_in_the_group_cannot_attach(machine: Machine) -> None:
     answer = json.loads(machine.client("once", user="mallory", check=False))
     assert answer["error"] == "DaemonUnavailable"

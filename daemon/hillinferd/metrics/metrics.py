@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,13 +37,23 @@ _MARGIN = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.5, 10.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
+def process_collector(proc: str = "/proc") -> ProcessCollector:
+    """Return a collector of this process's own metrics, which asks ``proc``."""
+    collector = ProcessCollector(namespace="hillinferd", proc=proc, registry=None)
+    # ProcSubset=pid hides /proc/stat, and without the time of boot that it has the collector returns nothing.
+    # There is no public way to give it that time but a directory made to look like /proc.
+    if not collector._btime:
+        collector._btime = int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
+    return collector
+
+
 class Metrics:
     """Metrics of ``service`` at ``metrics.sock`` in ``runtime_dir``, and in ``file`` unless it is None."""
 
     def __init__(self, service: ColdPoolService, runtime_dir: Path, file: Path | None = None) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(Books(service, __version__))
-        ProcessCollector(namespace="hillinferd", registry=self._registry)
+        self._registry.register(process_collector())
         self._lateness = Histogram(
             "hillinferd_loop_lateness_seconds",
             "How much later than asked for the event loop, which also feeds the watchdog, went on",
