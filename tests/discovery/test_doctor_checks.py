@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import stat
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import machine_tree as tree
 import pytest
+from typer.testing import CliRunner
 
+from hillinferd.commands import devices as command
 from hillinferd.discovery.inventory import inventory_of
 from hillinferd.discovery.model import Inventory
 from hillinferd.discovery.nvme import Usage
 from hillinferd.doctor import access, card, host
-from hillinferd.doctor.model import Machine, Verdict
+from hillinferd.doctor.model import Check, Machine, Verdict
 
 GIB = 1 << 30
 
@@ -65,6 +68,25 @@ def test_a_link_that_the_kernel_does_not_know_is_no_failure(tmp_path: Path) -> N
     devices = changed(tree.one_pair(), "0000:01:00.0", **unknown)
     devices = changed(changed(devices, ":04:00.1", **unknown), ":04:00.0", **unknown)
     assert card.link(machine(tmp_path, devices)).verdict == Verdict.WARNING
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict"), [("identity", Verdict.OK), ("DMA-FQ", Verdict.WARNING), ("", Verdict.WARNING)]
+)
+def test_an_iommu_in_pass_through_is_no_matter(tmp_path: Path, kind: str, verdict: Verdict) -> None:
+    group = tmp_path / "iommu_groups" / "7"
+    group.mkdir(parents=True)
+    if kind:
+        (group / "type").write_text(f"{kind}\n")
+    devices = [
+        replace(device, links={**device.links, "iommu_group": str(group)})
+        if device.path.endswith(":04:00.1")
+        else device
+        for device in tree.one_pair()
+    ]
+    found = card.iommu(machine(tmp_path, devices))
+    assert found.verdict == verdict
+    assert ("iommu=pt" in found.remedy) == (verdict == Verdict.WARNING)
 
 
 def test_a_card_that_is_not_flashed_fails_once_and_the_rest_does_not_apply(tmp_path: Path) -> None:
@@ -165,6 +187,36 @@ def test_a_file_system_without_direct_io_is_told_from_one_that_cannot_be_used(
     monkeypatch.setattr(host, "_read_direct", refuse)
     assert host.direct_io(machine(tmp_path)).verdict == verdict
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_a_pool_that_is_the_daemons_alone_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def its_answer(_: Path | None) -> tuple[Check, Path]:
+        return Check("daemon", Verdict.OK, "it answers", ""), tmp_path
+
+    def verdicts(*arguments: str) -> set[str]:
+        done = CliRunner().invoke(command.app, ["doctor", "--json", *arguments])
+        checks = json.loads(done.stdout)["checks"]
+        refused = {"direct I/O", "free space"} if device else {"direct I/O"}
+        return {check["verdict"] for check in checks if check["name"] in refused}
+
+    monkeypatch.setattr(command, "look_at_daemon", its_answer)
+    monkeypatch.setattr(host, "_read_direct", refuse)
+    if device:
+        monkeypatch.setattr(host, "_is_block", lambda _: True)
+        before = Path.open
+
+        def opened(path: Path, *how: object, **more: object) -> object:
+            return refuse() if path == tmp_path else before(path, *how, **more)
+
+        monkeypatch.setattr(Path, "open", opened)
+    assert verdicts() == {"not applicable"}
+    assert verdicts("--pool", str(tmp_path)) == {"failed"}
 
 
 def test_the_pool_may_be_a_file_that_is_there(tmp_path: Path) -> None:

@@ -63,7 +63,10 @@ def doctor(
         trouble = str(error)
     daemon, its_pool = look_at_daemon(socket)
     where = (pool or its_pool or embedded_pool_dir()).expanduser().absolute()
-    machine = Machine(inventory, trouble, where, SMALLEST_POOL, load(None, {}).limits.arena_limit)
+    daemons_pool = pool is None and its_pool is not None
+    machine = Machine(
+        inventory, trouble, where, SMALLEST_POOL, load(None, {}).limits.arena_limit, daemons_pool
+    )
     checks = [daemon, *examine(machine)]
     if as_json:
         print(json.dumps({"checks": [asdict(check) for check in checks]}, indent=2))

@@ -11,6 +11,9 @@ P2P_BAR = 8 << 30
 CARD_LINK = Link(8.0, 4, 8.0, 4)
 """The card's link to the host at its best, PCIe Gen3 x4 (vendor documents): 8 GT/s a lane."""
 
+PASS_THROUGH = "identity"
+"""Kind of the IOMMU's domain with iommu=pt (sysfs-kernel-iommu_groups of Linux)."""
+
 _ABOVE_4G = 'turn on "Above 4G decoding" in the BIOS setup, then a warm reboot'
 
 
@@ -75,17 +78,20 @@ def _above_4g(one: SmartSsd) -> Finding:
 
 
 def iommu(machine: Machine) -> Finding:
-    """The card is in no IOMMU domain: with an IOMMU P2P works, but slowly (vendor documents)."""
+    """No IOMMU translates the card's addresses: where one does, P2P is slow (vendor documents)."""
     return of_cards(machine, _iommu)
 
 
 def _iommu(one: SmartSsd) -> Finding:
     if not one.fpga.iommu:
         return ok("no IOMMU between card and memory")
+    if one.fpga.iommu == PASS_THROUGH:
+        return ok("the IOMMU lets the card's addresses pass as they are")
     return warning(
         f"behind an IOMMU, domain {one.fpga.iommu}: P2P is slower",
-        "turn the IOMMU off in the BIOS setup (VT-d, AMD-Vi) or with intel_iommu=off or amd_iommu=off on the "
-        "kernel's command line, unless virtual machines or untrusted devices need it",
+        "put iommu=pt on the kernel's command line; or turn the IOMMU off there with intel_iommu=off or "
+        "amd_iommu=off, or in the BIOS setup (VT-d, AMD-Vi), unless virtual machines or untrusted devices "
+        "need it",
     )
 
 

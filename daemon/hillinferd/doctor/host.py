@@ -85,6 +85,8 @@ def direct_io(machine: Machine) -> Finding:
         else:
             _read_direct(place)
     except OSError as error:
+        if machine.daemons_pool and isinstance(error, PermissionError):
+            return _daemons(place)
         if error.errno != errno.EINVAL:
             return failed(f"{place}: {error.strerror}", "name a place that you may write to with --pool")
         return warning(
@@ -111,6 +113,8 @@ def free_space(machine: Machine) -> Finding:
             with place.open("rb") as device:
                 size = device.seek(0, os.SEEK_END)
         except OSError as error:
+            if machine.daemons_pool and isinstance(error, PermissionError):
+                return _daemons(place)
             return failed(f"{place}: {error.strerror}", "see the permissions of the device")
         found = f"{place} has {format_bytes(size)}"
     else:
@@ -165,6 +169,10 @@ def _place(pool: Path) -> Path:
     while not os.path.exists(pool) and pool != pool.parent:
         pool = pool.parent
     return pool
+
+
+def _daemons(place: Path) -> Finding:
+    return not_applicable(f"{place} is the daemon's, which uses it; this user may not look")
 
 
 def _is_block(path: Path) -> bool:

@@ -46,7 +46,8 @@ class Machine:
     """What the checks look at; sizes in bytes.
 
     ``inventory`` is None and ``trouble`` says why where discovery does not work. ``pool`` is where the cold
-    pool is or would be: a file, a directory or a block device, there already or not.
+    pool is or would be: a file, a directory or a block device, there already or not. With ``daemons_pool`` a
+    daemon that runs has named it, and it may be that daemon's alone.
     """
 
     inventory: Inventory | None
@@ -54,6 +55,7 @@ class Machine:
     pool: Path
     smallest_pool: int
     arena: int
+    daemons_pool: bool = False
 
     @property
     def cards(self) -> tuple[SmartSsd, ...]:
