@@ -1,4 +1,4 @@
-"""``hillinferctl drain``, ``undrain`` and ``close``, for root and the daemon's user."""
+"""``hillinferctl drain``, ``undrain`` and ``close``, for root, the daemon's user and ``admin_groups``."""
 
 from __future__ import annotations
 
