@@ -149,11 +149,11 @@ def _default_capacity(values: Mapping[str, Any]) -> int:
     pool = values["pool"]
     if pool is not None and names_device(pool):
         return 0
-    if pool is not None and pool.is_file() and (size := pool.stat().st_size):
+    if pool is not None and os.path.isfile(pool) and (size := pool.stat().st_size):
         # What is there is used; a larger one has to be asked for.
         return int(size)
     directory = pool.parent if pool is not None else values["pool_dir"]
-    while not directory.exists() and directory != directory.parent:
+    while not os.path.exists(directory) and directory != directory.parent:
         directory = directory.parent
     half = shutil.disk_usage(directory).free // 2
     return max(SMALLEST_POOL, min(half, LARGEST_DEFAULT_POOL))

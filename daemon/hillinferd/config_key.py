@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import os
 import pwd
 import re
 from collections.abc import Callable, Mapping
@@ -49,7 +50,7 @@ def path(value: Any) -> Path:
 def directory(value: Any) -> Path:
     """Take a directory that exists."""
     found = path(value)
-    if not found.is_dir():
+    if not os.path.isdir(found):
         raise ValueError(value)
     return found
 

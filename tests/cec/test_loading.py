@@ -167,6 +167,19 @@ def test_one_that_fails_makes_way_for_the_last_good_one(catalogue_path: Path, fa
     assert len(list((catalogue_path.parents[1] / "state" / BDF).glob("*.xclbin"))) == 1
 
 
+def test_a_file_that_fails_under_another_entry_stays_the_last_good_one(catalogue_path: Path) -> None:
+    card = BenchCard()
+    loader(card, catalogue_path).load("evaluate_int4", 0)
+    manifest = catalogue_path.read_text()
+    catalogue_path.write_text(manifest.replace("head_dims = [64, 80]", "head_dims = [64]"))
+    card.wrong.add(UUID(int=2))
+    with pytest.raises(DeviceUnavailable, match="cannot be loaded again"):
+        loader(card, catalogue_path).load("evaluate_int4", 0)
+    card.wrong.clear()
+    (catalogue_path.parent / "2.xclbin").unlink()
+    assert loader(card, catalogue_path).restore().good_loaded
+
+
 def test_the_first_one_that_fails_is_not_used(catalogue_path: Path) -> None:
     card = BenchCard()
     card.wrong.add(UUID(int=1))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,21 @@ def runtime_dir() -> Iterator[Path]:
     """A directory for a daemon of the test's own, short enough for a socket's path."""
     with _short_directory() as directory:
         yield directory
+
+
+@pytest.fixture
+def foreign(runtime_dir: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A directory with mode 0, and how to begin a command that has no more rights to it than that says."""
+    path = runtime_dir / "foreign"
+    path.mkdir()
+    prefix = []
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+        # Still root, so that the interpreter can be read wherever it is.
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    path.chmod(0)
+    yield path, prefix
+    path.chmod(0o700)
 
 
 class _short_directory:  # noqa: N801

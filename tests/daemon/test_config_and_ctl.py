@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -16,10 +17,9 @@ from hillinfer_core.errors import ConfigError
 from hillinferd import config
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=30, check=False
-    )
+def run(*command: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    line = [*prefix, sys.executable, "-m", *command]
+    return subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
 
 
 def test_command_line_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
@@ -120,6 +120,67 @@ def test_a_pool_that_cannot_be_opened_says_why_in_one_line(runtime_dir: Path) ->
         assert says in done.stderr
         assert done.stderr.count("\n") == 1
     assert precious.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        (("hillinferd", "--pool"), "pool"),
+        (("hillinferd", "--pool"), "below/pool"),
+        (("hillinferd", "--pool", "POOL", "--state-dir"), "below"),
+        (("hillinferd.ctl", "fsck"), "pool"),
+        (("hillinferd.ctl", "fsck", "POOL", "--repair", "--state-dir"), "below"),
+        (("hillinferd.ctl", "format", "/dev/none", "--state-dir"), "below"),
+    ],
+)
+def test_a_place_that_may_not_be_looked_at_is_one_line(
+    foreign: tuple[Path, list[str]], runtime_dir: Path, command: tuple[str, ...], where: str
+) -> None:
+    place, prefix = foreign
+    pool = runtime_dir / "pool"
+    pool.write_bytes(b"content")
+    line = [str(pool) if word == "POOL" else word for word in command]
+    if command[0] == "hillinferd":
+        line += [str(place / where), "--runtime-dir", str(runtime_dir)]
+    else:
+        line.append(str(place / where))
+    done = run(*line, prefix=prefix)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{command[0].replace('hillinferd.ctl', 'hillinferctl')}: cannot look at ")
+    assert f"{place / where}" in done.stderr
+    assert "Permission denied" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_directory_that_may_not_be_looked_at_is_not_allowed(
+    foreign: tuple[Path, list[str]], runtime_dir: Path
+) -> None:
+    place, prefix = foreign
+    file = runtime_dir / "hillinferd.toml"
+    file.write_text(f'configurations = "{place}/x"\n')
+    done = run("hillinferd", "--config", str(file), "--check-config", prefix=prefix)
+    assert done.returncode == 1
+    assert "give a directory that exists" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("contexts", "delete", "book", "--uid", "-1"),
+        ("contexts", "delete", "book", "--uid", str(2**32)),
+        ("close", "--", "-1"),
+        ("close", str(2**64)),
+    ],
+)
+def test_numbers_that_no_message_has_room_for_are_refused(
+    daemon: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HILLINFER_RUNTIME_DIR", str(daemon))
+    done = run("hillinferd.ctl", *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "than or equal to" in done.stderr
 
 
 def test_help_names_every_option() -> None:

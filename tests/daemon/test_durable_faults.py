@@ -237,6 +237,62 @@ def test_a_catalogue_that_cannot_be_read_is_set_aside_and_said(runtime_dir: Path
         assert client.durable() == {}
 
 
+def test_repair_of_a_lost_counter_loses_no_context(runtime_dir: Path) -> None:
+    two_saved(runtime_dir)
+    counter = runtime_dir / "pool.catalogue.sequence"
+    counter.unlink()
+    assert counter.name in fsck(runtime_dir).stderr
+    assert not counter.exists()
+    assert json.loads(fsck(runtime_dir, "--repair", "--json").stdout)["outcome"] == "clean"
+    found = json.loads(fsck(runtime_dir, "--json").stdout)
+    assert [item["name"] for item in found["contexts"]] == ["one", "two"]
+
+
+@pytest.mark.parametrize("damage", ["counter lost", "catalogue lost", "catalogue damaged", "only set aside"])
+def test_what_root_repairs_stays_the_daemons(runtime_dir: Path, damage: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("giving files away needs root")
+    two_saved(runtime_dir)
+    catalogue, counter = runtime_dir / "pool.catalogue", runtime_dir / "pool.catalogue.sequence"
+    if damage == "counter lost":
+        counter.unlink()
+    elif damage == "catalogue lost":
+        catalogue.unlink()
+    elif damage == "catalogue damaged":
+        catalogue.write_bytes(b"damaged")
+    else:
+        for path in (catalogue, counter):
+            path.rename(str(path).replace("catalogue", "catalogue.old1"))
+    for path in runtime_dir.glob("pool*"):
+        os.chown(path, 65534, 65533)
+    repaired = fsck(runtime_dir, "--repair")
+    assert repaired.returncode == 0, repaired.stderr
+    assert ("all contexts given up" in repaired.stdout) == (damage != "counter lost")
+    for path in (catalogue, counter):
+        assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65533), path
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_catalogue_nothing_is_repaired_and_none_is_made(runtime_dir: Path) -> None:
+    two_saved(runtime_dir)
+    for path in runtime_dir.glob("pool.catalogue*"):
+        path.rename(runtime_dir / f"kept-{path.name}")
+    for options in ((), ("--repair",)):
+        refused = fsck(runtime_dir, *options)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith(f"hillinferctl: there is no {runtime_dir}/pool.catalogue, ")
+        assert refused.stderr.count("\n") == 1
+    assert not list(runtime_dir.glob("pool.catalogue*"))
+
+
+def test_names_are_printed_as_they_are(runtime_dir: Path) -> None:
+    with running_daemon(runtime_dir / "r", *flags(runtime_dir)), RawClient(runtime_dir / "r") as client:
+        client.save(write(client, "[/x] [red]"))
+    found = fsck(runtime_dir)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "[/x] [red]" in found.stdout
+
+
 def test_requests_that_would_hold_the_drive_for_minutes_are_refused(daemon: Path) -> None:
     with RawClient(daemon) as client:
         context = client.open(SHAPE)

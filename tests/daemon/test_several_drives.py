@@ -252,6 +252,24 @@ def device(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["losetup", "--detach", str(path)], check=True)
 
 
+def test_a_device_is_not_formatted_if_its_catalogue_cannot_be_set_aside(
+    foreign: tuple[Path, list[str]], device: Path
+) -> None:
+    place, prefix = foreign
+    catalogue = place / f"{device.name}.catalogue"
+    catalogue.write_bytes(b"a catalogue")
+    place.chmod(0o555)
+    before = device.read_bytes()
+    line = [*prefix, sys.executable, "-m", "hillinferd.ctl", "format", "--force", str(device)]
+    line += ["--state-dir", str(place)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "cannot be set aside" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert device.read_bytes() == before
+    assert catalogue.read_bytes() == b"a catalogue"
+
+
 def test_a_device_keeps_contexts_and_is_waited_for(runtime_dir: Path, device: Path) -> None:
     link = runtime_dir / "by_id"
     link.symlink_to(device)

@@ -309,6 +309,52 @@ def test_a_device_with_content_is_formatted_only_by_force(device: Callable[[], P
     kept(path).close()
 
 
+@pytest.mark.parametrize(
+    ("at", "mark"),
+    [(0x10040, b"_BHRfS_M"), (CAPACITY - BASE, b"\xfc\x4e\x2b\xa9"), (CAPACITY - 1, b"x")],
+)
+def test_marks_beyond_the_first_pages_and_at_the_end_are_seen_and_taken_away(
+    device: Callable[[], Path], at: int, mark: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = device()
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(mark)
+    with pytest.raises(ConfigError, match="content on it"):
+        format_device(path)
+    with path.open("rb") as file:
+        file.seek(at)
+        assert file.read(len(mark)) == mark
+
+    def cannot(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(block, "discard_device", cannot)
+    format_device(path, force=True)
+    with path.open("rb") as file:
+        file.seek(at)
+        assert not any(file.read(len(mark)))
+    kept(path).close()
+
+
+@pytest.mark.parametrize("nbytes", [128 << 10, (1 << 20) + 512, (1 << 20) + 4096])
+def test_a_device_smaller_than_what_is_looked_at_is_formatted(
+    device: Callable[[], Path], nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "CAPACITY", nbytes)
+    path = device()
+    pool_id = format_device(path)
+    opened = kept(path, 0)
+    assert (opened.pool_id, opened.capacity) == (pool_id, nbytes // 4096 * 4096)
+    opened.close()
+    with path.open("r+b") as file:
+        file.write(bytes(4096))
+        file.seek(nbytes - 1)
+        file.write(b"x")
+    with pytest.raises(ConfigError, match="content on it"):
+        format_device(path)
+
+
 def test_a_mounted_device_is_never_formatted_or_used(device: Callable[[], Path], tmp_path: Path) -> None:
     if not shutil.which("mkfs.ext4"):
         pytest.skip("mkfs.ext4 (e2fsprogs) is not installed")

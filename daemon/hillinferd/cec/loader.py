@@ -103,7 +103,9 @@ class Loader:
             self._apply(entry, path)
             return
         except HillInferError as error:
-            if entry not in (good, self._state.previous):
+            # Copies are named by their content, which several entries may share.
+            kept = {held.sha256 for held in (good, self._state.previous) if held}
+            if entry.sha256 not in kept:
                 self._directory.forget(entry)
             if good is None:
                 raise

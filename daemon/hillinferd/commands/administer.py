@@ -45,7 +45,10 @@ def undrain(as_json: JsonOption = False, socket: SocketOption = None) -> None:
 
 
 def close(
-    session: Annotated[int, typer.Argument(help="number of the session, as hillinferctl sessions has it")],
+    session: Annotated[
+        int,
+        typer.Argument(min=0, max=2**64 - 1, help="number of the session, as hillinferctl sessions has it"),
+    ],
     as_json: JsonOption = False,
     socket: SocketOption = None,
 ) -> None:

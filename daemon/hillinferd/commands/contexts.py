@@ -53,7 +53,9 @@ def list_contexts(context: typer.Context, as_json: JsonOption = False, socket: S
 @app.command("delete")
 def delete(
     name: Annotated[str, typer.Argument(help="name of the context")],
-    uid: Annotated[int | None, typer.Option(help="user that it belongs to (default: you)")] = None,
+    uid: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="user that it belongs to (default: you)")
+    ] = None,
     as_json: JsonOption = False,
     socket: SocketOption = None,
 ) -> None:

@@ -17,11 +17,12 @@ from hillinfer_core.units import format_bytes
 
 from ..driver.block import format_device
 from ..driver.storage import Storage
-from ..records import catalogue_path, set_aside
+from ..records import catalogue_path, check_can_set_aside, is_there, last_aside, present, set_aside
 from ..records.check import PoolReport, check
 from ..records.database import Database
 from ..records.durable import DurableRecords
 from .connection import JsonOption
+from .console import wide_console
 
 StateDirOption = Annotated[
     Path | None, typer.Option("--state-dir", help="directory of the catalogue, if the daemon has one")
@@ -34,12 +35,21 @@ def format_command(
     state_dir: StateDirOption = None,
 ) -> None:
     """Make a block device an empty cold pool; what it held is lost."""
+    catalogue = catalogue_path(device, state_dir)
+    check_can_set_aside(catalogue)
     try:
         pool_id = format_device(device, force=force)
     except OSError as error:
         raise DeviceUnavailable(f"cannot format {device}: {error.strerror}") from None
     # Not deleted: device names change, and it may be that of another pool.
-    if aside := set_aside(catalogue_path(device, state_dir)):
+    try:
+        aside = set_aside(catalogue)
+    except OSError as error:
+        raise DeviceUnavailable(
+            f"{device} is an empty cold pool, but its catalogue cannot be set aside: {error.strerror}; "
+            f"move {catalogue} away"
+        ) from None
+    if aside:
         print(f"the catalogue that was there is now {aside}")
     print(f"{device} is an empty cold pool ({pool_id}); give it to hillinferd with --pool {device}")
 
@@ -53,11 +63,9 @@ def fsck(
     as_json: JsonOption = False,
 ) -> None:
     """Check every row and key of the durable contexts in a pool; no daemon may have it open."""
-    path = catalogue_path(pool, state_dir)
-    if not pool.exists() or not (path.exists() or repair):
-        missing = pool if not pool.exists() else path
-        raise ConfigError(f"there is no {missing}; name the pool of a daemon that keeps durable contexts")
     try:
+        path = catalogue_path(pool, state_dir)
+        _require(pool, path, repair)
         # The smallest capacity: what is there is kept, and not grown.
         storage = Storage(pool, PAGE, keep=True)
         try:
@@ -65,18 +73,35 @@ def fsck(
         finally:
             storage.close()
     except OSError as error:
-        raise DeviceUnavailable(f"cannot read {pool}: {error.strerror}") from None
+        raise DeviceUnavailable(f"cannot read {error.filename or pool}: {error.strerror}") from None
     if as_json:
         print(json.dumps(_plain(report, outcome), indent=2))
     else:
-        _show(report, outcome, Console())
+        _show(report, outcome, wide_console())
     if outcome == "damaged":
         raise typer.Exit(1)
 
 
+def _require(pool: Path, path: Path, repair: bool) -> None:
+    """Raise :class:`ConfigError` unless the pool is there, and its catalogue or what is left of it."""
+    if not is_there(pool):
+        raise ConfigError(f"there is no {pool}; name the pool of a daemon that keeps durable contexts")
+    if is_there(path) or (repair and (present(path) or last_aside(path))):
+        return
+    raise ConfigError(
+        f"there is no {path}, the catalogue of {pool}; bring it back, or name its directory with "
+        "--state-dir. To give up what is in the pool, delete it (a device: `hillinferctl format --force`)"
+    )
+
+
 def _check(storage: Storage, path: Path, repair: bool) -> tuple[PoolReport, str]:
+    left = [*present(path), *present(last_aside(path) or path)]
+    # The daemon's, which may not read what is root's.
+    owner = (left[0].stat().st_uid, left[0].stat().st_gid)
     try:
-        records = DurableRecords(Database(path, salvage=repair))
+        if path != left[0]:
+            raise DamagedCatalogue(f"{path} is missing")
+        records = DurableRecords(Database(path, salvage=repair, owner=owner))
         try:
             if records.database.fresh:
                 records.database.bind(storage.pool_id)
@@ -92,8 +117,8 @@ def _check(storage: Storage, path: Path, repair: bool) -> tuple[PoolReport, str]
         if not repair:
             raise
     # Nothing can be said of any context without its records.
-    aside = set_aside(path)
-    records = DurableRecords(Database(path))
+    aside = set_aside(path) or last_aside(path)
+    records = DurableRecords(Database(path, owner=owner))
     records.database.bind(storage.pool_id)
     records.database.close()
     return PoolReport(storage.capacity), f"all contexts given up, the catalogue is now {aside}"

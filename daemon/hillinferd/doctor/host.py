@@ -120,7 +120,7 @@ def free_space(machine: Machine) -> Finding:
     else:
         free = os.statvfs(place)
         size = free.f_bavail * free.f_frsize
-        if place == machine.pool and place.is_file():
+        if place == machine.pool and os.path.isfile(place):
             # The daemon starts a file anew, so what it takes now comes back.
             size += place.stat().st_blocks * 512
         found = f"{place} has room for {format_bytes(size)}"

@@ -24,8 +24,12 @@ _BLKSSZGET = 0x1268
 _BLKGETSIZE64 = 0x80081272
 _BLKDISCARD = 0x1277
 
-_PROBED_BYTES = 64 << 10
-"""Where partition tables, file systems, LVM, LUKS and RAID of today leave their marks (their own formats)."""
+_PROBED_BYTES = 1 << 20
+"""Bytes at either end of a device where partition tables, file systems, LVM, LUKS and RAID leave their marks:
+btrfs and GFS2 beyond 64 KiB, md's formats 0.90 and 1.0 and the copy of a GPT at the end (their formats)."""
+
+_SMALLEST_BYTES = 128 << 10
+"""Bytes of the smallest device that is formatted: room for the header and one extent."""
 
 
 def is_block_device(path: Path) -> bool:
@@ -73,8 +77,7 @@ def open_device(path: Path, flags: int) -> int:
 
 def device_bytes(fd: int) -> int:
     """Return the size of the block device ``fd``, in whole pages."""
-    size: int = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
-    return size // PAGE * PAGE
+    return _all_bytes(fd) // PAGE * PAGE
 
 
 def discard_device(fd: int, offset: int, length: int) -> None:
@@ -86,27 +89,38 @@ def format_device(path: Path, *, force: bool = False) -> str:
     """Make the block device ``path`` an empty pool and return the pool's id; what it held is lost.
 
     Raises :class:`ConfigError` for anything but a block device, for one that is mounted or in use, and,
-    without ``force``, for one with any content in its first 64 KiB. ``OSError`` if the device fails.
+    without ``force``, for one with any content in its first or last MiB. ``OSError`` if the device fails.
     """
     if not is_block_device(path):
         raise ConfigError(f"{path} is not a block device; a file needs no formatting, name it as the pool")
     fd = open_device(path, 0)
     try:
-        if device_bytes(fd) < 2 * _PROBED_BYTES:
+        size = _all_bytes(fd)
+        if size < _SMALLEST_BYTES:
             raise ConfigError(f"{path} is too small for a cold pool")
-        page = np.zeros(_PROBED_BYTES, np.uint8)
-        transfers.read_range(fd, 0, page, False)
-        if page.any() and not force:
-            what = "a cold pool" if page.tobytes().startswith(MAGIC) else "content"
+        probed = min(_PROBED_BYTES, size)
+        start, end = np.empty(probed, np.uint8), np.empty(probed, np.uint8)
+        transfers.read_range(fd, 0, start, False)
+        transfers.read_range(fd, size - probed, end, False)
+        if (start.any() or end.any()) and not force:
+            what = "a cold pool" if start.tobytes().startswith(MAGIC) else "content"
             raise ConfigError(f"{path} has {what} on it; to lose that, format with --force")
         with contextlib.suppress(OSError):  # a device that cannot discard is as good a pool
             discard_device(fd, 0, device_bytes(fd))
         # The capacity of a pool that nobody has opened yet: see Storage.
         header = Header.new(HEADER_BYTES)
-        page[:] = 0
-        page[:HEADER_BYTES] = np.frombuffer(header.pack(), np.uint8)
-        transfers.write_range(fd, 0, page, False)
+        start[:], end[:] = 0, 0
+        start[:HEADER_BYTES] = np.frombuffer(header.pack(), np.uint8)
+        # The header last: on a small device the two overlap.
+        transfers.write_range(fd, size - probed, end, False)
+        transfers.write_range(fd, 0, start, False)
         os.fsync(fd)
     finally:
         os.close(fd)
     return header.pool_id
+
+
+def _all_bytes(fd: int) -> int:
+    # The copy of a GPT is in the last sector, which may be beyond the last whole page.
+    size: int = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
+    return size

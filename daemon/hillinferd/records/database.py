@@ -52,21 +52,23 @@ class Database:
     check the pages of a database, nor can it tell a damaged end of its log from an unfinished write: the file
     ``path`` + ".sequence" holds the number of the last commit, and a database that is behind it is refused.
 
-    With ``salvage`` lost commits are forgiven, and contexts with damaged records deleted: ``salvaged`` has
-    their numbers.
+    With ``salvage`` lost commits and a lost counter are forgiven, and contexts with damaged records deleted:
+    ``salvaged`` has their numbers. Files that root makes are given to ``owner``, a user and a group.
 
     Opening reads and checks all of it. One thread at a time; every method blocks and raises
     :class:`DamagedCatalogue`, :class:`PoolFull` or :class:`DeviceUnavailable`.
     """
 
-    def __init__(self, path: Path, *, salvage: bool = False) -> None:
+    def __init__(self, path: Path, *, salvage: bool = False, owner: tuple[int, int] | None = None) -> None:
         self._path = path
         self._salvage = salvage
+        self._owner = owner
         self._sequence_path = path.with_name(path.name + ".sequence")
-        self.fresh = not path.exists() or path.stat().st_size == 0
+        self.fresh = not os.path.exists(path) or path.stat().st_size == 0
         self.salvaged: set[int] = set()
         with self._typed():
-            _make(path)
+            with suppress(OSError):  # SQLite says better what is wrong.
+                os.close(self._made(path, os.O_RDWR | os.O_CLOEXEC))
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._sequence_fd = -1
             try:
@@ -168,8 +170,9 @@ class Database:
         if not self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
             # Its making may have been cut short.
             self.fresh = True
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._sequence_fd = os.open(self._sequence_path, flags if self.fresh else flags & ~os.O_CREAT, 0o600)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        makes = self._made if self.fresh or self._salvage else os.open
+        self._sequence_fd = makes(self._sequence_path, flags)
         if self.fresh:
             # Before the first commit: a catalogue without its counter would be refused.
             self._write_sequence()
@@ -191,6 +194,19 @@ class Database:
             raise self._damaged(f"{count - 1} of {self._records} records are there")
         if self._sequence < self._read_sequence():
             raise self._damaged("its last commits are missing")
+
+    def _made(self, path: Path, flags: int) -> int:
+        """Open a file, made if there is none, for its owner alone: it holds rows. SQLite's log is like it."""
+        try:
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return os.open(path, flags | os.O_CREAT, 0o600)
+        if self._owner and os.geteuid() == 0:
+            try:
+                os.fchown(fd, *self._owner)
+            except OSError as error:
+                log.warning("a file of the catalogue stays root's", path=path, error=error)
+        return fd
 
     def _salvage_records(self) -> None:
         keys = "kind, context, layer, first"
@@ -279,12 +295,6 @@ class Database:
         except UnicodeDecodeError as error:
             # SQLite's own message may quote damaged names.
             raise self._damaged("there are letters in it that nobody wrote") from error
-
-
-def _make(path: Path) -> None:
-    """Make the file if there is none, for its owner alone: it holds rows. SQLite's log takes its mode."""
-    with suppress(OSError):  # SQLite says better what is wrong.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _crc(key: Key, body: bytes) -> int:

@@ -15,7 +15,7 @@ from ..domain.durable import Durable
 from ..domain.placement import Placed
 from ..domain.quantisation import SealedKeys
 from ..driver.contract import Identity
-from ..records import files_of
+from ..records import files_of, is_there
 from ..records.database import Database
 from ..records.durable import DurableRecords
 
@@ -38,7 +38,7 @@ class DurableStore:
         Call before the pool is opened: a pool without a catalogue is then known to have lost it. The
         catalogue of a device is made at its first use.
         """
-        if self._path.exists() or not self._pool.is_file() or self._pool.stat().st_size == 0:
+        if is_there(self._path) or not os.path.isfile(self._pool) or self._pool.stat().st_size == 0:
             self._records = await asyncio.to_thread(_open, self._path)
 
     @property
@@ -131,7 +131,7 @@ class DurableStore:
 
 
 def _open(path: Path) -> DurableRecords:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ConfigError(f"No such file or directory: {path.parent}, for pool and catalogue; make it")
     database = Database(path)
     if not database.pool_id:
@@ -151,7 +151,7 @@ def _recover(records: DurableRecords, identity: Identity) -> list[Durable]:
         if not identity.fresh:
             raise DamagedCatalogue(
                 f"the pool {identity.path} was used with another catalogue; name its state_dir, or give up "
-                "the contexts in the pool with `hillinferctl fsck --repair`"
+                "what is in the pool: delete it (a device: `hillinferctl format --force`)"
             )
         database.bind(identity.pool_id)
     return records.load()
